@@ -1,0 +1,72 @@
+"""Hardware facts, one object an architecture; every number has its source.
+
+Sources: [PG] CUDA C++ Programming Guide, table of technical specifications by compute capability. [PTX] PTX ISA 9.1.
+[CU] cuda.h of CUDA 13.0, the text on cuTensorMapEncodeTiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What one SM and one CTA have. Bytes, threads and 32-bit registers or TMEM columns."""
+
+    name: str
+    smem_per_cta: int  # bytes a CTA may ask for (opt-in dynamic shared memory)
+    registers_per_sm: int
+    registers_per_thread: int
+    register_granule: int  # a thread's count is rounded up to a multiple of this
+    threads_per_cta: int
+    named_barriers: int
+    warp_size: int
+    tmem_columns: int  # 0: the architecture has no tensor memory
+    tmem_lanes: int
+    tmem_alloc_min: int  # columns; an allocation is a power of two
+    tma_box_max: int  # elements a box dimension
+    mma_k_bytes: int  # K extent of one dense MMA instruction
+    mma_n_max: int
+    mma_n_step: int  # for the M that we use
+    p_stagings: tuple[str, ...]  # where the second GEMM can read P
+
+
+SM100A = Arch(
+    name="sm_100a",
+    smem_per_cta=232448,  # 227 KiB [PG]; also what the driver reports as the opt-in maximum
+    registers_per_sm=65536,  # [PG]
+    registers_per_thread=255,  # [PG]
+    register_granule=8,  # [PTX 9.7.19.5] setmaxnreg steps by 8
+    threads_per_cta=1024,  # [PG]
+    named_barriers=16,  # [PTX 9.7.13.1]
+    warp_size=32,
+    tmem_columns=512,  # [PTX 9.7.16.1]
+    tmem_lanes=128,  # [PTX 9.7.16.1]
+    tmem_alloc_min=32,  # [PTX 9.7.16.7.1]
+    tma_box_max=256,  # [CU]
+    mma_k_bytes=32,  # [PTX Table 39]: 16 elements of 16 bits
+    mma_n_max=256,  # [PTX 9.7.16.2]
+    mma_n_step=16,  # M = 128; CUTLASS asks 16 where the ISA table says 8 (facts: ptx.md section 3)
+    p_stagings=("tmem", "smem"),  # tcgen05.mma reads A from tensor or shared memory [PTX 9.7.16.10]
+)
+
+SM90A = Arch(
+    name="sm_90a",
+    smem_per_cta=232448,  # 227 KiB [PG]
+    registers_per_sm=65536,  # [PG]
+    registers_per_thread=255,  # [PG]
+    register_granule=8,  # [PTX 9.7.19.5]
+    threads_per_cta=1024,  # [PG]
+    named_barriers=16,  # [PTX 9.7.13.1]
+    warp_size=32,
+    tmem_columns=0,
+    tmem_lanes=0,
+    tmem_alloc_min=0,
+    tma_box_max=256,  # [CU]
+    mma_k_bytes=32,  # [PTX 9.7.15.2]: 16 elements of 16 bits
+    mma_n_max=256,  # [PTX 9.7.15.2]
+    mma_n_step=8,  # [PTX 9.7.15.2]
+    p_stagings=("register", "smem"),  # wgmma reads A from registers or shared memory [PTX 9.7.15.5]
+)
+
+ARCHS: dict[str, Arch] = {arch.name: arch for arch in (SM100A, SM90A)}

@@ -1,0 +1,349 @@
+"""What one CTA needs of an SM, by name and by byte: pure arithmetic over a Tiling.
+
+The same Budget is printed for the user, asserted by the planner, spelled into the template and compared with the
+compiled kernel. Shared memory is laid out in the order of `Budget.buffers`, each buffer at its own `offset`, and the
+kernel is launched with exactly `smem_total` bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .arch import Arch
+from .spec import KernelSpec
+
+ELEMENT_BYTES = 2  # bf16 and fp16
+ACCUMULATOR_BYTES = 4  # float32
+MBARRIER_BYTES = 8
+TMEM_SLOT_BYTES = 4  # tcgen05.alloc writes the base address here
+TILE_ALIGNMENT = 1024  # where a 128-byte swizzle pattern repeats; 64 and 32 bytes repeat sooner
+SWIZZLE_SPANS = (128, 64, 32)
+
+SOFTMAX_WARPS, MMA_WARPS, TMA_WARPS = 4, 1, 1
+SOFTMAX_OVERHEAD_REGISTERS = 48  # estimate: addresses, loop state, row maximum, sum and scale
+ISSUER_REGISTERS = 40  # estimate: an MMA or TMA warp holds descriptors, coordinates and loop state
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The numbers that a planner chooses. p_staging: "tmem" or "smem"; o_over_q: sO lies over sQ."""
+
+    tile_m: int
+    tile_n: int
+    kv_stages: int
+    p_staging: str
+    o_over_q: bool
+    o_chunk: int  # columns of O staged in shared memory at a time
+
+    def __str__(self) -> str:
+        reuse = "sO over sQ" if self.o_over_q else "own sO"
+        return (
+            f"tile {self.tile_m}x{self.tile_n}, kv_stage {self.kv_stages}, P in {self.p_staging.upper()}, "
+            f"{reuse} by {self.o_chunk} columns"
+        )
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One shared-memory buffer. bytes counts all stages; alias_of names the buffer whose bytes it reuses."""
+
+    name: str
+    bytes: int
+    alignment: int
+    stages: int
+    offset: int
+    alias_of: str | None
+    reason: str
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.bytes // self.stages
+
+
+@dataclass(frozen=True)
+class Region:
+    """One range of TMEM columns (32 bits x 128 lanes each)."""
+
+    name: str
+    column: int
+    columns: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Mbarrier:
+    """One family of mbarriers. offset: bytes from the start of shared memory; arrivals: expected count a phase."""
+
+    name: str
+    stages: int
+    arrivals: int
+    offset: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Role:
+    """A group of warps. registers: an estimate a thread, compared with ptxas's figure after compiling."""
+
+    name: str
+    first_warp: int
+    warps: int
+    registers: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class NamedBarrier:
+    id: int
+    name: str
+    threads: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A resource that does not suffice. need, limit and over are in unit; remedy says what to change."""
+
+    resource: str  # "smem", "tmem", "registers", "threads", "named barriers"
+    unit: str
+    need: int
+    limit: int
+    reason: str
+    remedy: str
+
+    @property
+    def over(self) -> int:
+        return self.need - self.limit
+
+    def __str__(self) -> str:
+        return f"{self.resource}: {self.reason} = {self.need} {self.unit} of {self.limit}, over by {self.over}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Everything one CTA needs, and whether the architecture has it."""
+
+    buffers: tuple[Buffer, ...]
+    smem_total: int
+    smem_limit: int
+    regions: tuple[Region, ...]
+    tmem_used: int
+    tmem_columns: int  # allocated: a power of two
+    tmem_limit: int
+    mbarriers: tuple[Mbarrier, ...]
+    tmem_slot_offset: int
+    named_barriers: tuple[NamedBarrier, ...]
+    roles: tuple[Role, ...]
+    threads: int
+    registers_limit: int  # a thread
+    registers_total: int  # an SM's, for this CTA
+    overflows: tuple[Overflow, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.overflows
+
+    def buffer(self, name: str) -> Buffer:
+        """The buffer of that name; KeyError when this plan has none (sP with P in TMEM)."""
+        return _named(self.buffers, name)
+
+    def region(self, name: str) -> Region:
+        """The TMEM region of that name; KeyError when this plan has none (P with P in SMEM)."""
+        return _named(self.regions, name)
+
+    def mbarrier(self, name: str) -> Mbarrier:
+        return _named(self.mbarriers, name)
+
+    def role(self, name: str) -> Role:
+        return _named(self.roles, name)
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes that a buffer adds to the total: 0 for one that is absent or lies over another."""
+        return sum(item.bytes for item in self.buffers if item.name == name and item.alias_of is None)
+
+
+def _named(items, name):
+    for item in items:
+        if item.name == name:
+            return item
+    raise KeyError(name)
+
+
+def swizzle_bytes(row_bytes: int) -> int:
+    """Largest swizzle span that divides a tile's row. Every multiple of 16 16-bit elements has at least 32."""
+    for span in SWIZZLE_SPANS:
+        if row_bytes % span == 0:
+            return span
+    raise ValueError(f"a row of {row_bytes} bytes is not a multiple of {SWIZZLE_SPANS[-1]}")
+
+
+def output_bytes(spec: KernelSpec) -> int:
+    """Bytes of one element of O as stored: float32 when unnormalized."""
+    return ACCUMULATOR_BYTES if spec.unnormalized else ELEMENT_BYTES
+
+
+def compute_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
+    """The Budget of one candidate. Never raises for what does not fit: see Budget.overflows."""
+    mbarriers, slot_offset = _mbarriers(tiling, arch)
+    buffers, smem_total = _buffers(spec, tiling, slot_offset + TMEM_SLOT_BYTES)
+    regions, used = _regions(spec, tiling)
+    allocated = max(arch.tmem_alloc_min, 1 << (used - 1).bit_length())
+    roles = _roles(tiling, arch)
+    threads = arch.warp_size * sum(role.warps for role in roles)
+    a_thread = -(-max(role.registers for role in roles) // arch.register_granule) * arch.register_granule
+    budget = Budget(
+        buffers=buffers,
+        smem_total=smem_total,
+        smem_limit=arch.smem_per_cta,
+        regions=regions,
+        tmem_used=used,
+        tmem_columns=allocated,
+        tmem_limit=arch.tmem_columns,
+        mbarriers=mbarriers,
+        tmem_slot_offset=slot_offset,
+        named_barriers=_named_barriers(arch, threads),
+        roles=roles,
+        threads=threads,
+        registers_limit=arch.registers_per_thread,
+        registers_total=a_thread * threads,
+        overflows=(),
+    )
+    overflows = tuple(_overflows(budget, arch, spec, tiling))
+    return _replace_overflows(budget, overflows) if overflows else budget
+
+
+def _replace_overflows(budget: Budget, overflows: tuple[Overflow, ...]) -> Budget:
+    return Budget(**{**budget.__dict__, "overflows": overflows})
+
+
+def _mbarriers(tiling: Tiling, arch: Arch) -> tuple[tuple[Mbarrier, ...], int]:
+    """The barrier block from offset 0 on: 8 bytes an mbarrier, then the slot for the TMEM base address."""
+    stages, rows = tiling.kv_stages, SOFTMAX_WARPS * arch.warp_size
+    families = (
+        ("q_full", 1, 1, "TMA: Q has landed"),
+        ("k_full", stages, 1, "TMA: a K tile has landed"),
+        ("k_empty", stages, 1, "commit: QK has read its K tile"),
+        ("v_full", stages, 1, "TMA: a V tile has landed"),
+        ("v_empty", stages, 1, "commit: PV has read its V tile"),
+        ("s_full", 1, 1, "commit: QK has written S"),
+        ("s_empty", 1, rows, "softmax: S is in registers"),
+        ("p_full", 1, rows, "softmax: P is written and O is rescaled"),
+        ("o_full", 1, 1, "commit: PV has written O and read P"),
+    )
+    placed, offset = [], 0
+    for name, count, arrivals, reason in families:
+        placed.append(Mbarrier(name, count, arrivals, offset, reason))
+        offset += MBARRIER_BYTES * count
+    return tuple(placed), offset
+
+
+def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tuple[Buffer, ...], int]:
+    """Shared memory in order of address. The total is a multiple of 1024, as a struct of aligned tiles is."""
+    m, n, stages = tiling.tile_m, tiling.tile_n, tiling.kv_stages
+    o_bytes = output_bytes(spec)
+    wanted = [
+        ("barriers", barrier_bytes, 1, None, "mbarriers and the slot of the TMEM base address"),
+        ("sQ", m * spec.head_dim * ELEMENT_BYTES, 1, None, f"{m} x {spec.head_dim}"),
+        ("sK", stages * n * spec.head_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.head_dim} a stage"),
+        ("sV", stages * n * spec.v_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.v_dim} a stage"),
+    ]
+    if tiling.p_staging == "smem":
+        wanted.append(("sP", m * n * ELEMENT_BYTES, 1, None, f"{m} x {n}"))
+    staging = f"{m} x {tiling.o_chunk} of {o_bytes} bytes, {spec.v_dim // tiling.o_chunk} step(s)"
+    if tiling.o_over_q:
+        staging += ", over sQ, which is free when the last QK has completed"
+    wanted.append(("sO", m * tiling.o_chunk * o_bytes, 1, "sQ" if tiling.o_over_q else None, staging))
+    placed: dict[str, Buffer] = {}
+    end = 0
+    for name, size, count, alias, reason in wanted:
+        offset = placed[alias].offset if alias else _round_up(end)
+        placed[name] = Buffer(name, size, TILE_ALIGNMENT, count, offset, alias, reason)
+        end = max(end, offset + size)
+    return tuple(placed.values()), _round_up(end)
+
+
+def _round_up(offset: int) -> int:
+    return -(-offset // TILE_ALIGNMENT) * TILE_ALIGNMENT
+
+
+def _regions(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Region, ...], int]:
+    """S, P, O side by side: S of the next tile is written while PV still reads P, so they never overlap."""
+    m, n = tiling.tile_m, tiling.tile_n
+    wanted = [("S", n, f"{m} x {n} float32")]
+    if tiling.p_staging == "tmem":
+        wanted.append(("P", n // 2, f"{m} x {n} of 16 bits, two a column"))
+    wanted.append(("O", spec.v_dim, f"{m} x {spec.v_dim} float32"))
+    placed, column = [], 0
+    for name, columns, reason in wanted:
+        placed.append(Region(name, column, columns, reason))
+        column += columns
+    return tuple(placed), column
+
+
+def _roles(tiling: Tiling, arch: Arch) -> tuple[Role, ...]:
+    """Warps 0-3 must be the softmax warps: warp w of a warpgroup reaches TMEM lanes 32w to 32w+31 only."""
+    row = tiling.tile_n + tiling.tile_n // 2 + SOFTMAX_OVERHEAD_REGISTERS
+    why = f"estimate: a row of S ({tiling.tile_n}) and P ({tiling.tile_n // 2}), {SOFTMAX_OVERHEAD_REGISTERS} else"
+    issuer = "estimate: descriptors, coordinates, loop state"
+    return (
+        Role("softmax", 0, SOFTMAX_WARPS, min(row, arch.registers_per_thread), why),
+        Role("mma", SOFTMAX_WARPS, MMA_WARPS, ISSUER_REGISTERS, issuer),
+        Role("tma", SOFTMAX_WARPS + MMA_WARPS, TMA_WARPS, ISSUER_REGISTERS, issuer),
+    )
+
+
+def _named_barriers(arch: Arch, threads: int) -> tuple[NamedBarrier, ...]:
+    return (
+        NamedBarrier(0, "cta", threads, "mbarriers initialized, TMEM base published; before TMEM is freed"),
+        NamedBarrier(1, "epilogue", SOFTMAX_WARPS * arch.warp_size, "sO written or free"),
+    )
+
+
+def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling):
+    if budget.smem_total > budget.smem_limit:
+        parts = [b for b in budget.buffers if b.alias_of is None]
+        reason = " + ".join(f"{b.name} {b.bytes}" for b in parts) + f", aligned to {TILE_ALIGNMENT},"
+        yield Overflow("smem", "bytes", budget.smem_total, budget.smem_limit, reason, _smem_remedy(spec, tiling))
+    over_q = next((b for b in budget.buffers if b.alias_of is not None), None)
+    if over_q is not None and over_q.bytes > budget.buffer(over_q.alias_of).bytes:
+        limit = budget.buffer(over_q.alias_of).bytes
+        reason = f"{over_q.name} cannot lie over {over_q.alias_of}: {over_q.name}"
+        yield Overflow("smem", "bytes", over_q.bytes, limit, reason, "a smaller o_chunk, or sO of its own")
+    if budget.tmem_columns > budget.tmem_limit:
+        yield _tmem_overflow(budget, arch, spec, tiling)
+    if budget.registers_total > arch.registers_per_sm:
+        reason = f"{budget.threads} threads (estimate)"
+        total = budget.registers_total
+        yield Overflow("registers", "registers", total, arch.registers_per_sm, reason, "a smaller tile_n")
+
+
+def _smem_remedy(spec: KernelSpec, tiling: Tiling) -> str:
+    if spec.head_dim > 256:
+        return "a CTA pair that shares K and V, or column passes over smaller tiles"
+    options = []
+    if tiling.kv_stages > 1:
+        options.append("a lower kv_stage")
+    if tiling.tile_n > 16:
+        options.append("a smaller tile_n")
+    if tiling.p_staging == "smem":
+        options.append("P in TMEM")
+    if not tiling.o_over_q:
+        options.append("sO over sQ")
+    return " or ".join(options) or "a smaller head_dim"
+
+
+def _tmem_overflow(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> Overflow:
+    reason = " + ".join(f"{region.name} {region.columns}" for region in budget.regions)
+    if spec.v_dim >= arch.tmem_columns:
+        reason = (
+            f"a {tiling.tile_m} x {spec.v_dim} float32 accumulator takes all {arch.tmem_columns} columns, "
+            f"so {' and '.join(r.name for r in budget.regions if r.name != 'O')} have no room: {reason}"
+        )
+    if spec.v_dim > 256:
+        remedy = (
+            "a CTA pair (cta_group::2) that splits O's columns or rows, M = 64 tiles, or O's columns in two passes "
+            "with the scores recomputed"
+        )
+    else:
+        remedy = "P in SMEM or a smaller tile_n"
+    return Overflow("tmem", "columns", budget.tmem_used, arch.tmem_columns, reason, remedy)

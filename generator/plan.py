@@ -1,0 +1,287 @@
+"""KernelSpec -> Plan: the candidates, why each was rejected, and the choice. Pure Python, no DSL import.
+
+The rule of choice. Of the candidates that fit the architecture, take the first by
+  1. at least two kv stages, so that the next K and V tiles are loaded while these are multiplied;
+  2. the largest tile_n: fewer barriers and fewer rescales a key;
+  3. P in TMEM rather than in shared memory: it leaves the shared-memory pipe to K and V;
+  4. the most kv stages, up to three: more hides no more of a load's latency at these tile sizes;
+  5. the widest o_chunk: fewer steps of the epilogue;
+  6. the least reuse: sO of its own rather than over sQ.
+A field that the specification sets is not searched over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .arch import ARCHS, Arch
+from .budget import (
+    ELEMENT_BYTES,
+    Budget,
+    Overflow,
+    Tiling,
+    compute_budget,
+    output_bytes,
+    swizzle_bytes,
+)
+from .spec import KV_STAGE_MAX, KernelSpec, SpecError
+
+TILE_M = 128
+TILE_NS = (128, 64, 32, 16)
+TILE_N_MAX = 128
+KV_STAGES_AUTO = 3
+HEAD_DIM_MAX = 256
+O_CHUNK_STEP = 16
+
+
+class DoesNotFit(SpecError):
+    """No candidate fits the architecture; the message says what overflows by how much, and what would fit."""
+
+
+class NotImplementedYet(SpecError):
+    """The vocabulary has it, this architecture's template does not, or not yet."""
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """How one operand lies in shared memory.
+
+    rows x columns of element_bytes, columns contiguous in global memory; swizzle_bytes is the TMA and MMA swizzle
+    span; box is the TMA box (columns, rows) of one swizzle span; major is the operand's in the MMA ("" for sO).
+    """
+
+    name: str
+    rows: int
+    columns: int
+    element_bytes: int
+    swizzle_bytes: int
+    major: str
+
+    @property
+    def swizzle_columns(self) -> int:
+        return self.swizzle_bytes // self.element_bytes
+
+    @property
+    def box(self) -> tuple[int, int]:
+        return (self.swizzle_columns, self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Of one stage: what a TMA load of it adds to the transaction count, out-of-bounds fill included."""
+        return self.rows * self.columns * self.element_bytes
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A candidate that was not taken, why, and what would make it good."""
+
+    candidate: Tiling
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the template spells. Columns are of TMEM, bytes of shared memory."""
+
+    spec: KernelSpec
+    arch: Arch
+    tiling: Tiling
+    budget: Budget
+    rejected: tuple[Rejected, ...]
+
+    @property
+    def kernel_name(self) -> str:
+        return self.spec.name
+
+    @property
+    def tile_m(self) -> int:
+        return self.tiling.tile_m
+
+    @property
+    def tile_n(self) -> int:
+        return self.tiling.tile_n
+
+    @property
+    def kv_stages(self) -> int:
+        return self.tiling.kv_stages
+
+    @property
+    def p_staging(self) -> str:
+        """ "tmem" or "smem"."""
+        return self.tiling.p_staging
+
+    @property
+    def o_over_q(self) -> bool:
+        return self.tiling.o_over_q
+
+    @property
+    def o_chunk(self) -> int:
+        return self.tiling.o_chunk
+
+    @property
+    def o_steps(self) -> int:
+        """Steps of the epilogue: o_chunk columns of O each."""
+        return self.spec.v_dim // self.tiling.o_chunk
+
+    @cached_property
+    def layouts(self) -> dict[str, TileLayout]:
+        """TileLayout of "sQ", "sK", "sV", "sO", and "sP" when P is staged in shared memory."""
+        spec, tiling = self.spec, self.tiling
+        shapes = [
+            ("sQ", tiling.tile_m, spec.head_dim, ELEMENT_BYTES, "K"),
+            ("sK", tiling.tile_n, spec.head_dim, ELEMENT_BYTES, "K"),
+            ("sV", tiling.tile_n, spec.v_dim, ELEMENT_BYTES, "MN"),
+            ("sO", tiling.tile_m, tiling.o_chunk, output_bytes(spec), ""),
+        ]
+        if tiling.p_staging == "smem":
+            shapes.append(("sP", tiling.tile_m, tiling.tile_n, ELEMENT_BYTES, "K"))
+        return {
+            name: TileLayout(name, rows, columns, size, swizzle_bytes(columns * size), major)
+            for name, rows, columns, size, major in shapes
+        }
+
+
+def plan_kernel(spec: KernelSpec) -> Plan:
+    """The Plan of a specification.
+
+    Raises NotImplementedYet for what the architecture's template lacks, DoesNotFit when no candidate fits; both say
+    field, value, limit and remedy.
+    """
+    arch = ARCHS[spec.arch]
+    check_implemented(spec)
+    fitting, rejected = [], []
+    for tiling in candidates(spec, arch):
+        budget = compute_budget(spec, arch, tiling)
+        if budget.fits:
+            fitting.append((tiling, budget))
+        else:
+            rejected += [Rejected(tiling, str(over), over.remedy) for over in budget.overflows[:1]]
+    if not fitting:
+        raise _does_not_fit(spec, arch)
+    fitting.sort(key=lambda pair: _preference(pair[0]))
+    chosen, budget = fitting[0]
+    rejected += [Rejected(tiling, *_why_second(chosen, tiling)) for tiling, _ in fitting[1:]]
+    return Plan(spec, arch, chosen, budget, tuple(rejected))
+
+
+def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
+    """Every Tiling that the specification's fields leave open."""
+    tile_ns = TILE_NS if spec.tile_n == "auto" else (spec.tile_n,)
+    stages = range(1, KV_STAGES_AUTO + 1) if spec.kv_stage == "auto" else (spec.kv_stage,)
+    stagings = arch.p_stagings if spec.p_staging == "auto" else (spec.p_staging,)
+    chunks = o_chunks(spec)
+    return [
+        Tiling(TILE_M, tile_n, kv_stages, staging, over_q, chunk)
+        for tile_n in tile_ns
+        for staging in stagings
+        for kv_stages in stages
+        for chunk in chunks
+        for over_q in (False, True)
+    ]
+
+
+def o_chunks(spec: KernelSpec) -> list[int]:
+    """Widths that O may be staged in: divisors of head_dim_v in steps of 16 columns, widest first."""
+    return [c for c in range(spec.v_dim, 0, -O_CHUNK_STEP) if spec.v_dim % c == 0]
+
+
+def _preference(tiling: Tiling) -> tuple:
+    """Sort key: the smallest is taken. The rule is in the module's docstring."""
+    return (
+        tiling.kv_stages < 2,
+        -tiling.tile_n,
+        tiling.p_staging != "tmem",
+        -tiling.kv_stages,
+        -tiling.o_chunk,
+        tiling.o_over_q,
+    )
+
+
+_RULES = (
+    ("fewer than two kv stages", "kv_stage of at least 2"),
+    ("a smaller tile_n", "tile_n"),
+    ("P in shared memory", "p_staging"),
+    ("fewer kv stages", "kv_stage"),
+    ("a narrower o_chunk", "o_chunk"),
+    ("sO over sQ without need", "sO of its own"),
+)
+
+
+def _why_second(chosen: Tiling, tiling: Tiling) -> tuple[str, str]:
+    """Why a candidate that fits was not taken: the first rule by which the chosen one is better."""
+    for (reason, knob), better, worse in zip(_RULES, _preference(chosen), _preference(tiling), strict=True):
+        if better != worse:
+            return f"fits, but has {reason}", f"set {knob} in the specification" if knob in _SETTABLE else knob
+    raise AssertionError(f"{chosen} and {tiling} are the same candidate")
+
+
+_SETTABLE = {"tile_n", "p_staging", "kv_stage"}
+
+
+def check_implemented(spec: KernelSpec) -> None:
+    """Raise NotImplementedYet, naming the field, for what the vocabulary has and the template lacks."""
+    arch = ARCHS[spec.arch]
+    if spec.p_staging != "auto" and spec.p_staging not in arch.p_stagings:
+        owner = {"register": "Hopper (sm_90a)", "tmem": "Blackwell (sm_100a)"}[spec.p_staging]
+        limit = f"is for {owner} only; on {arch.name} P waits in {' or '.join(arch.p_stagings)}"
+        raise NotImplementedYet("p_staging", spec.p_staging, limit, f'use "auto" or "{arch.p_stagings[0]}"')
+    if spec.arch != "sm_100a":
+        raise NotImplementedYet("arch", spec.arch, f"not implemented for {spec.arch} yet", 'use "sm_100a"')
+    for field, remedy in _later(spec):
+        limit = f"not implemented for {spec.arch} yet"
+        raise NotImplementedYet(field, getattr(spec, field), limit, remedy)
+
+
+def _later(spec: KernelSpec):
+    """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
+    if spec.head_dim > HEAD_DIM_MAX:
+        yield "head_dim", f"at most {HEAD_DIM_MAX}; `bespoke budget --head-dim {spec.head_dim}` says what overflows"
+    if spec.v_dim != spec.head_dim:
+        yield "head_dim_v", f"leave it out, or set it to head_dim ({spec.head_dim})"
+    for field in ("window_left", "window_right"):
+        if getattr(spec, field) is not None:
+            yield field, "leave it out"
+    for field in ("seqlens", "sink", "kv_shared"):
+        if getattr(spec, field):
+            yield field, "leave it out (default: false)"
+    if spec.kv_sources != 1:
+        yield "kv_sources", "leave it out (default: 1)"
+    if spec.pack_heads is True:
+        yield "pack_heads", 'use "auto" or false'
+    if spec.tile_m not in ("auto", TILE_M):
+        yield "tile_m", f'use "auto" or {TILE_M}'
+    if spec.tile_n != "auto" and spec.tile_n > TILE_N_MAX:
+        yield "tile_n", f'use "auto" or at most {TILE_N_MAX}'
+
+
+def _does_not_fit(spec: KernelSpec, arch: Arch) -> DoesNotFit:
+    """Names the field to change: kv_stage when fewer stages would fit, then p_staging, tile_n, head_dim."""
+    best = min((compute_budget(spec, arch, t) for t in candidates(spec, arch)), key=_shortfall)
+    over = best.overflows[0]
+    if spec.kv_stage != "auto":
+        deepest = deepest_kv_stage(spec, arch)
+        if deepest:
+            return DoesNotFit("kv_stage", spec.kv_stage, str(over), f"the deepest that fits is {deepest}")
+    for field in ("p_staging", "tile_n"):
+        if getattr(spec, field) != "auto" and _any_fits(spec.model_copy(update={field: "auto"}), arch):
+            return DoesNotFit(field, getattr(spec, field), str(over), f'set {field} = "auto", or {over.remedy}')
+    return DoesNotFit("head_dim", spec.head_dim, str(over), over.remedy)
+
+
+def _shortfall(budget: Budget) -> tuple[int, int]:
+    first: Overflow = budget.overflows[0]
+    return (len(budget.overflows), first.over)
+
+
+def _any_fits(spec: KernelSpec, arch: Arch) -> bool:
+    return any(compute_budget(spec, arch, tiling).fits for tiling in candidates(spec, arch))
+
+
+def deepest_kv_stage(spec: KernelSpec, arch: Arch) -> int:
+    """The most kv stages that fit with the specification's other fields as they are; 0 when none does."""
+    for depth in range(KV_STAGE_MAX, 0, -1):
+        if _any_fits(spec.model_copy(update={"kv_stage": depth}), arch):
+            return depth
+    return 0
