@@ -1,0 +1,417 @@
+"""Stands in for the DSL's runtime library, so that its unmodified host function launches on the emulator.
+
+The DSL compiles a kernel's host function to x86 code, an object file that reaches CUDA through undefined C symbols.
+`redirect` gives these symbols the names under which `host.c` exports them; the code itself stays as it is. Linked
+against `library_path()` it calls into this module:
+
+    with attached(gpu, ptx, cubin):
+        ...call the host function...          # its launches arrive at gpu.launch(...)
+
+An exception raised while answering a call (a hazard found by the emulator, say) cannot pass through compiled code. It
+is kept, the call returns an error code, and `attached` raises it on the way out. A symbol that nobody implemented is
+such an exception too: no call succeeds silently.
+
+Why the names differ: the DSL's loader resolves a symbol in whichever library of the process has it first, so a second
+library with the same names would serve either the emulator or the GPU, by the accident of loading order.
+
+Sources: the calls and the launch configuration's layout were observed with nvidia-cutlass-dsl 4.8.1; enumeration
+values are those of the CUDA 13 headers (cudaDeviceAttr, cudaFuncAttribute, cudaLaunchAttributeID, CUfunction_attribute).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.machinery
+import itertools
+import re
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CUDA_SUCCESS = 0
+CUDA_ERROR_UNKNOWN = 999
+MAX_OPTIN_SHARED_BYTES = {"sm_90a": 232448, "sm_100a": 232448}  # CUDA programming guide, compute capabilities: 227 KiB
+DEFAULT_SHARED_BYTES = 48 * 1024  # what a kernel may use before it opts in to more
+
+_ATTRIBUTE_MAX_OPTIN_SHARED = 97
+_FUNCTION_STATIC_SHARED, _FUNCTION_MAX_DYNAMIC_SHARED, _FUNCTION_NON_PORTABLE_CLUSTER = 1, 8, 14
+_LAUNCH_COOPERATIVE, _LAUNCH_CLUSTER, _LAUNCH_PROGRAMMATIC_SERIALIZATION = 2, 4, 6
+
+
+class HostError(RuntimeError):
+    """The host function asked for something that the emulated CUDA runtime does not offer or must refuse."""
+
+
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_uint32), ("padding", ctypes.c_uint32), ("value", ctypes.c_uint32 * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """cudaLaunchConfig_t."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("smem_bytes", ctypes.c_uint64),
+        ("stream", ctypes.c_uint64),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint32),
+    ]
+
+
+@dataclass
+class _Kernel:
+    name: str
+    cubin_digest: str
+    max_dynamic_shared: int = DEFAULT_SHARED_BYTES
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as the host function asked for it; sizes in bytes, `params` one bytes object a `.param`."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int]
+    smem_bytes: int
+    params: tuple[bytes, ...]
+
+
+@dataclass
+class Session:
+    """What is attached: a Gpu, the PTX that its launches execute and the cubin that this PTX was assembled to."""
+
+    gpu: Any
+    ptx: str
+    cubin: bytes
+    module: Any = None
+    error: BaseException | None = None
+    launches: list[Launch] = field(default_factory=list)
+
+
+# Handles outlive a session: the compiled host function keeps them in its own static memory.
+_libraries: dict[int, str] = {}
+_kernels: dict[int, _Kernel] = {}
+_handles = itertools.count(0x1000, 0x10)
+_thread = threading.local()
+_HANDLERS: dict[str, Callable[[Session, Any], None]] = {}
+
+
+def library_path() -> Path:
+    """The compiled host.c. Raises HostError when the package was not built."""
+    folder = Path(__file__).resolve().parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = folder / f"_host{suffix}"
+        if path.exists():
+            return path
+    raise HostError(
+        f"the emulator's host library _host{importlib.machinery.EXTENSION_SUFFIXES[0]} is missing from {folder}; "
+        "install the package (pip install -e .), which compiles emulator/host.c and needs a C compiler"
+    )
+
+
+@contextmanager
+def attached(gpu: Any, ptx: str, cubin: bytes) -> Iterator[Session]:
+    """Host functions called by this thread inside the block run on `gpu` (emulator.Gpu), executing `ptx`.
+
+    Raises on exit whatever was raised while a call was answered; HostError for a call that must be refused.
+    """
+    _install()
+    session = Session(gpu, ptx, cubin)
+    session.module = gpu.load_ptx(ptx)
+    stack = _thread.__dict__.setdefault("sessions", [])
+    stack.append(session)
+    try:
+        yield session
+    except Exception:
+        if session.error is not None:  # the caller saw only an error code; this is what it stands for
+            raise session.error from None
+        raise
+    finally:
+        stack.pop()
+    if session.error is not None:
+        raise session.error
+
+
+def redirect(host_object: bytes) -> bytes:
+    """The ELF-64 object file with each undefined symbol of the DSL's runtime renamed to its emulated counterpart.
+
+    Only names change: a string table with the new names is appended and the symbols point into it. Raises HostError
+    when the object needs a symbol that the emulated runtime does not export.
+    """
+    _install()
+    image = bytearray(host_object)
+    (section_table,) = struct.unpack_from("<Q", image, 0x28)
+    section_size, section_count = struct.unpack_from("<HH", image, 0x3A)
+    headers = [section_table + i * section_size for i in range(section_count)]
+    # A section header: name u32, type u32, flags, address, offset, size u64, link u32. Type 2 is the symbol table.
+    symbols_header = next(at for at in headers if struct.unpack_from("<I", image, at + 4)[0] == 2)
+    symbols, symbols_size, link = struct.unpack_from("<QQI", image, symbols_header + 0x18)
+    strings, strings_size = struct.unpack_from("<QQ", image, headers[link] + 0x18)
+    table = bytearray(image[strings : strings + strings_size])
+    for at in range(symbols + 24, symbols + symbols_size, 24):  # the first symbol is a null entry
+        name_at, section = struct.unpack_from("<IxxH", image, at)
+        name = table[name_at : table.index(0, name_at)].decode()
+        if section != 0 or name == "_GLOBAL_OFFSET_TABLE_":
+            continue
+        if name not in _exported:
+            raise HostError(f"the host function needs {name!r}, which the emulated CUDA runtime does not export")
+        struct.pack_into("<I", image, at, len(table))
+        table += f"emulated_{name}".encode() + b"\0"
+    struct.pack_into("<QQ", image, headers[link] + 0x18, len(image), len(table))
+    return bytes(image + table)
+
+
+def static_shared_bytes(ptx: str) -> int:
+    """Bytes of statically sized `.shared` variables in a PTX module (the dynamic array is `.extern`, with no size)."""
+    widths = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8}
+    pattern = r"^\s*(?:\.visible\s+|\.weak\s+)?\.shared\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+[\w$.]+(?:\[(\d+)\])?\s*;"
+    return sum(widths[kind] * int(count or 1) for kind, count in re.findall(pattern, ptx, re.MULTILINE))
+
+
+# --- how a call gets here -------------------------------------------------------------------------------------------
+
+
+def _answers(*symbols: str) -> Callable[[Callable[[Session, Any], None]], Callable[[Session, Any], None]]:
+    def register(handler: Callable[[Session, Any], None]) -> Callable[[Session, Any], None]:
+        for symbol in symbols:
+            if symbol in _HANDLERS:
+                raise ValueError(f"{symbol} is answered twice")
+            _HANDLERS[symbol] = handler
+        return handler
+
+    return register
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(ctypes.c_uint64))
+def _dispatch(symbol: int, arguments: Any) -> int:
+    name = _symbols[symbol]
+    sessions = _thread.__dict__.get("sessions")
+    if not sessions:
+        # Nothing to keep an exception in: the error code is all that the caller gets, ctypes prints the traceback.
+        return _refuse_without_session(name)
+    session = sessions[-1]
+    if session.error is not None:
+        return CUDA_ERROR_UNKNOWN  # as in CUDA, an error sticks
+    try:
+        handler = _HANDLERS.get(name)
+        if handler is None:
+            raise HostError(f"the host function called {name}, which the emulated CUDA runtime does not implement")
+        handler(session, arguments)
+    except BaseException as error:  # KeyboardInterrupt too: it must not vanish in compiled code
+        session.error = error
+        return CUDA_ERROR_UNKNOWN
+    return CUDA_SUCCESS
+
+
+def _refuse_without_session(name: str) -> int:
+    import sys
+
+    print(f"bespoke host: {name} called outside of emulator.host.attached", file=sys.stderr)
+    return CUDA_ERROR_UNKNOWN
+
+
+_symbols: list[str] = []  # by index, as host.c numbers them
+_exported: set[str] = {"cuda_dialect_get_error_name", "CuteDSLRT_GetErrorName", "CuteDSLRT_GetErrorString"}
+_install_lock = threading.Lock()
+
+
+def _install() -> None:
+    with _install_lock:
+        if _symbols:
+            return
+        library = ctypes.CDLL(str(library_path()))
+        library.bespoke_host_symbol_name.restype = ctypes.c_char_p
+        names = [library.bespoke_host_symbol_name(i).decode() for i in range(library.bespoke_host_symbol_count())]
+        unknown = sorted(set(_HANDLERS) - set(names))
+        if unknown:
+            raise HostError(f"host.py answers {', '.join(unknown)}, which {library_path().name} does not export")
+        library.bespoke_host_install(_dispatch)
+        _symbols.extend(names)
+        _exported.update(names)
+
+
+def _write(address: int, kind: Any, value: int) -> None:
+    ctypes.cast(address, ctypes.POINTER(kind))[0] = value
+
+
+def _signed(argument: int) -> int:
+    """A C int passed in a register: its low 32 bits."""
+    return ctypes.c_int32(argument & 0xFFFFFFFF).value
+
+
+# --- the calls ------------------------------------------------------------------------------------------------------
+
+
+@_answers("_cudaGetDeviceCount")
+def _get_device_count(session: Session, arguments: Any) -> None:
+    _write(arguments[0], ctypes.c_int32, 1)
+
+
+@_answers("_cudaGetDevice")
+def _get_device(session: Session, arguments: Any) -> None:
+    _write(arguments[0], ctypes.c_int32, 0)
+
+
+@_answers("_cudaDeviceGetAttribute")
+def _get_device_attribute(session: Session, arguments: Any) -> None:
+    """(int *value, attribute, device)"""
+    attribute = _signed(arguments[1])
+    if attribute != _ATTRIBUTE_MAX_OPTIN_SHARED:
+        raise HostError(f"_cudaDeviceGetAttribute: device attribute {attribute} has no emulated value")
+    _write(arguments[0], ctypes.c_int32, _max_shared(session))
+
+
+@_answers("_cudaLibraryLoadData")
+def _load_library(session: Session, arguments: Any) -> None:
+    """(library *, image, …): the image must be the cubin that the attached PTX was assembled to."""
+    images = _images(arguments[1])
+    if session.cubin not in images:
+        raise HostError(
+            f"the host function loads {[len(image) for image in images]} bytes of cubin, none of them the attached "
+            f"one ({len(session.cubin)} bytes): what would be emulated is not what was compiled"
+        )
+    handle = next(_handles)
+    _libraries[handle] = hashlib.sha256(session.cubin).hexdigest()
+    _write(arguments[0], ctypes.c_uint64, handle)
+
+
+@_answers("_cudaLibraryUnload")
+def _unload_library(session: Session, arguments: Any) -> None:
+    if _libraries.pop(arguments[0], None) is None:
+        raise HostError(f"_cudaLibraryUnload: {arguments[0]:#x} is no loaded library")
+
+
+@_answers("_cudaLibraryGetKernel")
+def _get_kernel(session: Session, arguments: Any) -> None:
+    """(kernel *, library, name)"""
+    name = ctypes.string_at(arguments[2]).decode()
+    digest = _libraries.get(arguments[1])
+    if digest is None:
+        raise HostError(f"_cudaLibraryGetKernel: {arguments[1]:#x} is no loaded library")
+    if name not in session.module.kernels:
+        known = ", ".join(session.module.kernels)
+        raise HostError(f"_cudaLibraryGetKernel: the PTX has no kernel {name!r}; it has {known}")
+    handle = next(_handles)
+    _kernels[handle] = _Kernel(name, digest)
+    _write(arguments[0], ctypes.c_uint64, handle)
+
+
+@_answers("_cuKernelGetAttribute")
+def _get_kernel_attribute(session: Session, arguments: Any) -> None:
+    """(int *value, attribute, kernel, device)"""
+    attribute = _signed(arguments[1])
+    if attribute != _FUNCTION_STATIC_SHARED:
+        raise HostError(f"_cuKernelGetAttribute: function attribute {attribute} has no emulated value")
+    _write(arguments[0], ctypes.c_int32, static_shared_bytes(session.ptx))
+
+
+@_answers("_cudaKernelSetAttributeForDevice", "_cudaFuncSetAttribute")
+def _set_kernel_attribute(session: Session, arguments: Any) -> None:
+    """(kernel, attribute, value[, device])"""
+    kernel, attribute, value = _kernel(arguments[0]), _signed(arguments[1]), _signed(arguments[2])
+    if attribute == _FUNCTION_MAX_DYNAMIC_SHARED:
+        limit = _max_shared(session) - static_shared_bytes(session.ptx)
+        if not 0 <= value <= limit:
+            raise HostError(f"{kernel.name}: dynamic shared memory of up to {value} bytes asked for; limit {limit}")
+        kernel.max_dynamic_shared = value
+    elif attribute != _FUNCTION_NON_PORTABLE_CLUSTER:  # cluster sizes above 8 are the emulator's to accept or refuse
+        raise HostError(f"{kernel.name}: function attribute {attribute} has no emulated meaning")
+
+
+@_answers("_cudaLaunchKernelEx")
+def _launch(session: Session, arguments: Any) -> None:
+    """(const cudaLaunchConfig_t *, kernel, void **parameters)"""
+    config = ctypes.cast(arguments[0], ctypes.POINTER(_LaunchConfig)).contents
+    kernel = _kernel(arguments[1])
+    if kernel.cubin_digest != hashlib.sha256(session.cubin).hexdigest():
+        raise HostError(f"{kernel.name} belongs to another cubin than the attached one")
+    if config.smem_bytes > kernel.max_dynamic_shared:
+        raise HostError(
+            f"{kernel.name}: launched with {config.smem_bytes} bytes of dynamic shared memory; "
+            f"limit {kernel.max_dynamic_shared}"
+        )
+    pointers = ctypes.cast(arguments[2], ctypes.POINTER(ctypes.c_uint64))
+    sizes = [parameter.size for parameter in session.module.kernels[kernel.name].params]
+    launch = Launch(
+        kernel=kernel.name,
+        grid=tuple(config.grid),
+        block=tuple(config.block),
+        cluster=_cluster(kernel.name, config),
+        smem_bytes=config.smem_bytes,
+        params=tuple(ctypes.string_at(pointers[i], size) for i, size in enumerate(sizes)),
+    )
+    session.launches.append(launch)
+    session.gpu.launch(
+        session.module,
+        launch.kernel,
+        grid=launch.grid,
+        block=launch.block,
+        cluster=launch.cluster,
+        smem_bytes=launch.smem_bytes,
+        params=list(launch.params),
+    )
+
+
+def _cluster(kernel: str, config: _LaunchConfig) -> tuple[int, int, int]:
+    cluster = (1, 1, 1)
+    for i in range(config.attribute_count):
+        attribute = config.attributes[i]
+        if attribute.id == _LAUNCH_CLUSTER:
+            cluster = tuple(attribute.value[:3])
+        elif attribute.id == _LAUNCH_COOPERATIVE:
+            if attribute.value[0]:
+                raise HostError(f"{kernel}: cooperative launches are not emulated")
+        elif attribute.id != _LAUNCH_PROGRAMMATIC_SERIALIZATION:  # changes nothing: launches run one after another
+            raise HostError(f"{kernel}: launch attribute {attribute.id} has no emulated meaning")
+    return cluster
+
+
+def _kernel(handle: int) -> _Kernel:
+    if handle not in _kernels:
+        raise HostError(f"{handle:#x} is no kernel handle of the emulated CUDA runtime")
+    return _kernels[handle]
+
+
+def _max_shared(session: Session) -> int:
+    arch = session.gpu.arch
+    if arch not in MAX_OPTIN_SHARED_BYTES:
+        raise HostError(f"shared memory limit of {arch!r} unknown; known: {', '.join(MAX_OPTIN_SHARED_BYTES)}")
+    return MAX_OPTIN_SHARED_BYTES[arch]
+
+
+def _images(address: int) -> list[bytes]:
+    """The ELF images at `address`: one as it is, or those in a fat binary, the container that the DSL links in.
+
+    A fat binary is a header (u32 magic, u16 version, u16 header bytes, u64 body bytes) and a body of entries, each
+    with a header of its own (u16 kind, u16 version, u32 header bytes, u64 payload bytes; kind 2 is a cubin).
+    """
+    start = ctypes.string_at(address, 4)
+    if start == b"\x7fELF":
+        return [_elf_at(address)]
+    if start != struct.pack("<I", 0xBA55ED50):
+        raise HostError(f"_cudaLibraryLoadData: the image is neither ELF nor a fat binary; it begins with {start!r}")
+    header_bytes, body_bytes = struct.unpack("<4xxxHQ", ctypes.string_at(address, 16))
+    body = ctypes.string_at(address + header_bytes, body_bytes)
+    images, at = [], 0
+    while at < len(body):
+        kind, entry_header, payload = struct.unpack_from("<HxxIQ", body, at)
+        if kind == 2:
+            images.append(body[at + entry_header : at + entry_header + payload])
+        at += entry_header + payload
+    return images
+
+
+def _elf_at(address: int) -> bytes:
+    """The ELF-64 file at `address`, whose length only its own header tables tell."""
+    header = ctypes.string_at(address, 64)
+    program_table, section_table = struct.unpack_from("<QQ", header, 0x20)
+    program_size, program_count, section_size, section_count = struct.unpack_from("<HHHH", header, 0x36)
+    end = max(program_table + program_size * program_count, section_table + section_size * section_count)
+    return ctypes.string_at(address, end)
