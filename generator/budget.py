@@ -80,6 +80,11 @@ class Mbarrier:
     offset: int
     reason: str
 
+    @property
+    def slot(self) -> int:
+        """Index of the first stage in the barrier block."""
+        return self.offset // MBARRIER_BYTES
+
 
 @dataclass(frozen=True)
 class Role:
@@ -184,7 +189,7 @@ def output_bytes(spec: KernelSpec) -> int:
 
 def compute_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     """The Budget of one candidate. Never raises for what does not fit: see Budget.overflows."""
-    mbarriers, slot_offset = _mbarriers(tiling, arch)
+    mbarriers, slot_offset = _mbarriers(tiling)
     buffers, smem_total = _buffers(spec, tiling, slot_offset + TMEM_SLOT_BYTES)
     regions, used = _regions(spec, tiling)
     allocated = max(arch.tmem_alloc_min, 1 << (used - 1).bit_length())
@@ -201,7 +206,7 @@ def compute_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
         tmem_limit=arch.tmem_columns,
         mbarriers=mbarriers,
         tmem_slot_offset=slot_offset,
-        named_barriers=_named_barriers(arch, threads),
+        named_barriers=_named_barriers(threads),
         roles=roles,
         threads=threads,
         registers_limit=arch.registers_per_thread,
@@ -216,9 +221,9 @@ def _replace_overflows(budget: Budget, overflows: tuple[Overflow, ...]) -> Budge
     return Budget(**{**budget.__dict__, "overflows": overflows})
 
 
-def _mbarriers(tiling: Tiling, arch: Arch) -> tuple[tuple[Mbarrier, ...], int]:
+def _mbarriers(tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
     """The barrier block from offset 0 on: 8 bytes an mbarrier, then the slot for the TMEM base address."""
-    stages, rows = tiling.kv_stages, SOFTMAX_WARPS * arch.warp_size
+    stages, warps = tiling.kv_stages, SOFTMAX_WARPS
     families = (
         ("q_full", 1, 1, "TMA: Q has landed"),
         ("k_full", stages, 1, "TMA: a K tile has landed"),
@@ -226,8 +231,8 @@ def _mbarriers(tiling: Tiling, arch: Arch) -> tuple[tuple[Mbarrier, ...], int]:
         ("v_full", stages, 1, "TMA: a V tile has landed"),
         ("v_empty", stages, 1, "commit: PV has read its V tile"),
         ("s_full", 1, 1, "commit: QK has written S"),
-        ("s_empty", 1, rows, "softmax: S is in registers"),
-        ("p_full", 1, rows, "softmax: P is written and O is rescaled"),
+        ("s_empty", 1, warps, "softmax, one lane a warp: S is in registers"),
+        ("p_full", 1, warps, "softmax, one lane a warp: P is written and O is rescaled"),
         ("o_full", 1, 1, "commit: PV has written O and read P"),
     )
     placed, offset = [], 0
@@ -249,7 +254,8 @@ def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tupl
     ]
     if tiling.p_staging == "smem":
         wanted.append(("sP", m * n * ELEMENT_BYTES, 1, None, f"{m} x {n}"))
-    staging = f"{m} x {tiling.o_chunk} of {o_bytes} bytes, {spec.v_dim // tiling.o_chunk} step(s)"
+    steps = spec.v_dim // tiling.o_chunk
+    staging = f"{m} x {tiling.o_chunk} of {o_bytes} bytes, in {steps} step{'s' if steps > 1 else ''}"
     if tiling.o_over_q:
         staging += ", over sQ, which is free when the last QK has completed"
     wanted.append(("sO", m * tiling.o_chunk * o_bytes, 1, "sQ" if tiling.o_over_q else None, staging))
@@ -292,11 +298,8 @@ def _roles(tiling: Tiling, arch: Arch) -> tuple[Role, ...]:
     )
 
 
-def _named_barriers(arch: Arch, threads: int) -> tuple[NamedBarrier, ...]:
-    return (
-        NamedBarrier(0, "cta", threads, "mbarriers initialized, TMEM base published; before TMEM is freed"),
-        NamedBarrier(1, "epilogue", SOFTMAX_WARPS * arch.warp_size, "sO written or free"),
-    )
+def _named_barriers(threads: int) -> tuple[NamedBarrier, ...]:
+    return (NamedBarrier(0, "cta", threads, "mbarriers initialized, TMEM base published; before TMEM is freed"),)
 
 
 def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling):

@@ -18,6 +18,7 @@ from functools import cached_property
 from .arch import ARCHS, Arch
 from .budget import (
     ELEMENT_BYTES,
+    SOFTMAX_WARPS,
     Budget,
     Overflow,
     Tiling,
@@ -33,6 +34,7 @@ TILE_N_MAX = 128
 KV_STAGES_AUTO = 3
 HEAD_DIM_MAX = 256
 O_CHUNK_STEP = 16
+REGISTER_COLUMNS_MAX = 32
 
 
 class DoesNotFit(SpecError):
@@ -125,15 +127,33 @@ class Plan:
         """Steps of the epilogue: o_chunk columns of O each."""
         return self.spec.v_dim // self.tiling.o_chunk
 
+    @property
+    def s_columns(self) -> int:
+        """Columns of S that one tcgen05.ld brings to registers."""
+        return register_columns(self.tile_n)
+
+    @property
+    def p_columns(self) -> int:
+        """Columns of P (two elements each) that one tcgen05.st takes from registers."""
+        return register_columns(self.tile_n // 2)
+
+    @property
+    def o_columns(self) -> int:
+        """Columns of O that the rescale and the epilogue hold in registers at a time."""
+        return register_columns(self.o_chunk)
+
     @cached_property
     def layouts(self) -> dict[str, TileLayout]:
-        """TileLayout of "sQ", "sK", "sV", "sO", and "sP" when P is staged in shared memory."""
+        """TileLayout of "sQ", "sK", "sV", "sO", and "sP" when P is staged in shared memory.
+
+        sO's is of one warp's slab: each softmax warp stages and stores its own 32 rows.
+        """
         spec, tiling = self.spec, self.tiling
         shapes = [
             ("sQ", tiling.tile_m, spec.head_dim, ELEMENT_BYTES, "K"),
             ("sK", tiling.tile_n, spec.head_dim, ELEMENT_BYTES, "K"),
             ("sV", tiling.tile_n, spec.v_dim, ELEMENT_BYTES, "MN"),
-            ("sO", tiling.tile_m, tiling.o_chunk, output_bytes(spec), ""),
+            ("sO", tiling.tile_m // SOFTMAX_WARPS, tiling.o_chunk, output_bytes(spec), ""),
         ]
         if tiling.p_staging == "smem":
             shapes.append(("sP", tiling.tile_m, tiling.tile_n, ELEMENT_BYTES, "K"))
@@ -141,6 +161,11 @@ class Plan:
             name: TileLayout(name, rows, columns, size, swizzle_bytes(columns * size), major)
             for name, rows, columns, size, major in shapes
         }
+
+
+def register_columns(columns: int) -> int:
+    """Widest tcgen05.ld or .st (a power of two, at most 32 registers) that walks these columns evenly."""
+    return min(REGISTER_COLUMNS_MAX, columns & -columns)
 
 
 def plan_kernel(spec: KernelSpec) -> Plan:

@@ -132,7 +132,9 @@ class KernelSpec(BaseModel):
 
     def non_default(self) -> dict[str, Any]:
         """The fields that differ from their defaults, in the order of the vocabulary; head_dim always."""
-        defaults = {name: info.default for name, info in type(self).model_fields.items()} | {"head_dim_v": self.head_dim}
+        defaults = {name: info.default for name, info in type(self).model_fields.items()} | {
+            "head_dim_v": self.head_dim
+        }
         return {name: value for name, value in self if name == "head_dim" or value != defaults[name]}
 
 
@@ -183,7 +185,9 @@ def _check_range(field: str, value: int | str, low: int, high: int, step: int, l
     above = max(low, min(high, below + step))
     near = str(below) if value <= low or value >= high else f"{below} or {above}"
     multiple = f"a multiple of {step}" if step > 1 else "a whole number"
-    raise _Refused(field, value, limit or f'must be "auto" or {multiple} from {low} to {high}', f"the nearest is {near}")
+    raise _Refused(
+        field, value, limit or f'must be "auto" or {multiple} from {low} to {high}', f"the nearest is {near}"
+    )
 
 
 def load_spec(source: str | Path | Mapping[str, Any] | KernelSpec | None = None, **overrides: Any) -> KernelSpec:
@@ -237,7 +241,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError("kernel", str(path), f"not valid TOML: {error}", "correct the file") from None
     except OSError as error:
-        raise SpecError("kernel", str(path), f"cannot be read: {error.strerror}", "check the file's permissions") from None
+        raise SpecError(
+            "kernel", str(path), f"cannot be read: {error.strerror}", "check the file's permissions"
+        ) from None
 
 
 def _validate(fields: dict[str, Any]) -> KernelSpec:
@@ -246,7 +252,9 @@ def _validate(fields: dict[str, Any]) -> KernelSpec:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             remedy = f"did you mean {near[0]}?" if near else "fields are " + ", ".join(known)
-            raise SpecError(str(key), fields[key], "unknown field", remedy, f"{_shown(str(key))}: unknown field; {remedy}")
+            raise SpecError(
+                str(key), fields[key], "unknown field", remedy, f"{_shown(str(key))}: unknown field; {remedy}"
+            )
     if fields.get("head_dim") is None:
         raise SpecError("head_dim", None, "is required", "for example head_dim = 96 (--head-dim 96)")
     try:
