@@ -1,0 +1,121 @@
+"""specs/matrix.toml: which kernels are verified on which shapes. Adding a case is adding a line, or a file in specs/."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from .resources import specs_dir
+from .spec import KernelSpec, SpecError, load_spec, spec_names
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHAPE_FORMAT = "B,Hq,Hkv,Sq,Skv"
+
+
+class Shape(NamedTuple):
+    """Batch, query heads, KV heads, queries, keys; every one at least 1."""
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
+
+
+class Case(NamedTuple):
+    """One verification: the kernel of specs/<kernel>.toml on one shape."""
+
+    kernel: str
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"{self.kernel}[{self.shape}]"
+
+
+class Sweep(NamedTuple):
+    """kernels: globs over kernel names; shapes: (B, Hkv, Sq, Skv)."""
+
+    name: str
+    kernels: tuple[str, ...]
+    shapes: tuple[tuple[int, int, int, int], ...]
+
+
+def parse_shape(text: str, q_heads_per_kv: int) -> Shape:
+    """ "B,Hq,Hkv,Sq,Skv" -> Shape. Raises SpecError."""
+    limit = f"a shape is {SHAPE_FORMAT}, whole numbers of at least 1"
+    words = text.split(",")
+    if len(words) != 5 or not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
+        raise SpecError("shape", text, limit, f"for example --shape 1,{q_heads_per_kv},1,128,128")
+    shape = Shape(*map(int, words))
+    if shape.q_heads != shape.kv_heads * q_heads_per_kv:
+        limit = f"Hq must be Hkv x q_heads_per_kv = {shape.kv_heads} x {q_heads_per_kv}"
+        raise SpecError("shape", text, limit, f"Hq = {shape.kv_heads * q_heads_per_kv}, or another --q-heads-per-kv")
+    return shape
+
+
+def load_matrix(select: str = "*") -> list[Case]:
+    """Every case of specs/matrix.toml whose kernel name matches the glob, each once, in order of kernel.
+
+    Raises SpecError for a malformed matrix, a glob in it that matches no kernel, and a selection that is empty.
+    """
+    names = spec_names()
+    for sweep in sweeps():
+        for pattern in sweep.kernels:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                limit = "matches no kernel in specs/"
+                raise SpecError("kernels", pattern, limit, f'correct sweep "{sweep.name}" of matrix.toml')
+    chosen = [name for name in names if fnmatchcase(name, select)]
+    if not chosen:
+        raise SpecError("select", select, "matches no kernel in specs/", 'for example --select "*_d128*"')
+    return [Case(name, shape) for name in chosen for shape in shapes_of(load_spec(name))]
+
+
+def shapes_of(spec: KernelSpec) -> list[Shape]:
+    """The shapes that matrix.toml asks for a kernel of this name, whether or not it has a file in specs/."""
+    shapes = [
+        Shape(batch, kv_heads * spec.q_heads_per_kv, kv_heads, queries, keys)
+        for sweep in sweeps()
+        if any(fnmatchcase(spec.name, pattern) for pattern in sweep.kernels)
+        for batch, kv_heads, queries, keys in sweep.shapes
+    ]
+    return list(dict.fromkeys(shapes))
+
+
+@lru_cache(maxsize=1)
+def sweeps() -> tuple[Sweep, ...]:
+    """The sweeps of specs/matrix.toml, checked. Raises SpecError."""
+    path = specs_dir() / "matrix.toml"
+    try:
+        return parse_sweeps(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError("matrix.toml", str(path), f"cannot be read: {error}", "restore the file") from None
+
+
+def parse_sweeps(document: Mapping[str, Any]) -> tuple[Sweep, ...]:
+    """The checked sweeps of a parsed matrix.toml. Raises SpecError."""
+    tables = document.get("sweep")
+    if set(document) != {"sweep"} or not isinstance(tables, list):
+        raise SpecError("matrix.toml", sorted(document), "holds [[sweep]] tables and nothing else", "correct the file")
+    return tuple(_sweep(table) for table in tables)
+
+
+def _sweep(table: Mapping[str, Any]) -> Sweep:
+    if set(table) != {"name", "kernels", "shapes"}:
+        raise SpecError("sweep", sorted(table), "has the keys name, kernels and shapes", "correct matrix.toml")
+    if not isinstance(table["kernels"], list) or not all(isinstance(word, str) for word in table["kernels"]):
+        raise SpecError("kernels", table["kernels"], "is a list of globs over kernel names", "correct matrix.toml")
+    for shape in table["shapes"]:
+        if not isinstance(shape, list) or len(shape) != 4 or not all(type(n) is int and n >= 1 for n in shape):
+            limit = "a shape is [B, Hkv, Sq, Skv], whole numbers of at least 1"
+            raise SpecError("shapes", shape, limit, f'correct sweep "{table["name"]}" of matrix.toml')
+    return Sweep(table["name"], tuple(table["kernels"]), tuple(tuple(shape) for shape in table["shapes"]))
