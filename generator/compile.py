@@ -1,0 +1,236 @@
+"""Emitted file -> Binary: PTX, cubin and what a launch really asks for, with no GPU.
+
+Every fact of a Binary is read from what was compiled. Shared memory, threads and the grid's shape come from the
+compiled host function, which is called once with placeholder tensors and a runtime that only records its launch;
+TMEM columns come from the PTX, registers and spills from the cubin. `check_budget` compares them with the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from .cache import cache_dir, cache_key, read_entry, write_entry
+from .cubin import read_cubin
+from .dsl import CompileError, HostFunction, TensorArgument, Traced, check_dsl, host_cpu, trace_kernel
+from .emulator.host import Launch, attached, library_path, redirect
+from .emit import emit_kernel, kernel_path, write_text
+from .plan import Plan
+from .resources import VERSION
+from .spec import KernelSpec
+
+__all__ = ["Binary", "CompileError", "check_budget", "compile_kernel"]
+
+_ENTRY_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel. Bytes and columns a CTA, registers and spill bytes a thread."""
+
+    spec: KernelSpec
+    source_path: Path
+    ptx: str
+    cubin: bytes
+    host_object: bytes  # x86 ELF object of the DSL's host function, for this machine's processor
+    host_symbol: str
+    kernel_name: str  # the entry's name in PTX and cubin
+    smem_bytes: int  # dynamic shared memory of a launch
+    threads: int
+    cluster: tuple[int, int, int]
+    tmem_columns: int  # allocated by tcgen05.alloc
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    dsl: dict[str, str]  # distribution -> version
+    seconds: float  # that tracing and compiling took, when it was done
+    cached: bool  # read from the cache
+
+    @property
+    def spills(self) -> int:
+        """Bytes a thread that go to local memory and back, counted once an instruction: 0 is what we want."""
+        return self.spill_store_bytes + self.spill_load_bytes
+
+
+def compile_kernel(plan: Plan, source: str | Path | None = None, *, use_cache: bool = True) -> Binary:
+    """Compile the emitted file `source` (None: emit it into the cache folder) and check it against plan.budget.
+
+    Raises CompileError when it does not compile or does not match the plan, DslVersionError when the DSL is missing or
+    untested, OutputError or CacheError when a folder cannot be written.
+    """
+    path = Path(source).resolve() if source is not None else emit_to_cache(plan)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CompileError(f"{path}: cannot be read: {error.strerror}") from None
+    versions = check_dsl()
+    key = _key(plan.spec, text, versions)
+    entry = read_entry(key) if use_cache else None
+    binary = _from_entry(plan.spec, path, entry) if entry else _compile(plan.spec, path, versions)
+    if path.read_bytes() != text:
+        raise CompileError(f"{path}: the file changed while it was being compiled; compile it again")
+    check_budget(binary, plan)
+    if use_cache and not binary.cached:
+        write_entry(key, _to_entry(binary))
+    return binary
+
+
+def emit_to_cache(plan: Plan) -> Path:
+    """Emit into a folder of the cache that is named by the text, so that no two texts share a path."""
+    text = emit_kernel(plan)
+    folder = cache_dir() / "sources" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = kernel_path(plan, folder)
+    return path if path.is_file() else write_text(path, text)
+
+
+def check_budget(binary: Binary, plan: Plan) -> None:
+    """Raise CompileError for each figure in which the compiled kernel differs from its plan."""
+    budget = plan.budget
+    wrong = [
+        f"{name}: the compiled kernel has {actual}, the plan {planned}"
+        for name, actual, planned in (
+            ("dynamic shared memory (bytes)", binary.smem_bytes, budget.smem_total),
+            ("TMEM allocation (columns)", binary.tmem_columns, budget.tmem_columns),
+            ("threads", binary.threads, budget.threads),
+            ("architecture", _target(binary.ptx), plan.arch.name),
+        )
+        if actual != planned
+    ]
+    if wrong:
+        raise CompileError(f"{binary.source_path}: does not match its plan: " + "; ".join(wrong))
+
+
+def _compile(spec: KernelSpec, path: Path, versions: dict[str, str]) -> Binary:
+    start = time.perf_counter()
+    traced = trace_kernel(path, spec)
+    kernel_name = _only(r"\.entry\s+([\w$]+)", traced.ptx, "kernels", path)
+    launch = _probe_launch(spec, traced, path)
+    facts = read_cubin(traced.cubin, kernel_name)
+    return Binary(
+        spec=spec,
+        source_path=path,
+        **vars(traced),
+        kernel_name=kernel_name,
+        smem_bytes=launch.smem_bytes,
+        threads=launch.block[0] * launch.block[1] * launch.block[2],
+        cluster=launch.cluster,
+        tmem_columns=allocated_columns(traced.ptx),
+        **vars(facts),
+        dsl=versions,
+        seconds=time.perf_counter() - start,
+        cached=False,
+    )
+
+
+class _LaunchProbe:
+    """A Gpu (see emulator/host.py) on which every kernel is known and takes no parameters, and nothing runs."""
+
+    def __init__(self, arch: str, ptx: str) -> None:
+        self.arch = arch
+        self._kernels = {name: SimpleNamespace(params=[]) for name in re.findall(r"\.entry\s+([\w$]+)", ptx)}
+
+    def load_ptx(self, text: str) -> Any:
+        return SimpleNamespace(kernels=self._kernels)
+
+    def launch(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+
+def _probe_launch(spec: KernelSpec, traced: Traced, path: Path) -> Launch:
+    """What the host function asks of a launch. It only computes with the tensors' descriptors, so any address does."""
+    tokens, group = 1, spec.q_heads_per_kv
+    shapes = [(1, tokens, group, spec.head_dim), (1, tokens, 1, spec.head_dim), (1, tokens, 1, spec.v_dim)]
+    shapes += [(1, tokens, group, spec.v_dim)] + [(1, group, tokens)] * (spec.lse + spec.unnormalized)
+    tensors = [TensorArgument(0x10000, shape, _compact_strides(shape)) for shape in shapes]
+    with attached(_LaunchProbe(spec.arch, traced.ptx), traced.ptx, traced.cubin) as session:
+        function = HostFunction(redirect(traced.host_object), traced.host_symbol, library_path())
+        status = function(tensors, 1.0)
+    if status or len(session.launches) != 1:
+        count = len(session.launches)
+        raise CompileError(f"{path}: the host function made {count} launches (expected 1) and returned {status}")
+    return session.launches[0]
+
+
+def _compact_strides(shape: tuple[int, ...]) -> list[int]:
+    strides = [1]
+    for extent in reversed(shape[1:]):
+        strides.insert(0, strides[0] * extent)
+    return strides
+
+
+def allocated_columns(ptx: str) -> int:
+    """TMEM columns that the kernel's tcgen05.alloc instructions ask for, 0 when it has none.
+
+    A column count arrives as an immediate or in a register that one `mov` sets. Raises CompileError when it cannot be
+    read, or when there is more than one allocation.
+    """
+    operands = re.findall(r"tcgen05\.alloc\.[\w.:]+\s+\[[^\]]*\],\s*([%\w]+)\s*;", ptx)
+    if len(operands) != len(re.findall(r"^[^/\n]*\btcgen05\.alloc\.", ptx, re.MULTILINE)) or len(operands) > 1:
+        raise CompileError(f"expected one tcgen05.alloc that can be read, found operands {operands}")
+    if not operands:
+        return 0
+    operand = operands[0]
+    if operand.startswith("%"):
+        values = set(re.findall(rf"\bmov\.[bus]32\s+{re.escape(operand)},\s*(\w+)\s*;", ptx))
+        writes = re.findall(rf"^\s*(?:@!?%\w+\s+)?[\w.:]+\s+{re.escape(operand)}\s*,", ptx, re.MULTILINE)
+        if len(values) != 1 or len(writes) != 1:
+            raise CompileError(f"tcgen05.alloc takes its column count from {operand}, which is not one constant")
+        operand = values.pop()
+    try:
+        return int(operand, 0)
+    except ValueError:
+        raise CompileError(f"tcgen05.alloc takes its column count from {operand}, which is no constant") from None
+
+
+def _target(ptx: str) -> str:
+    return _only(r"^\.target\s+(\w+)", ptx, "targets", "PTX")
+
+
+def _only(pattern: str, ptx: str, what: str, where: object) -> str:
+    found = re.findall(pattern, ptx, re.MULTILINE)
+    if len(found) != 1:
+        raise CompileError(f"{where}: the PTX has {len(found)} {what} (expected 1): {', '.join(found)}")
+    return found[0]
+
+
+# --- the cache's view of a Binary -----------------------------------------------------------------------------------
+
+_MEMBERS = {"ptx": "kernel.ptx", "cubin": "kernel.cubin", "host_object": "host.o"}
+_NOT_STORED = {"spec", "source_path", "cached", *_MEMBERS}
+
+
+def _key(spec: KernelSpec, source: bytes, versions: dict[str, str]) -> str:
+    return cache_key(
+        {
+            "format": _ENTRY_FORMAT,
+            "bespoke": VERSION,
+            "spec": spec.digest,
+            "arch": spec.arch,
+            "source": hashlib.sha256(source).hexdigest(),
+            "dsl": versions,
+            "cpu": host_cpu(),
+        }
+    )
+
+
+def _to_entry(binary: Binary) -> dict[str, bytes]:
+    facts = {f.name: getattr(binary, f.name) for f in dataclasses.fields(binary) if f.name not in _NOT_STORED}
+    members = {file: getattr(binary, name) for name, file in _MEMBERS.items()}
+    members["kernel.ptx"] = binary.ptx.encode()
+    return {**members, "facts.json": json.dumps(facts, indent=1).encode()}
+
+
+def _from_entry(spec: KernelSpec, path: Path, entry: dict[str, bytes]) -> Binary:
+    facts: dict[str, Any] = json.loads(entry["facts.json"])
+    facts["cluster"] = tuple(facts["cluster"])
+    stored = {name: entry[file] for name, file in _MEMBERS.items()} | {"ptx": entry["kernel.ptx"].decode()}
+    return Binary(spec=spec, source_path=path, cached=True, **stored, **facts)
+

@@ -1,0 +1,223 @@
+"""The one place that imports the CuTe DSL: its versions, tracing a kernel file, and calling compiled host functions.
+
+Nothing is imported from the DSL until it is needed, so that planning and emitting work without it. How a kernel gets
+from a file to a launch:
+
+    trace_kernel     file -> PTX, cubin, and the host function as an x86 object file (the DSL's ahead-of-time export)
+    HostFunction     links that object with a runtime library (the DSL's: GPU; the emulator's: no GPU) and calls it
+
+The object is linked twice at most, once a backend, and neither `CUTE_DSL_LIBS` nor a new trace is needed to switch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .spec import KernelSpec, SpecError
+
+TESTED_SERIES = "4.8"
+_REQUIREMENT = f"nvidia-cutlass-dsl=={TESTED_SERIES}.*"
+_DISTRIBUTION = "nvidia-cutlass-dsl"
+_PARTS = ("libs-base", "libs-core", "libs-cu12", "libs-cu13")  # what the meta-distribution draws in
+
+_PREFIX = "kernel"  # of the exported symbols
+_TMA_ALIGNMENT = 16  # bytes: of a tensor's address and of its strides (cuTensorMapEncodeTiled)
+
+
+class DslVersionError(SpecError):
+    """The DSL is missing, or of a series that this version was not tested with."""
+
+
+class CompileError(RuntimeError):
+    """An emitted kernel does not compile, or does not compile to what its Budget says."""
+
+
+def dsl_versions() -> dict[str, str]:
+    """Installed distributions that make up the DSL, name -> version."""
+    found = {}
+    for name in (_DISTRIBUTION, *(f"{_DISTRIBUTION}-{part}" for part in _PARTS)):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check_dsl() -> dict[str, str]:
+    """dsl_versions(), after checking them. Raises DslVersionError when the DSL is missing or untested."""
+    versions = dsl_versions()
+    remedy = f'pip install "{_REQUIREMENT}"'
+    version = versions.get(_DISTRIBUTION)
+    if version is None:
+        raise DslVersionError(_DISTRIBUTION, "not installed", f"{TESTED_SERIES}.x is needed to compile", remedy)
+    if version.split(".")[:2] != TESTED_SERIES.split("."):
+        raise DslVersionError(_DISTRIBUTION, version, f"tested with {TESTED_SERIES}.x only", remedy)
+    return versions
+
+
+def host_cpu() -> str:
+    """What the host object depends on: the DSL compiles it for the very processor that it runs on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    facts = sorted({line for line in lines if line.split("\t")[0] in ("model name", "flags", "Features", "CPU part")})
+    return f"{platform.machine()} {hashlib.sha256(''.join(facts).encode()).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What the DSL made of one kernel file."""
+
+    ptx: str
+    cubin: bytes
+    host_object: bytes  # x86 ELF object: the host function, with the cubin inside
+    host_symbol: str  # the host function's name in it
+
+
+def trace_kernel(source: Path, spec: KernelSpec) -> Traced:
+    """Import an emitted file, trace its `launch` and compile it for spec.arch. Raises CompileError, DslVersionError."""
+    check_dsl()
+    from cutlass import cute
+    from cutlass.base_dsl.compiler import DumpDir, GPUArch, KeepCUBIN, KeepPTX
+
+    _load_runtime_globally()
+    module_name = f"bespoke_kernel_{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
+    with tempfile.TemporaryDirectory(prefix="bespoke-") as folder:
+        compiler = cute.compile[GPUArch(spec.arch), KeepPTX(), KeepCUBIN(), DumpDir(folder)]
+        try:
+            module = _import_file(source, module_name)
+            # Arguments stand for any tensor of the specification: extents and strides stay open.
+            compiled = compiler(module.launch, *_open_arguments(spec), no_jit_engine=True)
+            host_object = compiled.dump_to_object(_PREFIX)
+        except Exception as error:
+            raise CompileError(f"{source}: {type(error).__name__}: {error}") from error
+        finally:
+            sys.modules.pop(module_name, None)
+        ptx, cubin = compiled.artifacts.PTX, compiled.artifacts.CUBIN
+    return Traced(ptx, cubin, host_object, f"_mlir_{_PREFIX}__mlir_ciface_{compiled.function_name}")
+
+
+def _import_file(source: Path, module_name: str) -> Any:
+    """The DSL reads functions' source through inspect, so the module must be a file's and be registered."""
+    spec = importlib.util.spec_from_file_location(module_name, source)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _open_arguments(spec: KernelSpec) -> list[Any]:
+    """Compile-time stand-ins for `launch`'s parameters (q, k, v, o, [lse], [m], scale, stream)."""
+    import cutlass
+    from cutlass import cute
+    from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+    def matrix(dtype: Any, columns: int) -> Any:  # [B, S, H, D]
+        step = _TMA_ALIGNMENT * 8 // dtype.width
+        strides = tuple(cute.sym_int64(divisibility=step) for _ in range(3))
+        extents = tuple(cute.sym_int() for _ in range(3))
+        return make_fake_tensor(dtype, (*extents, columns), (*strides, 1), assumed_align=_TMA_ALIGNMENT)
+
+    def rows() -> Any:  # [B, H, Sq], float32
+        extents = tuple(cute.sym_int() for _ in range(3))
+        strides = (cute.sym_int64(), cute.sym_int64(), 1)
+        return make_fake_tensor(cutlass.Float32, extents, strides, assumed_align=4)
+
+    element = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}[spec.dtype]
+    output = cutlass.Float32 if spec.unnormalized else element
+    arguments = [matrix(element, spec.head_dim), matrix(element, spec.head_dim), matrix(element, spec.v_dim)]
+    arguments += [matrix(output, spec.v_dim)]
+    arguments += [rows() for wanted in (spec.lse, spec.unnormalized) if wanted]
+    return [*arguments, cutlass.Float32(1.0), make_fake_stream()]
+
+
+def runtime_library() -> Path:
+    """The DSL's own runtime library, which calls the CUDA driver."""
+    check_dsl()
+    import cutlass  # noqa: F401  (its import chooses between the CUDA flavours that are installed)
+    from cutlass.base_dsl.env_manager import get_prefix_dsl_libs
+
+    for path in (get_prefix_dsl_libs("CUTE_DSL") or "").split(":"):
+        if path.endswith("libcute_dsl_runtime.so"):
+            return Path(path)
+    raise CompileError(f"the DSL's runtime library is missing; reinstall it: pip install --force-reinstall {_REQUIREMENT}")
+
+
+def _load_runtime_globally() -> None:
+    """Exporting an object resolves its symbols once, in the libraries of the process; nothing is called."""
+    ctypes.CDLL(str(runtime_library()), ctypes.RTLD_GLOBAL)
+
+
+# --- calling a compiled host function ---------------------------------------------------------------------------------
+
+
+class TensorArgument:
+    """The descriptor by which a host function takes a tensor: address, extents (int32), strides (int64, elements).
+
+    What the trace fixed is left out: the extent of D, and the stride 1 of the last mode.
+    """
+
+    def __init__(self, address: int, shape: Sequence[int], strides: Sequence[int]) -> None:
+        extents = shape[:3]  # [B, S, H, (D)] or [B, H, Sq]
+        fields = [
+            ("address", ctypes.c_void_p),
+            ("shape", ctypes.c_int32 * len(extents)),
+            ("strides", ctypes.c_int64 * (len(strides) - 1)),
+        ]
+        structure = type("Descriptor", (ctypes.Structure,), {"_fields_": fields})
+        self.value = structure(address, tuple(extents), tuple(strides[:-1]))
+
+
+class HostFunction:
+    """A host object linked with one runtime library.
+
+    Linking needs no device; `load` (the first call does it) hands the cubin to the runtime library.
+    """
+
+    def __init__(self, host_object: bytes, symbol: str, library: Path) -> None:
+        check_dsl()
+        import cutlass  # noqa: F401  (its import loads the extension below)
+        from cutlass._mlir._mlir_libs._cutlass_ir._execution_engine import BinaryExecutionEngine
+
+        self._engine = BinaryExecutionEngine(host_object, [str(library)], True)
+        self._symbol = symbol
+        self._handle = ctypes.pointer(ctypes.c_void_p())  # to the loaded library
+        self._devices: set[int] = set()
+
+    def load(self, device: int = 0) -> int:
+        """Load the cubin and set the kernel's attributes on `device`. Returns a CUDA error code, 0 for success."""
+        error = ctypes.c_int32(0)
+        if not self._devices:
+            self._call(f"_mlir_{_PREFIX}_cuda_init", self._handle, error)
+        if error.value == 0:
+            self._call(f"_mlir_{_PREFIX}_cuda_load_to_device", self._handle, ctypes.c_int32(device), error)
+        if error.value == 0:
+            self._devices.add(device)
+        return error.value
+
+    def __call__(self, tensors: Sequence[TensorArgument], scale: float, stream: int = 0, device: int = 0) -> int:
+        """Launch on `device`, which must be current. Returns a CUDA error code, 0 for success."""
+        status = 0 if device in self._devices else self.load(device)
+        if status:
+            return status
+        result = ctypes.c_int32(0)
+        values = [tensor.value for tensor in tensors]
+        self._call(self._symbol, *values, ctypes.c_float(scale), ctypes.c_void_p(stream), result)
+        return result.value
+
+    def _call(self, symbol: str, *values: Any) -> None:
+        """Every exported function takes one array of pointers to its arguments, the result last."""
+        packed = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.lookup(symbol))
+        function(ctypes.addressof(packed))
