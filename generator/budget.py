@@ -257,7 +257,7 @@ def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tupl
     steps = spec.v_dim // tiling.o_chunk
     staging = f"{m} x {tiling.o_chunk} of {o_bytes} bytes, in {steps} step{'s' if steps > 1 else ''}"
     if tiling.o_over_q:
-        staging += ", over sQ, which is free when the last QK has completed"
+        staging += ", over sQ once the last QK is done"
     wanted.append(("sO", m * tiling.o_chunk * o_bytes, 1, "sQ" if tiling.o_over_q else None, staging))
     placed: dict[str, Buffer] = {}
     end = 0
@@ -338,9 +338,10 @@ def _smem_remedy(spec: KernelSpec, tiling: Tiling) -> str:
 def _tmem_overflow(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> Overflow:
     reason = " + ".join(f"{region.name} {region.columns}" for region in budget.regions)
     if spec.v_dim >= arch.tmem_columns:
+        rest = [region.name for region in budget.regions if region.name != "O"]
         reason = (
             f"a {tiling.tile_m} x {spec.v_dim} float32 accumulator takes all {arch.tmem_columns} columns, "
-            f"so {' and '.join(r.name for r in budget.regions if r.name != 'O')} have no room: {reason}"
+            f"so {' and '.join(rest)} {'have' if len(rest) > 1 else 'has'} no room: {reason}"
         )
     if spec.v_dim > 256:
         remedy = (

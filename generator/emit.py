@@ -66,12 +66,17 @@ def is_current(plan: Plan, directory: str | Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> Path:
+    """write_bytes, UTF-8."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file whole or not at all: readers and an interrupted run never see half of it. Raises OutputError."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_text(text, encoding="utf-8", newline="\n")
+            part.write_bytes(content)
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)

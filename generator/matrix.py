@@ -1,13 +1,18 @@
-"""specs/matrix.toml: which kernels are verified on which shapes. Adding a case is adding a line, or a file in specs/."""
+"""specs/matrix.toml: which kernels are verified on which shapes. Adding a case is adding a line there or a file."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import groupby
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+from .plan import plan_kernel
 from .resources import specs_dir
 from .spec import KernelSpec, SpecError, load_spec, spec_names
 
@@ -48,6 +53,36 @@ class Sweep(NamedTuple):
     name: str
     kernels: tuple[str, ...]
     shapes: tuple[tuple[int, int, int, int], ...]
+
+
+def run_cases(cases: Sequence[Case], backend: str, jobs: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Verify every case, a kernel's together so that it compiles once; rows as kernels finish, in no fixed order.
+
+    A kernel that cannot be compiled or run gives failed rows that say why.
+    """
+    work = [
+        (name, [case.shape for case in group], backend, seed) for name, group in groupby(cases, key=lambda c: c.kernel)
+    ]
+    work.sort(key=lambda item: -len(item[1]))  # the longest first, so that no process is left with it at the end
+    if jobs == 1:
+        for item in work:
+            yield from _verify_shapes(*item)
+        return
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # inherited by the workers: one process a core, one thread each
+    pool = ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn"))
+    try:
+        for done in as_completed([pool.submit(_verify_shapes, *item) for item in work]):
+            yield from done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _verify_shapes(name: str, shapes: Sequence[Shape], backend: str, seed: int) -> list[dict[str, Any]]:
+    from .compile import compile_kernel
+    from .verify import verify_kernel
+
+    binary = compile_kernel(plan_kernel(load_spec(name)))
+    return [verify_kernel(binary, shape, backend=backend, seed=seed).as_dict() for shape in shapes]
 
 
 def parse_shape(text: str, q_heads_per_kv: int) -> Shape:

@@ -20,7 +20,6 @@ from .budget import (
     ELEMENT_BYTES,
     SOFTMAX_WARPS,
     Budget,
-    Overflow,
     Tiling,
     compute_budget,
     output_bytes,
@@ -185,9 +184,9 @@ def plan_kernel(spec: KernelSpec) -> Plan:
             rejected += [Rejected(tiling, str(over), over.remedy) for over in budget.overflows[:1]]
     if not fitting:
         raise _does_not_fit(spec, arch)
-    fitting.sort(key=lambda pair: _preference(pair[0]))
+    fitting.sort(key=lambda pair: preference(pair[0]))
     chosen, budget = fitting[0]
-    rejected += [Rejected(tiling, *_why_second(chosen, tiling)) for tiling, _ in fitting[1:]]
+    rejected += [_second(chosen, tiling) for tiling, _ in fitting[1:]]
     return Plan(spec, arch, chosen, budget, tuple(rejected))
 
 
@@ -212,7 +211,7 @@ def o_chunks(spec: KernelSpec) -> list[int]:
     return [c for c in range(spec.v_dim, 0, -O_CHUNK_STEP) if spec.v_dim % c == 0]
 
 
-def _preference(tiling: Tiling) -> tuple:
+def preference(tiling: Tiling) -> tuple:
     """Sort key: the smallest is taken. The rule is in the module's docstring."""
     return (
         tiling.kv_stages < 2,
@@ -224,25 +223,24 @@ def _preference(tiling: Tiling) -> tuple:
     )
 
 
-_RULES = (
-    ("fewer than two kv stages", "kv_stage of at least 2"),
-    ("a smaller tile_n", "tile_n"),
-    ("P in shared memory", "p_staging"),
-    ("fewer kv stages", "kv_stage"),
-    ("a narrower o_chunk", "o_chunk"),
-    ("sO over sQ without need", "sO of its own"),
+_RULES = (  # one a component of `preference`: why the worse candidate is worse, and the field that forces it
+    ("fits, but has fewer than two kv stages", "kv_stage"),
+    ("fits, but has a smaller tile_n", "tile_n"),
+    ("fits, but keeps P in shared memory", "p_staging"),
+    ("fits, but has fewer kv stages", "kv_stage"),
+    ("fits, but needs more epilogue steps", None),
+    ("fits, but lays sO over sQ without need", None),
 )
 
 
-def _why_second(chosen: Tiling, tiling: Tiling) -> tuple[str, str]:
-    """Why a candidate that fits was not taken: the first rule by which the chosen one is better."""
-    for (reason, knob), better, worse in zip(_RULES, _preference(chosen), _preference(tiling), strict=True):
+def _second(chosen: Tiling, tiling: Tiling) -> Rejected:
+    """A candidate that fits and was not taken: by the first rule on which the chosen one is better."""
+    values = {"kv_stage": tiling.kv_stages, "tile_n": tiling.tile_n, "p_staging": tiling.p_staging}
+    for (reason, field), better, worse in zip(_RULES, preference(chosen), preference(tiling), strict=True):
         if better != worse:
-            return f"fits, but has {reason}", f"set {knob} in the specification" if knob in _SETTABLE else knob
+            remedy = f"{field} = {values[field]} asks for it" if field else "none needed"
+            return Rejected(tiling, reason, remedy)
     raise AssertionError(f"{chosen} and {tiling} are the same candidate")
-
-
-_SETTABLE = {"tile_n", "p_staging", "kv_stage"}
 
 
 def check_implemented(spec: KernelSpec) -> None:
@@ -282,22 +280,19 @@ def _later(spec: KernelSpec):
 
 
 def _does_not_fit(spec: KernelSpec, arch: Arch) -> DoesNotFit:
-    """Names the field to change: kv_stage when fewer stages would fit, then p_staging, tile_n, head_dim."""
-    best = min((compute_budget(spec, arch, t) for t in candidates(spec, arch)), key=_shortfall)
-    over = best.overflows[0]
+    """Names the field to change: kv_stage when fewer stages would fit, else p_staging or tile_n, else head_dim."""
+    tried = [(compute_budget(spec, arch, tiling), tiling) for tiling in candidates(spec, arch)]
+    closest, tiling = min(tried, key=lambda pair: (len(pair[0].overflows), pair[0].overflows[0].over))
+    over = closest.overflows[0]
+    limit = f"does not fit; the closest is {tiling}, {over}"
     if spec.kv_stage != "auto":
         deepest = deepest_kv_stage(spec, arch)
         if deepest:
-            return DoesNotFit("kv_stage", spec.kv_stage, str(over), f"the deepest that fits is {deepest}")
+            return DoesNotFit("kv_stage", spec.kv_stage, limit, f"the deepest that fits is {deepest}")
     for field in ("p_staging", "tile_n"):
         if getattr(spec, field) != "auto" and _any_fits(spec.model_copy(update={field: "auto"}), arch):
-            return DoesNotFit(field, getattr(spec, field), str(over), f'set {field} = "auto", or {over.remedy}')
-    return DoesNotFit("head_dim", spec.head_dim, str(over), over.remedy)
-
-
-def _shortfall(budget: Budget) -> tuple[int, int]:
-    first: Overflow = budget.overflows[0]
-    return (len(budget.overflows), first.over)
+            return DoesNotFit(field, getattr(spec, field), limit, f'{field} = "auto" fits')
+    return DoesNotFit("head_dim", spec.head_dim, limit, over.remedy)
 
 
 def _any_fits(spec: KernelSpec, arch: Arch) -> bool:

@@ -1,0 +1,216 @@
+"""The `bespoke` command: each subcommand names the stages that it runs, and nothing else happens here.
+
+Exit codes: 0 good, 1 verification failed, 2 bad input or does not fit, 130 interrupted. `--json` puts one document on
+stdout; everything else goes to stderr. Stages that need the CuTe DSL are imported when a command reaches them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from . import present
+from .emit import is_current, kernel_path, write_bytes, write_kernel, write_text
+from .matrix import SHAPE_FORMAT, Shape, load_matrix, parse_shape, run_cases, shapes_of
+from .options import kernel_spec, spec_options
+from .plan import Plan, plan_kernel
+from .resources import generated_dir
+from .spec import SpecError
+from .survey import survey_kernel
+
+VERIFICATION_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+BUDGET_HEAD_DIMS = "64,128,256,512"
+REJECTED_SHOWN = 12
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Write, compile and verify a fused attention kernel for exactly one specification.",
+)
+
+Kernel = typer.Argument(None, metavar="[KERNEL]", help="a name in specs/ or a .toml file; or use the options below")
+Json = typer.Option(False, "--json", help="one JSON document on stdout, everything else on stderr")
+Backend = typer.Option("emulator", "--backend", metavar="emulator|cuda", help="where the kernel runs")
+Seed = typer.Option(0, "--seed", help="of the random inputs")
+Out = typer.Option(None, "--out", metavar="DIR", help="where to write; default: generated/")
+Shapes = typer.Option(None, "--shape", metavar=SHAPE_FORMAT, help="repeatable; default: those of specs/matrix.toml")
+Check = typer.Option(False, "--check", help="write nothing; exit 1 when the file is not what is emitted")
+Select = typer.Option("*", "--select", metavar="GLOB", help="kernels of specs/ by name")
+Jobs = typer.Option(os.cpu_count() or 1, "--jobs", min=1, help="processes")
+JsonFile = typer.Option(None, "--json", metavar="FILE", help="write all rows here")
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a subcommand: errors become one message and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            function(*arguments, **options)
+        except SpecError as error:
+            present.fail(error)
+            raise typer.Exit(BAD_INPUT) from None
+        except KeyboardInterrupt:
+            present.say("interrupted; no half-written file is left")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return app.command()(guarded)
+
+
+@command
+@spec_options
+def budget(fields: dict[str, Any], as_json: bool = Json) -> None:
+    """What each kv_stage and P staging needs of shared memory and TMEM. --head-dim takes a list here."""
+    wanted = fields.pop("head_dim", BUDGET_HEAD_DIMS)
+    dims = [int(word) if word.isdecimal() else word for word in str(wanted).split(",")]
+    rows = [row for dim in dims for row in survey_kernel(kernel_spec(None, {**fields, "head_dim": dim}))]
+    if as_json:
+        print(present.document(present.budget_document(rows)))
+        return
+    present.console().print(present.budget_table(rows))
+    for note in present.overflow_notes(rows):
+        present.console().print(note, markup=False, soft_wrap=True)
+
+
+@command
+@spec_options
+def plan(fields: dict[str, Any], kernel: str | None = Kernel, as_json: bool = Json) -> None:
+    """The chosen plan, its budget, and why the other candidates were not taken."""
+    chosen = plan_kernel(kernel_spec(kernel, fields))
+    if as_json:
+        print(present.document(present.plan_document(chosen)))
+        return
+    screen = present.console()
+    screen.print(f"{chosen.kernel_name}: {chosen.tiling}", markup=False)
+    for table in (*present.plan_tables(chosen), present.rejected_table(chosen, REJECTED_SHOWN)):
+        screen.print(table)
+
+
+@command
+@spec_options
+def generate(
+    fields: dict[str, Any],
+    kernel: str | None = Kernel,
+    out: Path | None = Out,
+    check: bool = Check,
+) -> None:
+    """Write the kernel's source file."""
+    chosen = plan_kernel(kernel_spec(kernel, fields))
+    folder = out or generated_dir()
+    if check and not is_current(chosen, folder):
+        present.say(f"{kernel_path(chosen, folder)} is not what is emitted now; run the command without --check")
+        raise typer.Exit(VERIFICATION_FAILED)
+    print(kernel_path(chosen, folder) if check else write_kernel(chosen, folder))
+
+
+@command
+@spec_options
+def compile(fields: dict[str, Any], kernel: str | None = Kernel, out: Path | None = Out, as_json: bool = Json) -> None:
+    """Compile to PTX and cubin with no GPU, and compare with the budget. --out gets both files and the source."""
+    chosen = plan_kernel(kernel_spec(kernel, fields))
+    folder = out or generated_dir()
+    binary = _compiled(chosen, write_kernel(chosen, folder))
+    facts = present.binary_document(binary)
+    if out is not None:
+        path = kernel_path(chosen, out)
+        facts["ptx"] = str(write_text(path.with_suffix(".ptx"), binary.ptx))
+        facts["cubin"] = str(write_bytes(path.with_suffix(".cubin"), binary.cubin))
+    if as_json:
+        print(present.document(facts))
+    else:
+        present.console().print(present.binary_table(chosen, binary))
+
+
+@command
+@spec_options
+def verify(
+    fields: dict[str, Any],
+    kernel: str | None = Kernel,
+    shape: list[str] | None = Shapes,
+    backend: str = Backend,
+    seed: int = Seed,
+    as_json: bool = Json,
+) -> None:
+    """Run the kernel on random inputs and compare with NumPy. Exit code 1 when a shape fails."""
+    chosen = plan_kernel(kernel_spec(kernel, fields))
+    shapes = _shapes(chosen, shape)
+    rows = _verified(chosen, _compiled(chosen, None), shapes, backend, seed)
+    if as_json:
+        print(present.document(rows))
+    else:
+        present.console().print(present.report_table(rows))
+    _exit_if_failed(rows)
+
+
+@command
+@spec_options
+def make(fields: dict[str, Any], kernel: str | None = Kernel) -> None:
+    """Plan, generate, compile and verify: from a specification to a verified kernel."""
+    screen = present.console()
+    with present.stage("plan"):
+        chosen = plan_kernel(kernel_spec(kernel, fields))
+    screen.print(present.budget_table(survey_kernel(chosen.spec)))
+    with present.stage("generate"):
+        source = write_kernel(chosen, generated_dir())
+    binary = _compiled(chosen, source)
+    screen.print(present.binary_table(chosen, binary))
+    with present.stage("verify"):
+        rows = _verified(chosen, binary, shapes_of(chosen.spec), "emulator", 0)
+    screen.print(present.report_table(rows))
+    _exit_if_failed(rows)
+    screen.print(f"{chosen.kernel_name}: verified on {len(rows)} shapes; {source}", markup=False, soft_wrap=True)
+
+
+@command
+def matrix(
+    select: str = Select,
+    backend: str = Backend,
+    jobs: int = Jobs,
+    json_file: Path | None = JsonFile,
+) -> None:
+    """Verify every kernel of specs/ on every shape of specs/matrix.toml."""
+    cases = load_matrix(select)
+    finished = present.track(run_cases(cases, backend, jobs), len(cases), "matrix", present.row_summary)
+    rows = sorted(finished, key=lambda row: (row["kernel"], row["shape"]))
+    if json_file is not None:
+        write_text(json_file, present.document(rows) + "\n")
+    present.console().print(present.report_table(rows))
+    _exit_if_failed(rows)
+
+
+def _compiled(chosen: Plan, source: Path | None) -> Any:
+    from .compile import compile_kernel
+
+    with present.stage("compile"):
+        return compile_kernel(chosen, source)
+
+
+def _shapes(chosen: Plan, texts: list[str] | None) -> list[Shape]:
+    if not texts:
+        return shapes_of(chosen.spec)
+    return [parse_shape(text, chosen.spec.q_heads_per_kv) for text in texts]
+
+
+def _verified(chosen: Plan, binary: Any, shapes: list[Shape], backend: str, seed: int) -> list[dict[str, Any]]:
+    from .verify import verify_kernel
+
+    results = (verify_kernel(binary, shape, backend=backend, seed=seed).as_dict() for shape in shapes)
+    return list(present.track(results, len(shapes), "verify", present.row_summary))
+
+
+def _exit_if_failed(rows: list[dict[str, Any]]) -> None:
+    failed = [row for row in rows if not row["passed"]]
+    if failed:
+        present.say(f"{len(failed)} of {len(rows)} verifications failed")
+        raise typer.Exit(VERIFICATION_FAILED)
+
+
+def main() -> None:
+    """Entry point of the `bespoke` command."""
+    app(prog_name="bespoke")

@@ -1,0 +1,272 @@
+"""How the command shows things: tables and progress for people, documents for programs.
+
+Tables go to stdout, or to stderr when stdout carries a JSON document; progress and messages always go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .plan import Plan
+from .survey import Row
+
+TABLE_WIDTH = 190  # columns of the widest table; a narrower terminal wraps its lines rather than losing cells
+SMEM_BUFFERS = ("sQ", "sK", "sV", "sP", "sO", "barriers")
+TMEM_REGIONS = ("S", "P", "O")
+
+Item = TypeVar("Item")
+
+
+def console(to_stderr: bool = False) -> Console:
+    """stdout (or stderr) as rich sees it: colors and bars on a terminal, plain text otherwise."""
+    screen = Console(stderr=to_stderr, highlight=False)
+    if not to_stderr:
+        screen.width = max(screen.width, TABLE_WIDTH)
+    return screen
+
+
+def say(text: str) -> None:
+    """A message for people, on stderr."""
+    console(to_stderr=True).print(escape(text), soft_wrap=True)
+
+
+def fail(error: BaseException) -> None:
+    """An error for people, on stderr."""
+    console(to_stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+
+
+def document(value: Any) -> str:
+    """The one JSON document of a --json run."""
+    return json.dumps(value, indent=2, default=str)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """A long step: a spinner on a terminal, then one line with its time, on stderr."""
+    screen = console(to_stderr=True)
+    start = time.perf_counter()
+    if screen.is_terminal:
+        with screen.status(name):
+            yield
+    else:
+        yield
+    screen.print(f"{name:<10} {time.perf_counter() - start:8.3f} s")
+
+
+def track(items: Iterable[Item], total: int, name: str, describe: Callable[[Item], str]) -> Iterator[Item]:
+    """Pass items on while showing progress: a bar on a terminal, a line an item otherwise, on stderr."""
+    screen = console(to_stderr=True)
+    if not screen.is_terminal:
+        for count, item in enumerate(items, 1):
+            screen.print(f"{name} {count}/{total} {describe(item)}", markup=False)
+            yield item
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        for item in items:
+            progress.update(task, advance=1, description=f"{name} {describe(item)}")
+            yield item
+
+
+def _table(*columns: str, title: str | None = None, left: tuple[str, ...] = ()) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=column not in left)
+    return table
+
+
+def budget_table(rows: Iterable[Row]) -> Table:
+    """One line a head_dim, P staging and kv_stage: bytes of shared memory, columns of TMEM, status."""
+    regions = [f"TMEM {name}" for name in TMEM_REGIONS]
+    smem = (*SMEM_BUFFERS, "total", "limit")
+    heads = ("head_dim", "P in", "kv_stage", "tile", *smem, *regions, "sum", "alloc", "status")
+    table = _table(*heads, left=("P in", "status"))
+    for row in rows:
+        budget = row.budget
+        color = "red" if row.overflows else "yellow" if row.missing else "green"
+        table.add_row(
+            *_head_cells(row),
+            *(_smem_cell(row, name) for name in SMEM_BUFFERS),
+            *(str(number) for number in (budget.smem_total, budget.smem_limit)),
+            *(str(_columns(row, name)) for name in TMEM_REGIONS),
+            *(str(number) for number in (budget.tmem_used, budget.tmem_columns)),
+            f"[{color}]{escape(row.status)}[/]",
+            style="bold" if row.chosen else None,
+        )
+    return table
+
+
+def _head_cells(row: Row) -> tuple[str, ...]:
+    spec, tiling = row.spec, row.tiling
+    dims = str(spec.head_dim) if spec.v_dim == spec.head_dim else f"{spec.head_dim}/{spec.v_dim}"
+    return (dims, tiling.p_staging.upper(), str(tiling.kv_stages), f"{tiling.tile_m}x{tiling.tile_n}")
+
+
+def _smem_cell(row: Row, name: str) -> str:
+    return "in sQ" if name == "sO" and row.tiling.o_over_q else str(row.budget.bytes_of(name))
+
+
+def _columns(row: Row, name: str) -> int:
+    return sum(region.columns for region in row.budget.regions if region.name == name)
+
+
+def overflow_notes(rows: Iterable[Row]) -> list[str]:
+    """What overflows and what would fit, once a head_dim and P staging: for its shallowest row."""
+    notes, seen = [], set()
+    for row in rows:
+        key = (row.spec.head_dim, row.spec.v_dim, row.tiling.p_staging)
+        if not row.overflows or key in seen:
+            continue
+        seen.add(key)
+        notes.append(f"head_dim {row.spec.head_dim}, {row.tiling}:")
+        notes += [line for over in row.overflows for line in (f"  {over}", f"    remedy: {over.remedy}")]
+        if row.missing:
+            notes.append(f"  {row.missing}")
+    return notes
+
+
+def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The table for programs. smem and tmem hold bytes and columns by name; overflows the reasons and remedies."""
+    return [
+        {
+            "arch": row.spec.arch,
+            "head_dim": row.spec.head_dim,
+            "head_dim_v": row.spec.v_dim,
+            **asdict(row.tiling),
+            "smem": {name: row.budget.bytes_of(name) for name in SMEM_BUFFERS},
+            "smem_total": row.budget.smem_total,
+            "smem_limit": row.budget.smem_limit,
+            "tmem": {name: _columns(row, name) for name in TMEM_REGIONS},
+            "tmem_used": row.budget.tmem_used,
+            "tmem_columns": row.budget.tmem_columns,
+            "tmem_limit": row.budget.tmem_limit,
+            "fits": not row.overflows,
+            "implemented": not row.missing,
+            "chosen": row.chosen,
+            "status": row.status,
+            "overflows": [{**asdict(over), "over": over.over} for over in row.overflows],
+        }
+        for row in rows
+    ]
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """The plan's budget: shared memory, TMEM, mbarriers, warps."""
+    budget = plan.budget
+    smem = _table(
+        *("buffer", "offset", "bytes", "stages", "holds"),
+        title=f"shared memory: {budget.smem_total} of {budget.smem_limit} bytes",
+        left=("buffer", "holds"),
+    )
+    for item in budget.buffers:
+        smem.add_row(item.name, str(item.offset), str(item.bytes), str(item.stages), item.reason)
+    tmem = _table(
+        *("region", "column", "columns", "holds"),
+        title=f"TMEM: {budget.tmem_used} of {budget.tmem_limit} columns, {budget.tmem_columns} allocated",
+        left=("region", "holds"),
+    )
+    for region in budget.regions:
+        tmem.add_row(region.name, str(region.column), str(region.columns), region.reason)
+    warps = _table(*("role", "warps", "registers", "why"), title=f"{budget.threads} threads", left=("role", "why"))
+    for role in budget.roles:
+        warps.add_row(role.name, str(role.warps), str(role.registers), role.reason)
+    barriers = _table(
+        *("barrier", "stages", "arrivals", "completes a phase"),
+        title="mbarriers",
+        left=("barrier", "completes a phase"),
+    )
+    for barrier in budget.mbarriers:
+        barriers.add_row(barrier.name, str(barrier.stages), str(barrier.arrivals), barrier.reason)
+    return [smem, tmem, barriers, warps]
+
+
+def rejected_table(plan: Plan, limit: int) -> Table:
+    """The first candidates that were not taken, by the planner's order, and why."""
+    title = f"not taken: {len(plan.rejected)} candidates"
+    if len(plan.rejected) > limit:
+        title += f", {limit} shown (--json has all)"
+    table = _table("candidate", "why", "remedy", title=title, left=("candidate", "why", "remedy"))
+    for item in plan.rejected[:limit]:
+        table.add_row(str(item.candidate), item.reason, item.remedy)
+    return table
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """The plan for programs."""
+    layouts = {
+        name: {**asdict(layout), "box": layout.box, "bytes": layout.bytes} for name, layout in plan.layouts.items()
+    }
+    return {
+        "kernel": plan.kernel_name,
+        "digest": plan.spec.digest,
+        "spec": plan.spec.model_dump(),
+        "tiling": asdict(plan.tiling),
+        "budget": {**asdict(plan.budget), "fits": plan.budget.fits},
+        "layouts": layouts,
+        "rejected": [
+            {"candidate": asdict(item.candidate), "reason": item.reason, "remedy": item.remedy}
+            for item in plan.rejected
+        ],
+    }
+
+
+def report_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Verification rows: kernel, shape, errors, hazards, verdict."""
+    table = _table(
+        *("kernel", "shape", "backend", "cos", "rel_err", "max_abs_err", "lse_err", "hazards", "s", "verdict"),
+        left=("kernel", "shape", "backend"),
+    )
+    for row in rows:
+        verdict = "[green]passed[/]" if row["passed"] else "[red]FAILED[/]"
+        shape = row["shape"] if isinstance(row["shape"], str) else ",".join(map(str, row["shape"]))
+        errors = (_number(row[key], "7.2e") for key in ("rel_err", "max_abs_err", "lse_max_abs_err"))
+        cells = (_number(row["cos"], ".7f"), *errors, str(row["hazards"]), _number(row["seconds"], ".2f"))
+        table.add_row(row["kernel"], shape, row["backend"], *cells, verdict)
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def row_summary(row: dict[str, Any]) -> str:
+    """A verification row in a line."""
+    errors = f"rel_err {_number(row['rel_err'], '.2e')}"
+    return f"{row['kernel']} [{row['shape']}] {errors} {'passed' if row['passed'] else 'FAILED'}"
+
+
+def binary_document(binary: Any) -> dict[str, Any]:
+    """What was compiled, for programs. Bytes and columns a CTA, registers and spill bytes a thread."""
+    names = ("kernel_name", "smem_bytes", "tmem_columns", "threads", "registers", "spills", "seconds", "cached")
+    facts = {name: getattr(binary, name) for name in names}
+    return {"kernel": binary.spec.name, **facts, "cubin_bytes": len(binary.cubin), "source": str(binary.source_path)}
+
+
+def binary_table(plan: Plan, binary: Any) -> Table:
+    """The compiled kernel beside its plan."""
+    budget = plan.budget
+    how = "from the cache" if binary.cached else f"{binary.seconds:.2f} s"
+    table = _table("", "planned", "compiled", title=f"compiled: {len(binary.cubin)} bytes of cubin, {how}", left=("",))
+    registers = max(role.registers for role in budget.roles)
+    for name, planned, actual in (
+        ("dynamic shared memory, bytes", str(budget.smem_total), binary.smem_bytes),
+        ("TMEM columns", str(budget.tmem_columns), binary.tmem_columns),
+        ("threads", str(budget.threads), binary.threads),
+        ("registers a thread", f"about {registers}", binary.registers),
+        ("spilled bytes a thread", "0", binary.spills),
+    ):
+        table.add_row(name, planned, str(actual))
+    return table
