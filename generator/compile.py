@@ -20,8 +20,8 @@ from typing import Any
 from .cache import cache_dir, cache_key, read_entry, write_entry
 from .cubin import read_cubin
 from .dsl import CompileError, HostFunction, TensorArgument, Traced, check_dsl, host_cpu, trace_kernel
-from .emulator.host import Launch, attached, library_path, redirect
 from .emit import emit_kernel, kernel_path, write_text
+from .emulator.host import Launch, attached, library_path, redirect
 from .plan import Plan
 from .resources import VERSION
 from .spec import KernelSpec
@@ -35,7 +35,7 @@ _ENTRY_FORMAT = 1
 class Binary:
     """A compiled kernel. Bytes and columns a CTA, registers and spill bytes a thread."""
 
-    spec: KernelSpec
+    plan: Plan
     source_path: Path
     ptx: str
     cubin: bytes
@@ -53,6 +53,14 @@ class Binary:
     dsl: dict[str, str]  # distribution -> version
     seconds: float  # that tracing and compiling took, when it was done
     cached: bool  # read from the cache
+
+    @property
+    def spec(self) -> KernelSpec:
+        return self.plan.spec
+
+    @property
+    def tile_n(self) -> int:
+        return self.plan.tile_n
 
     @property
     def spills(self) -> int:
@@ -74,10 +82,10 @@ def compile_kernel(plan: Plan, source: str | Path | None = None, *, use_cache: b
     versions = check_dsl()
     key = _key(plan.spec, text, versions)
     entry = read_entry(key) if use_cache else None
-    binary = _from_entry(plan.spec, path, entry) if entry else _compile(plan.spec, path, versions)
+    binary = _from_entry(plan, path, entry) if entry else _compile(plan, path, versions)
     if path.read_bytes() != text:
         raise CompileError(f"{path}: the file changed while it was being compiled; compile it again")
-    check_budget(binary, plan)
+    check_budget(binary)
     if use_cache and not binary.cached:
         write_entry(key, _to_entry(binary))
     return binary
@@ -91,16 +99,16 @@ def emit_to_cache(plan: Plan) -> Path:
     return path if path.is_file() else write_text(path, text)
 
 
-def check_budget(binary: Binary, plan: Plan) -> None:
-    """Raise CompileError for each figure in which the compiled kernel differs from its plan."""
-    budget = plan.budget
+def check_budget(binary: Binary) -> None:
+    """Raise CompileError that names each figure in which the compiled kernel differs from its plan."""
+    budget = binary.plan.budget
     wrong = [
         f"{name}: the compiled kernel has {actual}, the plan {planned}"
         for name, actual, planned in (
             ("dynamic shared memory (bytes)", binary.smem_bytes, budget.smem_total),
             ("TMEM allocation (columns)", binary.tmem_columns, budget.tmem_columns),
             ("threads", binary.threads, budget.threads),
-            ("architecture", _target(binary.ptx), plan.arch.name),
+            ("architecture", _target(binary.ptx), binary.plan.arch.name),
         )
         if actual != planned
     ]
@@ -108,14 +116,14 @@ def check_budget(binary: Binary, plan: Plan) -> None:
         raise CompileError(f"{binary.source_path}: does not match its plan: " + "; ".join(wrong))
 
 
-def _compile(spec: KernelSpec, path: Path, versions: dict[str, str]) -> Binary:
+def _compile(plan: Plan, path: Path, versions: dict[str, str]) -> Binary:
     start = time.perf_counter()
-    traced = trace_kernel(path, spec)
+    traced = trace_kernel(path, plan.spec)
     kernel_name = _only(r"\.entry\s+([\w$]+)", traced.ptx, "kernels", path)
-    launch = _probe_launch(spec, traced, path)
+    launch = _probe_launch(plan.spec, traced, path)
     facts = read_cubin(traced.cubin, kernel_name)
     return Binary(
-        spec=spec,
+        plan=plan,
         source_path=path,
         **vars(traced),
         kernel_name=kernel_name,
@@ -204,7 +212,7 @@ def _only(pattern: str, ptx: str, what: str, where: object) -> str:
 # --- the cache's view of a Binary -----------------------------------------------------------------------------------
 
 _MEMBERS = {"ptx": "kernel.ptx", "cubin": "kernel.cubin", "host_object": "host.o"}
-_NOT_STORED = {"spec", "source_path", "cached", *_MEMBERS}
+_NOT_STORED = {"plan", "source_path", "cached", *_MEMBERS}
 
 
 def _key(spec: KernelSpec, source: bytes, versions: dict[str, str]) -> str:
@@ -228,9 +236,8 @@ def _to_entry(binary: Binary) -> dict[str, bytes]:
     return {**members, "facts.json": json.dumps(facts, indent=1).encode()}
 
 
-def _from_entry(spec: KernelSpec, path: Path, entry: dict[str, bytes]) -> Binary:
+def _from_entry(plan: Plan, path: Path, entry: dict[str, bytes]) -> Binary:
     facts: dict[str, Any] = json.loads(entry["facts.json"])
     facts["cluster"] = tuple(facts["cluster"])
     stored = {name: entry[file] for name, file in _MEMBERS.items()} | {"ptx": entry["kernel.ptx"].decode()}
-    return Binary(spec=spec, source_path=path, cached=True, **stored, **facts)
-
+    return Binary(plan=plan, source_path=path, cached=True, **stored, **facts)

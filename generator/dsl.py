@@ -151,7 +151,9 @@ def runtime_library() -> Path:
     for path in (get_prefix_dsl_libs("CUTE_DSL") or "").split(":"):
         if path.endswith("libcute_dsl_runtime.so"):
             return Path(path)
-    raise CompileError(f"the DSL's runtime library is missing; reinstall it: pip install --force-reinstall {_REQUIREMENT}")
+    raise CompileError(
+        f"the DSL's runtime library is missing; reinstall it: pip install --force-reinstall {_REQUIREMENT}"
+    )
 
 
 def _load_runtime_globally() -> None:

@@ -15,7 +15,7 @@ Why the names differ: the DSL's loader resolves a symbol in whichever library of
 library with the same names would serve either the emulator or the GPU, by the accident of loading order.
 
 Sources: the calls and the launch configuration's layout were observed with nvidia-cutlass-dsl 4.8.1; enumeration
-values are those of the CUDA 13 headers (cudaDeviceAttr, cudaFuncAttribute, cudaLaunchAttributeID, CUfunction_attribute).
+values are those of the CUDA 13 headers (cudaDeviceAttr, cudaFuncAttribute, cudaLaunchAttributeID).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .errors import EmulatorError
+
 CUDA_SUCCESS = 0
 CUDA_ERROR_UNKNOWN = 999
 MAX_OPTIN_SHARED_BYTES = {"sm_90a": 232448, "sm_100a": 232448}  # CUDA programming guide, compute capabilities: 227 KiB
@@ -43,7 +45,7 @@ _FUNCTION_STATIC_SHARED, _FUNCTION_MAX_DYNAMIC_SHARED, _FUNCTION_NON_PORTABLE_CL
 _LAUNCH_COOPERATIVE, _LAUNCH_CLUSTER, _LAUNCH_PROGRAMMATIC_SERIALIZATION = 2, 4, 6
 
 
-class HostError(RuntimeError):
+class HostError(EmulatorError):
     """The host function asked for something that the emulated CUDA runtime does not offer or must refuse."""
 
 

@@ -1,0 +1,239 @@
+"""Binary + arrays -> arrays, on the backend "emulator" (CPU arrays) or "cuda" (CUDA tensors, or CPU arrays copied).
+
+Both backends call the same compiled host function with the same descriptors; they differ in the runtime library that
+it is linked with and in where the arrays are.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .arrays import (
+    DTYPES,
+    CallError,
+    Output,
+    View,
+    check_inputs,
+    is_torch,
+    merged_spans,
+    output_layout,
+)
+from .compile import Binary
+from .dsl import HostFunction, runtime_library
+from .emulator.host import HostError, attached, library_path, redirect
+
+BACKENDS = ("emulator", "cuda")
+_COMPUTE_CAPABILITY = {"sm_90a": (9, 0), "sm_100a": (10, 0)}
+
+
+class RunError(RuntimeError):
+    """A kernel could not be launched, or wrote where it must not."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One observed call. outputs: o, then lse and m where the kernel has them; launches: the emulator's reports."""
+
+    outputs: tuple[Output, ...]
+    seconds: float
+    launches: tuple[Any, ...]
+
+
+def run_kernel(
+    binary: Binary, q: Any, k: Any, v: Any, scale: float | None = None, backend: str | None = None
+) -> tuple[Any, ...]:
+    """Attention of Q [B, Sq, Hq, D], K [B, Skv, Hkv, D], V [B, Skv, Hkv, Dv] in the kernel's dtype.
+
+    scale: of the scores, default 1/sqrt(head_dim). backend: default by where the arrays are. Returns O [B, Sq, Hq, Dv]
+    (float32 when unnormalized), then LSE and, when unnormalized, m, float32 [B, Hq, Sq], in the library of q.
+    Raises CallError for arrays that the kernel was not built for, RunError when it cannot be launched or writes outside
+    its outputs, EmulatorError for what the emulator refuses.
+    """
+    views = check_inputs(binary.spec, q, k, v)
+    if _check_backend(backend, views) == "cuda" and views[0].device != "cpu":
+        return _run_on_tensors(binary, views, _check_scale(binary, scale))
+    run = run_observed(binary, q, k, v, scale, backend)
+    for output in run.outputs:
+        if output.outside():
+            raise RunError(f"{binary.spec.name} wrote {output.outside()} elements outside {output.name}")
+    return tuple(_like(q, output.array) for output in run.outputs)
+
+
+def run_observed(binary: Binary, q: Any, k: Any, v: Any, scale: float | None = None, backend: str | None = None) -> Run:
+    """run_kernel on CPU arrays, with outputs that tell what was written. For verification."""
+    views = check_inputs(binary.spec, q, k, v)
+    if views[0].device != "cpu":
+        raise CallError("device", views[0].device, "only CPU arrays are observed", "pass NumPy arrays")
+    scale = _check_scale(binary, scale)
+    outputs = tuple(Output(*layout) for layout in output_layout(binary.spec, views[0]))
+    execute = {"emulator": _run_emulated, "cuda": _run_copied}[_check_backend(backend, views)]
+    start = time.perf_counter()
+    launches = execute(binary, views, outputs, scale)
+    return Run(outputs, time.perf_counter() - start, launches)
+
+
+def _check_backend(backend: str | None, views: Sequence[View]) -> str:
+    device = views[0].device
+    if device != "cpu" and not device.startswith("cuda"):
+        raise CallError("device", device, "arrays must be on the CPU or on a CUDA device", "move them")
+    if backend is None:
+        return "emulator" if device == "cpu" else "cuda"
+    if backend not in BACKENDS:
+        raise CallError("backend", backend, f"must be {' or '.join(BACKENDS)}", 'leave it out, or use "emulator"')
+    if backend == "emulator" and device != "cpu":
+        raise CallError(
+            "backend", backend, f"the emulator reads CPU arrays; q is on {device}", "pass q.cpu(), k.cpu(), v.cpu()"
+        )
+    return backend
+
+
+def _check_scale(binary: Binary, scale: float | None) -> float:
+    if scale is None:
+        return binary.spec.head_dim**-0.5
+    limit = "must be a positive finite number (the row maximum is taken before scaling)"
+    remedy = "leave it out for 1/sqrt(head_dim)"
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        raise CallError("scale", scale, limit, remedy) from None
+    if not (0 < value < math.inf):
+        raise CallError("scale", scale, limit, remedy)
+    return value
+
+
+def _like(q: Any, array: np.ndarray) -> Any:
+    """The array in q's library. The memory is shared: an Output's storage lives as long as a view of it."""
+    if not is_torch(q):
+        return array
+    import torch
+
+    if array.dtype == DTYPES["bf16"]:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+@lru_cache(maxsize=64)
+def _host_function(host_object: bytes, symbol: str, backend: str) -> HostFunction:
+    if backend == "emulator":
+        return HostFunction(redirect(host_object), symbol, library_path())
+    return HostFunction(host_object, symbol, runtime_library())
+
+
+# --- the emulator ---------------------------------------------------------------------------------------------------
+
+
+def _run_emulated(binary: Binary, views: Sequence[View], outputs: Sequence[Output], scale: float) -> tuple[Any, ...]:
+    from .emulator import Gpu
+
+    gpu = Gpu(arch=binary.spec.arch, strict=True)
+    for names, address, size in merged_spans(views):
+        gpu.add_array((address, size), name=names, initialized=True)
+    for output in outputs:
+        gpu.add_array((output.array.ctypes.data, output.array.nbytes), name=output.name, initialized=False)
+    arguments = [view.argument() for view in (*views, *(output.view() for output in outputs))]
+    function = _host_function(binary.host_object, binary.host_symbol, "emulator")
+    with attached(gpu, binary.ptx, binary.cubin):
+        status = function(arguments, scale)
+        if status:
+            raise HostError(f"the host function returned CUDA error {status}")
+    return tuple(gpu.launches)
+
+
+# --- a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def _cuda(result: tuple[Any, ...]) -> Any:
+    """The value of a cuda-python call. Raises RunError with CUDA's own words."""
+    from cuda.bindings import runtime
+
+    error, *values = result
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise RunError(f"CUDA: {_error_name(int(error))}")
+    return values[0] if values else None
+
+
+def _error_name(status: int) -> str:
+    from cuda.bindings import runtime
+
+    return runtime.cudaError_t(status).name
+
+
+def check_device(arch: str, device: int = 0) -> None:
+    """Raise RunError unless CUDA device `device` exists and can execute code for `arch`."""
+    from cuda.bindings import runtime
+
+    remedy = 'use backend="emulator" with CPU arrays'
+    try:
+        count = _cuda(runtime.cudaGetDeviceCount())
+    except (RunError, RuntimeError) as error:  # RuntimeError: cuda-python finds no driver library
+        raise RunError(f"no CUDA device can be used ({error}); {remedy}") from None
+    if count <= device:
+        raise RunError(f"CUDA device {device} asked for, but there are {count}; {remedy}")
+    attribute = runtime.cudaDeviceAttr
+    major = _cuda(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMajor, device))
+    minor = _cuda(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMinor, device))
+    if (major, minor) != _COMPUTE_CAPABILITY[arch]:
+        raise RunError(f"the kernel was built for {arch}, but CUDA device {device} is sm_{major}{minor}; {remedy}")
+
+
+def _launch_on_device(binary: Binary, views: Sequence[View], scale: float, stream: int, device: int) -> None:
+    function = _host_function(binary.host_object, binary.host_symbol, "cuda")
+    status = function([view.argument() for view in views], scale, stream, device)
+    if status:
+        raise RunError(f"{binary.spec.name}: the launch failed with CUDA error {_error_name(status)}")
+
+
+def _run_on_tensors(binary: Binary, views: Sequence[View], scale: float) -> tuple[Any, ...]:
+    """CUDA tensors in, CUDA tensors out, on PyTorch's current stream; nothing is copied or waited for."""
+    import torch
+
+    from .arrays import view_of
+
+    device = views[0].owner.device
+    check_device(binary.spec.arch, device.index or 0)
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+    layout = output_layout(binary.spec, views[0])
+    outputs = [torch.empty(shape, dtype=kinds[dtype], device=device) for _, shape, dtype in layout]
+    arguments = [*views, *(view_of(name, tensor) for (name, _, _), tensor in zip(layout, outputs, strict=True))]
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _launch_on_device(binary, arguments, scale, stream, device.index or 0)
+    return tuple(outputs)
+
+
+def _run_copied(binary: Binary, views: Sequence[View], outputs: Sequence[Output], scale: float) -> tuple[Any, ...]:
+    """CPU arrays on device 0: copied there, and the outputs back with their guard regions."""
+    check_device(binary.spec.arch)
+    from cuda.bindings import runtime
+
+    kind = runtime.cudaMemcpyKind
+    spans = [(low, high - low) for low, high in (view.span for view in views)]
+    spans += [(output.storage.ctypes.data, output.storage.nbytes) for output in outputs]
+    copies: list[int] = []
+    try:
+        for address, size in spans:
+            copies.append(int(_cuda(runtime.cudaMalloc(size))))
+            _cuda(runtime.cudaMemcpy(copies[-1], address, size, kind.cudaMemcpyHostToDevice))
+        arguments = [_moved(view, copy) for view, copy in zip(views, copies, strict=False)]
+        returned = list(zip(outputs, copies[len(views) :], strict=True))
+        arguments += [output.view(copy + output.offset_bytes, "cuda:0") for output, copy in returned]
+        _launch_on_device(binary, arguments, scale, 0, 0)
+        _cuda(runtime.cudaDeviceSynchronize())
+        for output, copy in returned:
+            size = output.storage.nbytes
+            _cuda(runtime.cudaMemcpy(output.storage.ctypes.data, copy, size, kind.cudaMemcpyDeviceToHost))
+    finally:
+        for copy in copies:
+            runtime.cudaFree(copy)
+    return ()
+
+
+def _moved(view: View, address: int) -> View:
+    return View(view.name, view.shape, view.strides, view.dtype, view.item_bytes, address, "cuda:0", view.owner)

@@ -1,0 +1,218 @@
+"""Outputs against the reference: figures, bounds and a verdict.
+
+A kernel passes when all of these hold. Every figure is over the whole tensor, with O as attention: an un-normalized O
+enters as O * exp(m - LSE).
+  rel_err            relative L2 error of O: at most twice that of reference.rounding_model, which rounds what a kernel
+                     of this dtype must round and nothing else. Where that model is exact (one key), float32's own
+                     error, 2^-20, is allowed.
+  cos                cosine similarity with the reference: at least 0.99999.
+  lse_max_abs_err    at most 1e-4; rows that see no key have exactly -inf, and no others.
+  m                  exactly -inf in the rows that see no key, and at most LSE + 1e-4 (a kernel that returns it).
+  written            every element of every output, and nothing in the guard regions around them.
+  hazards            the emulator reported none.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .arrays import DTYPES, Output
+from .compile import Binary
+from .emulator.errors import Deadlock, EmulatorError, Hazard
+from .reference import Attention, attention, normalize, rounding_model
+from .run import run_observed
+
+COS_MIN = 0.99999
+REL_ERR_FACTOR = 2.0
+REL_ERR_FLOOR = 2.0**-20  # ex2.approx errs by 2 ulp, rcp.approx by 1, LSE is a float32
+LSE_ABS_MAX = 1e-4
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How far outputs are from the reference; rel_err_model: relative L2 error of the rounding model."""
+
+    cos: float
+    rel_err: float
+    rel_err_model: float
+    max_abs_err: float
+    lse_max_abs_err: float | None  # None: the kernel returns no LSE
+    lse_infinite_wrong: int  # rows whose LSE is infinite in one and not the other
+    m_wrong: int
+
+    @property
+    def rel_err_bound(self) -> float:
+        return max(REL_ERR_FACTOR * self.rel_err_model, REL_ERR_FLOOR)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One verification. shape: (B, Hq, Hkv, Sq, Skv); figures: None when the kernel did not finish."""
+
+    kernel: str
+    shape: tuple[int, int, int, int, int]
+    backend: str
+    seed: int
+    figures: Figures | None
+    unwritten: dict[str, int]
+    outside: dict[str, int]
+    hazards: int
+    seconds: float
+    failures: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def as_dict(self) -> dict[str, Any]:
+        """A row for JSON: a figure that is missing or not finite is None, and `failures` says why."""
+        figures = self.figures
+        names = ("cos", "rel_err", "max_abs_err", "lse_max_abs_err")
+        return {
+            "kernel": self.kernel,
+            "shape": ",".join(map(str, self.shape)),
+            "backend": self.backend,
+            **{name: _finite(getattr(figures, name, None)) for name in names},
+            "hazards": self.hazards,
+            "seconds": round(self.seconds, 4),
+            "passed": self.passed,
+            "rel_err_bound": _finite(figures.rel_err_bound if figures else None),
+            "seed": self.seed,
+            "failures": list(self.failures),
+        }
+
+    def __str__(self) -> str:
+        where = f"{self.kernel} [{','.join(map(str, self.shape))}] on {self.backend}, seed {self.seed}"
+        return f"{where}: " + ("passed" if self.passed else "; ".join(self.failures))
+
+
+def verify_kernel(binary: Binary, shape: Sequence[int], *, backend: str = "emulator", seed: int = 0) -> Report:
+    """Run the kernel on random data of `shape` (B, Hq, Hkv, Sq, Skv) and compare it with the reference.
+
+    Hazards and launch failures are failed reports, not exceptions; a shape that the kernel was not built for raises
+    CallError, and a machine without the GPU asked for raises RunError.
+    """
+    spec, shape = binary.spec, tuple(int(extent) for extent in shape)
+    q, k, v = random_inputs(spec.dtype, shape, spec.head_dim, spec.v_dim, seed)
+    start = time.perf_counter()
+    try:
+        run = run_observed(binary, q, k, v, backend=backend)
+    except EmulatorError as error:
+        hazards = int(isinstance(error, (Hazard, Deadlock)))
+        failure = f"{type(error).__name__}: {error}"
+        return Report(spec.name, shape, backend, seed, None, {}, {}, hazards, time.perf_counter() - start, (failure,))
+    figures = compare(binary, q, k, v, run.outputs)
+    unwritten = {output.name: output.unwritten() for output in run.outputs}
+    outside = {output.name: output.outside() for output in run.outputs}
+    failures = (*judge(figures), *judge_writes(run.outputs))
+    return Report(spec.name, shape, backend, seed, figures, unwritten, outside, 0, run.seconds, failures)
+
+
+def random_inputs(
+    dtype: str, shape: Sequence[int], head_dim: int, head_dim_v: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Q, K, V of a shape (B, Hq, Hkv, Sq, Skv): standard normal, rounded to dtype; the same on every machine."""
+    batch, q_heads, kv_heads, queries, keys = shape
+    rng = np.random.default_rng([seed, *shape, head_dim, head_dim_v])
+    shapes = (
+        (batch, queries, q_heads, head_dim),
+        (batch, keys, kv_heads, head_dim),
+        (batch, keys, kv_heads, head_dim_v),
+    )
+    q, k, v = (rng.standard_normal(size, dtype=np.float32).astype(DTYPES[dtype]) for size in shapes)
+    return q, k, v
+
+
+def compare(binary: Binary, q: np.ndarray, k: np.ndarray, v: np.ndarray, outputs: Sequence[Output]) -> Figures:
+    """Figures of a call's outputs against the reference and its rounding model, with the default scale."""
+    spec = binary.spec
+    scale = spec.head_dim**-0.5
+    arrays = {output.name: output.array for output in outputs}
+    exact = attention(q, k, v, scale, spec.causal)
+    model = rounding_model(q, k, v, scale, binary.tile_n, spec.causal, spec.unnormalized)
+    modelled = model.merged() if spec.unnormalized else model.o.astype(np.float64)
+    o = arrays["o"].astype(np.float64)
+    if spec.unnormalized:
+        o = normalize(o, arrays["lse"], arrays["m"])
+    lse_error, lse_wrong = _compare_lse(arrays.get("lse"), exact)
+    return Figures(
+        cos=cosine(o, exact.o),
+        rel_err=relative_error(o, exact.o),
+        rel_err_model=relative_error(modelled, exact.o),
+        max_abs_err=float(np.max(np.abs(o - exact.o))),
+        lse_max_abs_err=lse_error,
+        lse_infinite_wrong=lse_wrong,
+        m_wrong=_count_wrong_m(arrays["m"], arrays["lse"], exact) if "m" in arrays else 0,
+    )
+
+
+def cosine(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Cosine similarity; 1 when both are zero, 0 when one is."""
+    norms = np.linalg.norm(actual.ravel()) * np.linalg.norm(expected.ravel())
+    if norms == 0:
+        return float(not actual.any() and not expected.any())
+    return float(np.dot(actual.ravel(), expected.ravel()) / norms)
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """L2 norm of the difference over that of the expected; infinite when only the expected is zero."""
+    difference, norm = np.linalg.norm((actual - expected).ravel()), np.linalg.norm(expected.ravel())
+    if norm == 0:
+        return 0.0 if difference == 0 else math.inf
+    return float(difference / norm)
+
+
+def _compare_lse(lse: np.ndarray | None, exact: Attention) -> tuple[float | None, int]:
+    if lse is None:
+        return None, 0
+    infinite = np.isneginf(exact.lse)
+    wrong = int(np.count_nonzero(np.isneginf(lse) != infinite))
+    errors = np.abs(lse.astype(np.float64) - exact.lse)[~infinite & ~np.isneginf(lse)]
+    return (float(errors.max()) if errors.size else 0.0), wrong  # max keeps a NaN
+
+
+def _count_wrong_m(m: np.ndarray, lse: np.ndarray, exact: Attention) -> int:
+    infinite = np.isneginf(exact.lse)
+    with np.errstate(invalid="ignore"):
+        good = np.where(infinite, np.isneginf(m), np.isfinite(m) & (m <= lse + LSE_ABS_MAX))
+    return int(np.count_nonzero(~good))
+
+
+def judge(figures: Figures) -> list[str]:
+    """Which figures miss their bounds, each with both. A NaN misses."""
+    failures = []
+    bound = figures.rel_err_bound
+    if not figures.rel_err <= bound:
+        source = f"{REL_ERR_FACTOR:g} x {figures.rel_err_model:.3e} of the rounding model"
+        source = source if bound > REL_ERR_FLOOR else "float32"
+        failures.append(f"rel_err {figures.rel_err:.3e} > {bound:.3e} ({source})")
+    if not figures.cos >= COS_MIN:
+        failures.append(f"cos {figures.cos:.7f} < {COS_MIN}")
+    if figures.lse_max_abs_err is not None and not figures.lse_max_abs_err <= LSE_ABS_MAX:
+        failures.append(f"lse_max_abs_err {figures.lse_max_abs_err:.3e} > {LSE_ABS_MAX:g}")
+    if figures.lse_infinite_wrong:
+        failures.append(f"lse: {figures.lse_infinite_wrong} rows are -inf in one of kernel and reference only")
+    if figures.m_wrong:
+        failures.append(f"m: {figures.m_wrong} rows are not finite, above LSE, or not -inf where no key is seen")
+    return failures
+
+
+def judge_writes(outputs: Sequence[Output]) -> list[str]:
+    """Elements that were not written, or written outside."""
+    failures = []
+    for output in outputs:
+        if output.unwritten():
+            failures.append(f"{output.name}: {output.unwritten()} of {output.array.size} elements were not written")
+        if output.outside():
+            failures.append(f"{output.name}: {output.outside()} elements outside of it were written")
+    return failures
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
