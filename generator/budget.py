@@ -7,7 +7,9 @@ kernel is launched with exactly `smem_total` bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .arch import Arch
 from .spec import KernelSpec
@@ -167,7 +169,7 @@ class Budget:
         return sum(item.bytes for item in self.buffers if item.name == name and item.alias_of is None)
 
 
-def _named(items, name):
+def _named(items: Iterable[Any], name: str) -> Any:
     for item in items:
         if item.name == name:
             return item
@@ -213,12 +215,7 @@ def compute_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
         registers_total=a_thread * threads,
         overflows=(),
     )
-    overflows = tuple(_overflows(budget, arch, spec, tiling))
-    return _replace_overflows(budget, overflows) if overflows else budget
-
-
-def _replace_overflows(budget: Budget, overflows: tuple[Overflow, ...]) -> Budget:
-    return Budget(**{**budget.__dict__, "overflows": overflows})
+    return replace(budget, overflows=tuple(_overflows(budget, arch, spec, tiling)))
 
 
 def _mbarriers(tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
@@ -264,7 +261,8 @@ def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tupl
     for name, size, count, alias, reason in wanted:
         offset = placed[alias].offset if alias else _round_up(end)
         placed[name] = Buffer(name, size, TILE_ALIGNMENT, count, offset, alias, reason)
-        end = max(end, offset + size)
+        if alias is None:
+            end = offset + size
     return tuple(placed.values()), _round_up(end)
 
 
@@ -302,7 +300,7 @@ def _named_barriers(threads: int) -> tuple[NamedBarrier, ...]:
     return (NamedBarrier(0, "cta", threads, "mbarriers initialized, TMEM base published; before TMEM is freed"),)
 
 
-def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling):
+def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> Iterator[Overflow]:
     if budget.smem_total > budget.smem_limit:
         parts = [b for b in budget.buffers if b.alias_of is None]
         reason = " + ".join(f"{b.name} {b.bytes}" for b in parts) + f", aligned to {TILE_ALIGNMENT},"

@@ -12,6 +12,7 @@ A field that the specification sets is not searched over.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -257,7 +258,7 @@ def check_implemented(spec: KernelSpec) -> None:
         raise NotImplementedYet(field, getattr(spec, field), limit, remedy)
 
 
-def _later(spec: KernelSpec):
+def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
     if spec.head_dim > HEAD_DIM_MAX:
         yield "head_dim", f"at most {HEAD_DIM_MAX}; `bespoke budget --head-dim {spec.head_dim}` says what overflows"
@@ -280,19 +281,27 @@ def _later(spec: KernelSpec):
 
 
 def _does_not_fit(spec: KernelSpec, arch: Arch) -> DoesNotFit:
-    """Names the field to change: kv_stage when fewer stages would fit, else p_staging or tile_n, else head_dim."""
+    """Names the fields that the specification sets and that alone would make it fit; head_dim when none would."""
     tried = [(compute_budget(spec, arch, tiling), tiling) for tiling in candidates(spec, arch)]
     closest, tiling = min(tried, key=lambda pair: (len(pair[0].overflows), pair[0].overflows[0].over))
     over = closest.overflows[0]
     limit = f"does not fit; the closest is {tiling}, {over}"
-    if spec.kv_stage != "auto":
-        deepest = deepest_kv_stage(spec, arch)
-        if deepest:
-            return DoesNotFit("kv_stage", spec.kv_stage, limit, f"the deepest that fits is {deepest}")
-    for field in ("p_staging", "tile_n"):
-        if getattr(spec, field) != "auto" and _any_fits(spec.model_copy(update={field: "auto"}), arch):
-            return DoesNotFit(field, getattr(spec, field), limit, f'{field} = "auto" fits')
-    return DoesNotFit("head_dim", spec.head_dim, limit, over.remedy)
+    cures = dict(_cures(spec, arch))
+    if not cures:
+        return DoesNotFit("head_dim", spec.head_dim, limit, over.remedy)
+    field = next(iter(cures))
+    return DoesNotFit(field, getattr(spec, field), limit, ", or ".join(cures.values()))
+
+
+def _cures(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
+    """(field, what to set it to) for each field whose change alone makes the specification fit."""
+    if spec.kv_stage != "auto" and (deepest := deepest_kv_stage(spec, arch)):
+        yield "kv_stage", f"the deepest that fits is {deepest}"
+    for field, values in (("p_staging", arch.p_stagings), ("tile_n", TILE_NS)):
+        if getattr(spec, field) != "auto":
+            fitting = (v for v in values if _any_fits(spec.model_copy(update={field: v}), arch))
+            if (value := next(fitting, None)) is not None:
+                yield field, f"{field} = {value} fits"
 
 
 def _any_fits(spec: KernelSpec, arch: Arch) -> bool:

@@ -1,0 +1,218 @@
+"""The planner: its rule of choice, every head_dim, what it refuses and with which words, and its speed."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from generator.plan import DoesNotFit, NotImplementedYet, candidates, plan_kernel, preference
+from generator.spec import load_spec
+from generator.survey import survey_kernel
+
+HEAD_DIMS = list(range(16, 257, 16))
+
+
+def plan_of(**fields):
+    return plan_kernel(load_spec(**fields))
+
+
+def refusal(kind, **fields):
+    with pytest.raises(kind) as caught:
+        plan_of(**fields)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "fields, tiling",
+    [
+        ({"head_dim": 64}, "tile 128x128, kv_stage 3, P in TMEM, own sO by 64 columns"),
+        ({"head_dim": 128}, "tile 128x128, kv_stage 3, P in TMEM, sO over sQ by 128 columns"),
+        ({"head_dim": 256}, "tile 128x64, kv_stage 2, P in TMEM, sO over sQ by 256 columns"),
+        ({"head_dim": 256, "p_staging": "smem"}, "tile 128x64, kv_stage 2, P in SMEM, sO over sQ by 256 columns"),
+        ({"head_dim": 256, "kv_stage": 1}, "tile 128x128, kv_stage 1, P in TMEM, sO over sQ by 256 columns"),
+        ({"head_dim": 128, "output": "unnormalized"}, "tile 128x128, kv_stage 3, P in TMEM, sO over sQ by 64 columns"),
+        ({"head_dim": 64, "tile_n": 48}, "tile 128x48, kv_stage 3, P in TMEM, own sO by 64 columns"),
+    ],
+)
+def test_choice_follows_the_stated_rule(fields, tiling):
+    assert str(plan_of(**fields).tiling) == tiling
+
+
+@pytest.mark.parametrize("output", ["normalized", "unnormalized"])
+@pytest.mark.parametrize("p_staging", ["auto", "tmem", "smem"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim_has_a_plan_on_both_p_paths(head_dim, p_staging, output):
+    plan = plan_of(head_dim=head_dim, p_staging=p_staging, output=output)
+    assert plan.budget.fits and plan.kv_stages >= 2
+    assert p_staging in ("auto", plan.p_staging)
+    assert plan.o_chunk % 16 == 0 and plan.o_chunk * plan.o_steps == head_dim
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"head_dim": st.sampled_from(HEAD_DIMS)},
+        optional={
+            "kv_stage": st.integers(1, 16),
+            "tile_n": st.sampled_from(range(16, 129, 16)),
+            "p_staging": st.sampled_from(["tmem", "smem"]),
+            "output": st.sampled_from(["normalized", "unnormalized"]),
+        },
+    )
+)
+def test_chosen_fits_is_preferred_and_honours_the_specification(fields):
+    spec = load_spec(fields)
+    try:
+        plan = plan_kernel(spec)
+    except DoesNotFit as error:
+        assert "over by" in str(error) and error.remedy
+        return
+    assert fields.get("kv_stage", plan.kv_stages) == plan.kv_stages
+    assert fields.get("tile_n", plan.tile_n) == plan.tile_n
+    assert fields.get("p_staging", plan.p_staging) == plan.p_staging
+    all_candidates = candidates(spec, plan.arch)
+    assert {plan.tiling, *(item.candidate for item in plan.rejected)} == set(all_candidates)
+    assert len(plan.rejected) == len(all_candidates) - 1
+    for item in plan.rejected:
+        assert item.remedy
+        better = preference(plan.tiling) < preference(item.candidate)
+        assert better if item.reason.startswith("fits, but") else "over by" in item.reason
+
+
+def test_rejected_candidates_say_why_and_what_helps():
+    rejected = plan_of(head_dim=256).rejected
+    reasons = {str(item.candidate): (item.reason, item.remedy) for item in rejected}
+    reason, remedy = reasons["tile 128x128, kv_stage 2, P in TMEM, sO over sQ by 256 columns"]
+    assert reason.endswith("= 328704 bytes of 232448, over by 96256")
+    assert remedy == "a lower kv_stage or a smaller tile_n"
+    assert reasons["tile 128x32, kv_stage 3, P in TMEM, own sO by 256 columns"] == (
+        "fits, but has a smaller tile_n",
+        "tile_n = 32 asks for it",
+    )
+
+
+def test_swizzles_and_boxes():
+    layouts = plan_of(head_dim=96, p_staging="smem", tile_n=64).layouts
+    assert {name: (layout.box, layout.swizzle_bytes) for name, layout in layouts.items()} == {
+        "sQ": ((32, 128), 64),
+        "sK": ((32, 64), 64),
+        "sV": ((32, 64), 64),
+        "sP": ((64, 128), 128),
+        "sO": ((32, 32), 64),
+    }
+    assert layouts["sK"].bytes == 64 * 96 * 2
+    assert layouts["sV"].major == "MN" and layouts["sK"].major == "K"
+    assert "sP" not in plan_of(head_dim=96, p_staging="tmem").layouts
+
+
+@pytest.mark.parametrize("tile_n, s_columns, p_columns", [(128, 32, 32), (64, 32, 32), (48, 16, 8), (32, 32, 16)])
+def test_register_tiles_walk_their_regions_evenly(tile_n, s_columns, p_columns):
+    plan = plan_of(head_dim=80, tile_n=tile_n)
+    assert (plan.s_columns, plan.p_columns, plan.o_columns) == (s_columns, p_columns, 16)
+
+
+@pytest.mark.parametrize(
+    "fields, deepest",
+    [({"head_dim": 128, "tile_n": 128, "kv_stage": 8}, 3), ({"head_dim": 256, "kv_stage": 16}, 10)],
+)
+def test_kv_stage_too_deep_says_the_deepest_that_fits(fields, deepest):
+    error = refusal(DoesNotFit, **fields)
+    assert str(error).startswith(f"kv_stage = {fields['kv_stage']}: does not fit; ")
+    assert "bytes of 232448, over by " in str(error)
+    assert error.remedy.startswith(f"the deepest that fits is {deepest}")
+    assert plan_of(**{**fields, "kv_stage": deepest}).kv_stages == deepest
+    assert refusal(DoesNotFit, **{**fields, "kv_stage": deepest + 1}).field == "kv_stage"
+
+
+def test_p_in_registers_is_hopper_s():
+    assert str(refusal(NotImplementedYet, head_dim=64, p_staging="register")) == (
+        "p_staging = 'register': is for Hopper (sm_90a) only; on sm_100a P waits in tmem or smem; "
+        'use "auto" or "tmem"'
+    )
+
+
+def test_p_in_tensor_memory_is_blackwell_s():
+    message = str(refusal(NotImplementedYet, arch="sm_90a", head_dim=64, p_staging="tmem"))
+    assert "is for Blackwell (sm_100a) only; on sm_90a P waits in register or smem" in message
+
+
+def test_p_staging_that_does_not_fit():
+    error = refusal(DoesNotFit, head_dim=160, p_staging="smem", tile_n=128, kv_stage=2)
+    assert "the closest is tile 128x128, kv_stage 2, P in SMEM, sO over sQ by 160 columns, smem: " in str(error)
+    assert "sP 32768" in str(error) and "over by 6144" in str(error)
+    assert error.remedy == "the deepest that fits is 1, or p_staging = tmem fits, or tile_n = 64 fits"
+    for cure in ({"kv_stage": 1}, {"p_staging": "tmem"}, {"tile_n": 64}):
+        assert plan_of(**{"head_dim": 160, "p_staging": "smem", "tile_n": 128, "kv_stage": 2, **cure}).budget.fits
+
+
+@pytest.mark.parametrize(
+    "fields, field",
+    [
+        ({"arch": "sm_90a"}, "arch"),
+        ({"head_dim": 272}, "head_dim"),
+        ({"head_dim": 512}, "head_dim"),
+        ({"head_dim": 576, "head_dim_v": 512}, "head_dim"),
+        ({"head_dim_v": 32}, "head_dim_v"),
+        ({"window_left": 128}, "window_left"),
+        ({"window_right": 0}, "window_right"),
+        ({"seqlens": True}, "seqlens"),
+        ({"sink": True}, "sink"),
+        ({"kv_sources": 2}, "kv_sources"),
+        ({"kv_shared": True}, "kv_shared"),
+        ({"pack_heads": True}, "pack_heads"),
+        ({"tile_m": 64}, "tile_m"),
+        ({"tile_n": 256}, "tile_n"),
+    ],
+)
+def test_later_work_is_refused_by_field(fields, field):
+    error = refusal(NotImplementedYet, **{"head_dim": 64, **fields})
+    arch = fields.get("arch", "sm_100a")
+    assert error.field == field and error.remedy
+    assert f"not implemented for {arch} yet" in str(error) and str(error).startswith(f"{field} = ")
+
+
+def test_head_dim_512_says_what_overflows_and_what_could_fit():
+    rows = survey_kernel(load_spec(head_dim=512))
+    assert len(rows) == 6 and not any(row.chosen for row in rows)
+    smem, tmem = rows[0].overflows
+    assert (smem.need, smem.limit, smem.over) == (525312, 232448, 292864)
+    assert smem.remedy == "would fit with tile 128x32, kv_stage 1, P in TMEM, sO over sQ by 512 columns"
+    assert (tmem.need, tmem.limit) == (704, 512)
+    assert "accumulator takes all 512 columns, so S and P have no room" in tmem.reason
+    assert tmem.remedy.startswith("no tile_n helps; a CTA pair")
+    assert rows[0].status == "smem over by 292864 bytes, tmem over by 192 columns"
+    assert rows[0].missing == "head_dim: not implemented for sm_100a yet"
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_survey_marks_what_the_planner_chooses(head_dim):
+    spec = load_spec(head_dim=head_dim)
+    rows = survey_kernel(spec)
+    (chosen,) = [row for row in rows if row.chosen]
+    plan = plan_kernel(spec)
+    assert (chosen.tiling, chosen.budget) == (plan.tiling, plan.budget)
+    assert [(row.tiling.p_staging, row.tiling.kv_stages) for row in rows] == [
+        (p, stages) for p in ("tmem", "smem") for stages in (1, 2, 3)
+    ]
+
+
+def test_planning_takes_less_than_50_ms():
+    def seconds(head_dim):
+        start = time.perf_counter()
+        plan_of(head_dim=head_dim)
+        return time.perf_counter() - start
+
+    for head_dim in (96, 192, 256):
+        assert min(seconds(head_dim) for _ in range(5)) < 0.05
+
+
+def test_planning_does_not_import_the_dsl_or_numpy():
+    program = (
+        "import sys; from generator.plan import plan_kernel; from generator.spec import load_spec; "
+        "plan_kernel(load_spec(head_dim=96)); print([m for m in ('cutlass', 'numpy', 'jinja2') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
