@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from . import present
+from .dsl import CompileError
 from .emit import is_current, kernel_path, write_bytes, write_kernel, write_text
 from .matrix import SHAPE_FORMAT, Shape, load_matrix, parse_shape, run_cases, shapes_of
 from .options import kernel_spec, spec_options
@@ -53,7 +54,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def guarded(*arguments: Any, **options: Any) -> None:
         try:
             function(*arguments, **options)
-        except SpecError as error:
+        except (SpecError, CompileError) as error:
             present.fail(error)
             raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:

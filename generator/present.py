@@ -20,7 +20,7 @@ from rich.table import Table
 from .plan import Plan
 from .survey import Row
 
-TABLE_WIDTH = 190  # columns of the widest table; a narrower terminal wraps its lines rather than losing cells
+TABLE_WIDTH = 240  # columns of the widest table; a narrower terminal wraps its lines rather than losing cells
 SMEM_BUFFERS = ("sQ", "sK", "sV", "sP", "sO", "barriers")
 TMEM_REGIONS = ("S", "P", "O")
 

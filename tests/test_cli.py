@@ -1,0 +1,206 @@
+"""The command: documents on stdout, words on stderr, exit codes, and what bad input is told."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from generator import cli
+from generator.emit import command_options, emit_kernel
+from generator.plan import plan_kernel
+from generator.resources import checkout_root
+from generator.spec import KernelSpec, load_spec
+
+
+def bespoke(*words, code=0):
+    """Run a subcommand in this process. Fails when the exit code is another one."""
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr, result.exception)
+    return result
+
+
+def refusal(*words) -> str:
+    """What a refused run says on stderr, in one line; it says nothing on stdout."""
+    result = bespoke(*words, code=2)
+    assert result.stdout == ""
+    return " ".join(result.stderr.split())
+
+
+def test_budget_prints_every_row_of_the_table():
+    text = bespoke("budget", "--head-dim", "64,128").stdout
+    for heading in ("head_dim", "P in", "kv_stage", "sQ", "sK", "sV", "sP", "sO", "barriers", "total", "limit"):
+        assert heading in text
+    rows = [line.split() for line in text.splitlines() if "232448" in line]
+    assert len(rows) == 12 and {row[0] for row in rows} == {"64", "128"}
+    assert {(row[1], row[2]) for row in rows} == {(p, k) for p in ("TMEM", "SMEM") for k in "123"}
+    assert ["128", "TMEM", "2", "128x128", "32768", "65536", "65536", "0", "32768"] in [row[:9] for row in rows]
+
+
+def test_budget_of_head_dim_512_says_what_overflows():
+    text = bespoke("budget", "--head-dim", "512").stdout
+    assert "smem over by 292864 bytes, tmem over by 192 columns" in text
+    assert "a 128 x 512 float32 accumulator takes all 512 columns, so S and P have no room" in text
+    assert "a CTA pair (cta_group::2)" in text and "head_dim: not implemented for sm_100a yet" in text
+
+
+def test_budget_document():
+    rows = json.loads(bespoke("budget", "--head-dim", "256", "--kv-stage", "2", "--json").stdout)
+    assert [(row["p_staging"], row["chosen"]) for row in rows] == [("tmem", True), ("smem", False)]
+    row = rows[0]
+    assert row["smem"] == {"sQ": 65536, "sK": 65536, "sV": 65536, "sP": 0, "sO": 0, "barriers": 108}
+    assert row["tmem"] == {"S": 64, "P": 32, "O": 256} and row["tmem_columns"] == 512
+    assert row["smem_total"] == 197632 and row["smem_limit"] == 232448 and row["fits"]
+
+
+def test_plan_shows_the_choice_and_the_rejected():
+    text = bespoke("plan", "fmha_sm100_d256").stdout
+    assert "tile 128x64, kv_stage 2, P in TMEM, sO over sQ by 256 columns" in text
+    assert "shared memory: 197632 of 232448 bytes" in text and "not taken: " in text
+    assert "over by 96256" in text
+
+
+def test_plan_document_holds_every_candidate():
+    document = json.loads(bespoke("plan", "fmha_sm100_d96", "--json").stdout)
+    plan = plan_kernel(load_spec("fmha_sm100_d96"))
+    assert document["kernel"] == "fmha_sm100_d96" and document["digest"] == plan.spec.digest
+    assert len(document["rejected"]) == len(plan.rejected)
+    assert document["budget"]["smem_total"] == plan.budget.smem_total and document["budget"]["fits"] is True
+
+
+def test_options_win_over_the_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("head_dim = 96\ncausal = true\n")
+    document = json.loads(bespoke("plan", path, "--no-causal", "--kv-stage", "2", "--json").stdout)
+    assert document["kernel"] == "fmha_sm100_d96_stage2"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"head_dim": st.sampled_from([16, 96, 256])},
+        optional={
+            "causal": st.booleans(),
+            "lse": st.booleans(),
+            "dtype": st.sampled_from(["bf16", "fp16"]),
+            "pack_heads": st.sampled_from(["auto", False]),
+            "q_heads_per_kv": st.integers(1, 8),
+            "p_staging": st.sampled_from(["auto", "tmem", "smem"]),
+            "kv_stage": st.sampled_from(["auto", 1, 2]),
+            "tile_n": st.sampled_from(["auto", 16, 64]),
+        },
+    )
+)
+def test_command_in_an_emitted_header_asks_for_the_same_kernel(fields):
+    spec = load_spec(fields)
+    document = json.loads(bespoke("plan", *shlex.split(command_options(spec)), "--json").stdout)
+    assert document["digest"] == spec.digest
+
+
+def test_every_field_has_an_option():
+    for name in ("budget", "plan", "generate", "compile", "verify", "make"):
+        text = bespoke(name, "--help").stdout
+        for field in KernelSpec.model_fields:
+            assert "--" + field.replace("_", "-") in text
+
+
+def test_generate_writes_and_check_compares(tmp_path):
+    output = bespoke("generate", "--head-dim", "80", "--out", tmp_path).stdout
+    path = tmp_path / "fmha_sm100_d80.py"
+    assert output == f"{path}\n"
+    assert path.read_text() == emit_kernel(plan_kernel(load_spec(head_dim=80)))
+    bespoke("generate", "--head-dim", "80", "--out", tmp_path, "--check")
+    path.write_text("# edited\n")
+    result = bespoke("generate", "--head-dim", "80", "--out", tmp_path, "--check", code=1)
+    assert "is not what is emitted now" in " ".join(result.stderr.split())
+    assert path.read_text() == "# edited\n"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--head-dim", "0"], "head_dim = 0: must be a multiple of 16 from 16 to 512"),
+        (["--head-dim", "24"], "the nearest is 16 or 32"),
+        (["--head-dim", "264"], "the nearest is 256 or 272"),
+        (["--head-dim", "1024"], "the nearest is 512"),
+        (["--head-dim", "abc"], "head_dim = 'abc': must be a whole number"),
+        (["--head-dim", "../x"], "head_dim = '../x': must be a whole number"),
+        (["--head-dim", "-16"], "head_dim = -16: must be a multiple of 16"),
+        ([], "head_dim = None: is required; for example head_dim = 96 (--head-dim 96)"),
+        (["--head-dim", "512"], "head_dim = 512: not implemented for sm_100a yet"),
+        (["--head-dim", "64", "--window-left", "128"], "window_left = 128: not implemented for sm_100a yet"),
+        (["--head-dim", "64", "--sink"], "sink = True: not implemented for sm_100a yet"),
+        (["--head-dim", "64", "--pack-heads", "true"], "pack_heads = True: not implemented for sm_100a yet"),
+        (["--head-dim", "64", "--kv-sources", "2"], "kv_sources = 2: not implemented for sm_100a yet"),
+        (["--head-dim", "64", "--arch", "sm_90a"], "arch = 'sm_90a': not implemented for sm_90a yet"),
+        (["--head-dim", "64", "--p-staging", "register"], "is for Hopper (sm_90a) only"),
+        (["--head-dim", "64", "--dtype", "{{ x }}"], 'dtype = \'{{ x }}\': must be "bf16" or "fp16"'),
+        (["--head-dim", "64", "--causal", "--no-lse", "--output", "unnormalized"], "lse = False: "),
+        (["--head-dim", "128", "--tile-n", "128", "--kv-stage", "9"], "the deepest that fits is 3"),
+        (["fmha_sm100_d69"], "did you mean fmha_sm100_d96?"),
+        (["../specs/fmha_sm100_d96"], "a kernel is a name (a-z, 0-9, _) in specs/ or a path to an existing .toml file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "generate"])
+def test_bad_input_is_refused_with_exit_code_2(tmp_path, command, words, message):
+    out = ["--out", tmp_path] if command == "generate" else []
+    text = refusal(command, *words, *out)
+    assert text.startswith("error: ") and message in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_budget_refuses_bad_input():
+    assert "head_dim = 'abc'" in refusal("budget", "--head-dim", "64,abc")
+    assert "head_dim = ''" in refusal("budget", "--head-dim", "64,")
+    assert "not implemented for sm_90a yet" in refusal("budget", "--arch", "sm_90a")
+
+
+def test_unknown_option_and_command_are_refused():
+    assert "--hed-dim" in refusal("plan", "--hed-dim", "64")
+    assert "plam" in refusal("plam")
+
+
+def test_unwritable_output_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    text = refusal("generate", "--head-dim", "64", "--out", tmp_path / "file" / "sub")
+    assert "cannot be written: Not a directory" in text
+    assert "choose a folder that you can write to (--out DIR)" in text
+
+
+def test_malformed_shape_is_refused_before_anything_is_compiled():
+    assert "a shape is B,Hq,Hkv,Sq,Skv" in refusal("verify", "--head-dim", "64", "--shape", "1,1,1,128")
+    assert "Hq must be Hkv x q_heads_per_kv" in refusal("verify", "--head-dim", "64", "--shape", "1,2,1,128,128")
+
+
+def test_matrix_selection_that_is_empty_is_refused():
+    assert "select = 'nothing*': matches no kernel in specs/" in refusal("matrix", "--select", "nothing*")
+
+
+def test_interrupt_is_one_line_and_130(monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "plan_kernel", interrupt)
+    result = bespoke("plan", "--head-dim", "64", code=130)
+    assert "interrupted; no half-written file is left" in result.stderr and result.stdout == ""
+
+
+def test_light_commands_import_no_dsl():
+    program = (
+        "import sys; from typer.testing import CliRunner; from generator.cli import app; "
+        "results = [CliRunner().invoke(app, words.split()) for words in "
+        "('budget', 'plan --head-dim 96', 'generate --head-dim 96 --check')]; "
+        "print([r.exit_code for r in results[:2]], [m for m in ('cutlass', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[0, 0] []"
+
+
+def test_module_runs_as_the_command():
+    words = [sys.executable, "-m", "generator", "plan", "--head-dim", "24"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=checkout_root())
+    assert done.returncode == 2 and done.stdout == "" and "the nearest is 16 or 32" in done.stderr

@@ -1,0 +1,134 @@
+"""specs/: file names, and that every pair of features meets in some kernel; matrix.toml: edges and bad input."""
+
+from itertools import combinations, product
+
+import pytest
+
+from generator.matrix import load_matrix, parse_shape, parse_sweeps, shapes_of
+from generator.plan import plan_kernel
+from generator.resources import specs_dir
+from generator.spec import SpecError, load_spec, spec_names
+
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+EDGES = (1, 127, 128, 129, 255, 300)
+
+
+def features(spec):
+    """What a kernel exercises, as the plan decided it, name -> value."""
+    plan = plan_kernel(spec)
+    return {
+        "head_dim": spec.head_dim,
+        "P in": plan.p_staging,
+        "causal": spec.causal,
+        "output": spec.output,
+        "dtype": spec.dtype,
+        "grouped heads": spec.q_heads_per_kv > 1,
+        "lse": spec.lse,
+        "one kv stage": plan.kv_stages == 1,
+        "narrow tile": plan.tile_n < 64,
+    }
+
+
+VALUES = {
+    "head_dim": HEAD_DIMS,
+    "P in": ("tmem", "smem"),
+    "causal": (False, True),
+    "output": ("normalized", "unnormalized"),
+    "dtype": ("bf16", "fp16"),
+    "grouped heads": (False, True),
+    "lse": (False, True),
+    "one kv stage": (False, True),
+    "narrow tile": (False, True),
+}
+IMPOSSIBLE = {("output", "unnormalized", "lse", False)}  # load_spec refuses it
+
+
+def pairs(row):
+    return {(a, row[a], b, row[b]) for a, b in combinations(VALUES, 2)}
+
+
+def test_every_pair_of_features_meets_in_some_kernel():
+    met = set().union(*(pairs(features(load_spec(name))) for name in spec_names()))
+    wanted = {(a, x, b, y) for a, b in combinations(VALUES, 2) for x, y in product(VALUES[a], VALUES[b])} - IMPOSSIBLE
+    assert sorted(wanted - met, key=str) == []
+
+
+@pytest.mark.parametrize("name", spec_names())
+def test_file_is_named_after_its_kernel(name):
+    assert load_spec(name).name == name
+
+
+def test_folder_holds_specifications_and_the_matrix_only():
+    assert {path.name for path in specs_dir().iterdir()} == {f"{name}.toml" for name in spec_names()} | {"matrix.toml"}
+
+
+def test_matrix_covers_every_kernel_and_every_pair_of_edges():
+    cases = load_matrix()
+    assert {case.kernel for case in cases} == set(spec_names())
+    assert len(cases) == len(set(cases))
+    lengths = {(case.shape.queries, case.shape.keys) for case in cases}
+    assert set(product(EDGES, EDGES)) <= lengths
+    shapes = [case.shape for case in cases]
+    assert any(shape.batch > 1 for shape in shapes)
+    assert any(shape.kv_heads > 1 and shape.q_heads > shape.kv_heads for shape in shapes)
+    assert any(shape.keys >= 1000 for shape in shapes)
+
+
+def test_every_causal_kernel_meets_rows_that_see_nothing():
+    for name in spec_names():
+        spec = load_spec(name)
+        if spec.causal:
+            assert any(shape.queries > shape.keys for shape in shapes_of(spec))
+
+
+def test_shapes_follow_the_name_even_without_a_file():
+    spec = load_spec(head_dim=144, q_heads_per_kv=3, causal=True)
+    shapes = shapes_of(spec)
+    assert shapes and all(shape.q_heads == 3 * shape.kv_heads for shape in shapes)
+    assert len(shapes) > len(shapes_of(load_spec(head_dim=144)))
+
+
+def test_selection_is_a_glob():
+    assert {case.kernel for case in load_matrix("*_d96")} == {"fmha_sm100_d96"}
+    with pytest.raises(SpecError, match=r"select = '\.\./\*': matches no kernel in specs/"):
+        load_matrix("../*")
+
+
+@pytest.mark.parametrize("text", ["", "1,1,1,1", "1,1,1,1,0", "1,1,1,1,-1", "1,1,1,1,x", "1,1,1,1,1,1", "1.5,1,1,1,1"])
+def test_malformed_shape(text):
+    with pytest.raises(SpecError, match="a shape is B,Hq,Hkv,Sq,Skv, whole numbers of at least 1"):
+        parse_shape(text, 1)
+
+
+def test_shape_with_mismatched_head_counts():
+    with pytest.raises(SpecError, match="Hq must be Hkv x q_heads_per_kv = 2 x 4; Hq = 8, or another --q-heads-per-kv"):
+        parse_shape("1,4,2,128,128", 4)
+    assert parse_shape("1,8,2,128,256", 4) == (1, 8, 2, 128, 256)
+
+
+GOOD = {"name": "edges", "kernels": ["*"], "shapes": [[1, 1, 1, 1]]}
+
+
+@pytest.mark.parametrize(
+    "document, message",
+    [
+        ({}, "holds [[sweep]] tables and nothing else"),
+        ({"sweep": [GOOD], "sweeps": []}, "holds [[sweep]] tables and nothing else"),
+        ({"sweep": [{**GOOD, "shape": []}]}, "has the keys name, kernels and shapes"),
+        ({"sweep": [{**GOOD, "kernels": "*"}]}, "is a list of globs over kernel names"),
+        ({"sweep": [{**GOOD, "shapes": [[1, 1, 1]]}]}, "a shape is [B, Hkv, Sq, Skv]"),
+        ({"sweep": [{**GOOD, "shapes": [[1, 1, 1, 0]]}]}, "a shape is [B, Hkv, Sq, Skv]"),
+        ({"sweep": [{**GOOD, "shapes": [[1, 1, 1, True]]}]}, "a shape is [B, Hkv, Sq, Skv]"),
+    ],
+)
+def test_malformed_matrix(document, message):
+    with pytest.raises(SpecError) as caught:
+        parse_sweeps(document)
+    assert message in str(caught.value)
+
+
+def test_matrix_that_names_no_kernel(monkeypatch):
+    sweep = parse_sweeps({"sweep": [{**GOOD, "kernels": ["*_d20"]}]})
+    monkeypatch.setattr("generator.matrix.sweeps", lambda: sweep)
+    with pytest.raises(SpecError, match=r'kernels = \'\*_d20\': matches no kernel in specs/; correct sweep "edges"'):
+        load_matrix()
