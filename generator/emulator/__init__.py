@@ -1,0 +1,14 @@
+"""Executes compiled PTX on the CPU, more strictly than silicon would.
+
+    gpu = Gpu(arch="sm_100a")
+    gpu.add_array(q, "q")
+    module = gpu.load_ptx(text)
+    gpu.launch(module, kernel_name, grid, block, (1, 1, 1), smem_bytes, params)
+
+Nothing here imports from the parent package.
+"""
+
+from .errors import Deadlock, EmulatorError, Hazard, LaunchError, PtxSyntaxError, UnsupportedInstruction
+from .gpu import Gpu, LaunchReport
+
+__all__ = ["Deadlock", "EmulatorError", "Gpu", "Hazard", "LaunchError", "LaunchReport", "PtxSyntaxError", "UnsupportedInstruction"]

@@ -1,0 +1,111 @@
+"""mbarriers and named barriers of one wave (PTX ISA 9.1 §9.7.13.1, §9.7.13.15)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .errors import Hazard
+
+MAX_COUNT = (1 << 20) - 1
+
+
+class Mbarriers:
+    """State of every mbarrier by shared-memory offset: arrays [slot, n_cta] of phase, pending and expected arrivals, tx."""
+
+    def __init__(self, n_cta: int):
+        self.n_cta = n_cta
+        self.slots: dict[int, int] = {}
+        self.offsets: list[int] = []
+        self.live = np.zeros((0, n_cta), bool)
+        self.phase = np.zeros((0, n_cta), np.int64)
+        self.pending = np.zeros((0, n_cta), np.int64)
+        self.expected = np.zeros((0, n_cta), np.int64)
+        self.tx = np.zeros((0, n_cta), np.int64)
+
+    def slot(self, offset: int) -> int:
+        """Row of the barrier at shared offset `offset`, made on first sight."""
+        found = self.slots.get(offset)
+        if found is None:
+            found = self.slots[offset] = len(self.offsets)
+            self.offsets.append(offset)
+            for name in ("live", "phase", "pending", "expected", "tx"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros((1, self.n_cta), old.dtype)]))
+        return found
+
+    def require_live(self, slot: int, ctas: np.ndarray, where: str) -> None:
+        if not self.live[slot, ctas].all():
+            cta = int(ctas[np.argmin(self.live[slot, ctas])])
+            raise Hazard(f"{where}: CTA {cta} uses the mbarrier at shared offset {self.offsets[slot]:#x} before mbarrier.init (or after inval)")
+
+    def init(self, offset: int, ctas: np.ndarray, count: int, where: str) -> None:
+        if not 1 <= count <= MAX_COUNT:
+            raise Hazard(f"{where}: mbarrier.init with count {count}, outside 1 to {MAX_COUNT}")
+        slot = self.slot(offset)
+        if self.live[slot, ctas].any():
+            raise Hazard(f"{where}: mbarrier.init of a live mbarrier at shared offset {offset:#x}: invalidate it first (mbarrier.inval)")
+        self.live[slot, ctas] = True
+        self.phase[slot, ctas] = 0
+        self.pending[slot, ctas] = self.expected[slot, ctas] = count
+        self.tx[slot, ctas] = 0
+
+    def arrive(self, slot: int, ctas: np.ndarray, counts, where: str) -> np.ndarray:
+        """Pending count goes down by `counts`; returns the CTAs whose phase completed."""
+        self.require_live(slot, ctas, where)
+        self.pending[slot, ctas] -= counts
+        if (self.pending[slot, ctas] < 0).any():
+            cta = int(ctas[np.argmin(self.pending[slot, ctas])])
+            raise Hazard(
+                f"{where}: CTA {cta}: arrival overflow on the mbarrier at shared offset {self.offsets[slot]:#x}: "
+                f"{self.expected[slot, cta] - self.pending[slot, cta]} arrivals in phase {self.phase[slot, cta]}, which expects {self.expected[slot, cta]}"
+            )
+        return self.settle(slot, ctas)
+
+    def add_tx(self, slot: int, ctas: np.ndarray, nbytes, where: str) -> None:
+        self.require_live(slot, ctas, where)
+        self.tx[slot, ctas] += nbytes
+        if (np.abs(self.tx[slot, ctas]) > MAX_COUNT).any():
+            raise Hazard(f"{where}: transaction count beyond ±{MAX_COUNT} on the mbarrier at shared offset {self.offsets[slot]:#x}")
+
+    def complete_tx(self, slot: int, ctas: np.ndarray, nbytes, where: str) -> np.ndarray:
+        """Bytes arrived; returns the CTAs whose phase completed."""
+        self.add_tx(slot, ctas, -np.asarray(nbytes), where)
+        return self.settle(slot, ctas)
+
+    def settle(self, slot: int, ctas: np.ndarray) -> np.ndarray:
+        done = ctas[(self.pending[slot, ctas] == 0) & (self.tx[slot, ctas] == 0)]
+        if len(done):
+            self.phase[slot, done] += 1
+            self.pending[slot, done] = self.expected[slot, done]
+        return done
+
+    def describe(self, slot: int, cta: int) -> str:
+        return (
+            f"mbarrier at shared offset {self.offsets[slot]:#x}: phase {self.phase[slot, cta]}, "
+            f"{self.pending[slot, cta]} of {self.expected[slot, cta]} arrivals and {self.tx[slot, cta]} bytes outstanding"
+        )
+
+
+class NamedBarriers:
+    """The 16 barriers of each CTA: threads arrived, threads expected [16, n_cta]."""
+
+    def __init__(self, n_cta: int):
+        self.arrived = np.zeros((16, n_cta), np.int64)
+        self.expected = np.zeros((16, n_cta), np.int64)
+
+    def arrive(self, barrier: int, ctas: np.ndarray, threads: np.ndarray, expected: int, where: str) -> np.ndarray:
+        """`threads` more threads arrive in each CTA; returns the CTAs where the barrier completed (and was reset)."""
+        if not 0 <= barrier < 16:
+            raise Hazard(f"{where}: named barrier {barrier}, outside 0 to 15")
+        if expected % 32 or expected <= 0:
+            raise Hazard(f"{where}: named barrier {barrier} with {expected} threads: the count must be a positive multiple of 32")
+        fresh = self.arrived[barrier, ctas] == 0
+        if (self.expected[barrier, ctas][~fresh] != expected).any():
+            raise Hazard(f"{where}: named barrier {barrier} is used with {expected} threads while others use it with {self.expected[barrier, ctas][~fresh][0]}")
+        self.expected[barrier, ctas] = expected
+        self.arrived[barrier, ctas] += threads
+        if (self.arrived[barrier, ctas] > expected).any():
+            raise Hazard(f"{where}: named barrier {barrier}: {self.arrived[barrier, ctas].max()} threads arrived where {expected} are expected")
+        done = ctas[self.arrived[barrier, ctas] == expected]
+        self.arrived[barrier, done] = 0
+        return done

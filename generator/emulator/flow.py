@@ -1,0 +1,155 @@
+"""Control flow of a kernel: basic blocks, liveness, and which reads may see a register that was never written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .errors import UnsupportedInstruction
+from .parse import Address, Instr, Kernel, Not, Pair, Reg, Vector
+from .table import TABLE, Entry
+
+CONTROL = {"bra", "bra.uni", "ret", "exit"}
+MOVES = {f"mov.{t}" for t in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64", "pred")}
+PARAM_LOADS = {f"ld.param.{v}{t}" for v in ("", "v2.", "v4.") for t in ("b8", "u8", "s8", "b16", "u16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64")}
+IGNORED = {"nop"}
+
+
+def entry_of(instr: Instr) -> Entry | None:
+    """The table entry of an instruction, None for those the translator handles itself.
+
+    Raises:
+        UnsupportedInstruction: unknown opcode or modifier.
+    """
+    if instr.opcode in CONTROL or instr.opcode in MOVES or instr.opcode in PARAM_LOADS or instr.opcode in IGNORED:
+        return None
+    found = TABLE.get(instr.opcode)
+    if found is None:
+        raise UnsupportedInstruction(f"PTX line {instr.line}: the emulator does not know {instr.opcode!r} in {instr.text!r}")
+    return found
+
+
+def registers(operand) -> Iterator[Reg]:
+    """Every register an operand mentions."""
+    if isinstance(operand, Reg):
+        yield operand
+    elif isinstance(operand, Not):
+        yield operand.reg
+    elif isinstance(operand, Pair):
+        yield from registers(operand.first)
+        yield from registers(operand.second)
+    elif isinstance(operand, Vector):
+        for item in operand.items:
+            yield from registers(item)
+    elif isinstance(operand, Address):
+        yield from registers(operand.base)
+        for item in operand.more:
+            yield from registers(item)
+
+
+def defs_and_uses(instr: Instr) -> tuple[list[Reg], list[Reg]]:
+    """Registers written and read; a guarded write also reads the old value."""
+    entry = entry_of(instr)
+    if instr.opcode in CONTROL or instr.opcode in IGNORED:
+        n_dests = 0
+    elif entry is None:
+        n_dests = 1
+    else:
+        n_dests = len(entry.dests)
+        if n_dests == 2 and instr.operands and isinstance(instr.operands[0], Pair):
+            n_dests = 1
+    defs = [r for operand in instr.operands[:n_dests] for r in registers(operand)]
+    uses = [r for operand in instr.operands[n_dests:] for r in registers(operand)]
+    if instr.guard is not None:
+        uses.append(instr.guard)
+    return defs, uses
+
+
+@dataclass
+class Block:
+    """Straight-line code: instruction indices [start, stop), successors, registers live at entry and exit (bit sets)."""
+
+    number: int
+    start: int
+    stop: int
+    successors: list[int] = field(default_factory=list)
+    live_in: int = 0
+    live_out: int = 0
+    defined_in: int = 0
+    waits: bool = False  # begins with a wait that may fail
+
+
+def find_blocks(kernel: Kernel) -> list[Block]:
+    """Split a kernel into blocks; a block begins at every wait that may fail and ends after every barrier."""
+    instrs = kernel.instrs
+    leaders = {0, *kernel.labels.values()}
+    for i, instr in enumerate(instrs):
+        entry = entry_of(instr)
+        if instr.opcode in CONTROL or (entry is not None and entry.ends_block):
+            leaders.add(i + 1)
+        if entry is not None and entry.starts_block:
+            leaders.add(i)
+    starts = sorted(s for s in leaders if s < len(instrs))
+    at = {s: n for n, s in enumerate(starts)}
+    at[len(instrs)] = len(starts)  # falling off the end is an exit
+    blocks = []
+    for n, start in enumerate(starts):
+        stop = starts[n + 1] if n + 1 < len(starts) else len(instrs)
+        last = instrs[stop - 1]
+        block = Block(n, start, stop)
+        if last.opcode.startswith("bra"):
+            block.successors.append(at[kernel.labels[last.operands[0].name]])
+        if not (last.opcode in CONTROL and last.guard is None) and n + 1 < len(starts):
+            block.successors.append(n + 1)
+        first = entry_of(instrs[start])
+        block.waits = first is not None and first.starts_block
+        blocks.append(block)
+    for block in blocks:
+        block.successors = [s for s in block.successors if s < len(blocks)]
+    return blocks
+
+
+def solve_liveness(kernel: Kernel, blocks: list[Block]) -> None:
+    """Fill live_in and live_out (backward) and defined_in (forward, registers written on every path)."""
+    gen, kill, written = [], [], []
+    for block in blocks:
+        used = defined = wrote = 0
+        for instr in kernel.instrs[block.start : block.stop]:
+            defs, uses = defs_and_uses(instr)
+            for r in uses:
+                used |= (1 << r.index) & ~defined
+            for r in defs:
+                bit = 1 << r.index
+                wrote |= bit
+                if instr.guard is None:
+                    defined |= bit
+                else:
+                    used |= bit & ~defined
+        gen.append(used)
+        kill.append(defined)
+        written.append(wrote)
+    changed = True
+    while changed:
+        changed = False
+        for block in reversed(blocks):
+            out = 0
+            for s in block.successors:
+                out |= blocks[s].live_in
+            new = gen[block.number] | (out & ~kill[block.number])
+            if out != block.live_out or new != block.live_in:
+                block.live_out, block.live_in, changed = out, new, True
+    everything = (1 << len(kernel.regs)) - 1
+    predecessors: list[list[int]] = [[] for _ in blocks]
+    for block in blocks:
+        block.defined_in = 0 if block.number == 0 else everything
+        for s in block.successors:
+            predecessors[s].append(block.number)
+    changed = True
+    while changed:
+        changed = False
+        for block in blocks[1:]:
+            known = everything if predecessors[block.number] else 0
+            for p in predecessors[block.number]:
+                known &= blocks[p].defined_in | written[p]
+            if known != block.defined_in:
+                block.defined_in, changed = known, True

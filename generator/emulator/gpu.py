@@ -1,0 +1,144 @@
+"""The device a program sees: arrays in global memory, loaded modules, launches split into waves of CTAs."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .errors import LaunchError
+from .machine import Machine
+from .memory import GlobalMemory
+from .parse import Module, parse_ptx
+from .translate import Program, Translator
+
+SMEM_LIMIT = {"sm_90a": 232448, "sm_100a": 232448}  # opt-in shared memory a CTA, CUDA programming guide, table 27
+WAVE = 32  # CTAs that run together: wide enough to amortize NumPy's cost a call, small enough for the cache
+
+
+@dataclass(frozen=True)
+class LaunchReport:
+    """What one launch did. `opcodes` counts warp-instructions by opcode; `tmem_columns` is the peak a CTA."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    smem_bytes: int
+    seconds: float
+    warp_instructions: int
+    opcodes: Counter
+    tmem_columns: int
+
+
+@lru_cache(maxsize=64)
+def _parse(text: str) -> Module:
+    return parse_ptx(text)
+
+
+@lru_cache(maxsize=64)
+def _translate(text: str, name: str) -> Program:
+    return Translator(_parse(text).kernels[name]).translate()
+
+
+class Gpu:
+    """An emulated GPU of one architecture.
+
+    Args:
+        arch: "sm_100a" or "sm_90a".
+        strict: reserved for the hazard levels; only True exists, every check is on.
+    """
+
+    def __init__(self, arch: str = "sm_100a", strict: bool = True):
+        if arch not in SMEM_LIMIT:
+            raise LaunchError(f"arch is {arch!r}: the emulator knows {', '.join(SMEM_LIMIT)}")
+        if strict is not True:
+            raise LaunchError("strict=False is not implemented: the emulator always checks")
+        self.arch = arch
+        self.gmem = GlobalMemory()
+        self.launches: list[LaunchReport] = []
+        self._texts: dict[int, str] = {}
+        self._keep: list[object] = []
+
+    def add_array(self, array, name: str = "array", initialized: bool = True) -> None:
+        """Make an array legal for kernels to touch: a NumPy array, or (address, bytes). It must outlive the launches."""
+        if isinstance(array, tuple):
+            address, nbytes = array
+        else:
+            low, high = np.lib.array_utils.byte_bounds(array)
+            address, nbytes = low, high - low
+            self._keep.append(array)
+        self.gmem.add(address, nbytes, name)
+
+    def load_ptx(self, text: str) -> Module:
+        """Parse a module (once a text)."""
+        module = _parse(text)
+        if module.target != self.arch:
+            raise LaunchError(f"the PTX targets {module.target}, this GPU is {self.arch}")
+        self._texts[id(module)] = text
+        return module
+
+    def launch(self, module: Module, kernel: str, grid, block, cluster=(1, 1, 1), smem_bytes: int = 0, params: list[bytes] = ()) -> LaunchReport:
+        """Run a kernel to its end.
+
+        Args:
+            grid, block, cluster: three extents each.
+            smem_bytes: dynamic shared memory a CTA.
+            params: the bytes of each parameter, in order.
+        Raises:
+            LaunchError: limits or parameters do not fit. Hazard, Deadlock, UnsupportedInstruction: see `errors`.
+        """
+        grid, block, cluster = tuple(grid), tuple(block), tuple(cluster)
+        self._check_launch(module, kernel, grid, block, cluster, smem_bytes, params)
+        program = _translate(self._texts[id(module)], kernel)
+        total = program.static_shared + smem_bytes
+        if total > SMEM_LIMIT[self.arch]:
+            raise LaunchError(f"{kernel} asks for {total} bytes of shared memory a CTA, {self.arch} has {SMEM_LIMIT[self.arch]}")
+        values = self._bind_params(program, params)
+        start = time.perf_counter()
+        ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+        executed, columns = np.zeros(len(program.blocks), np.int64), 0
+        with np.errstate(all="ignore"):
+            for first in range(0, len(ctas), WAVE):
+                machine = Machine(program, ctas[first : first + WAVE], grid, block, smem_bytes, values, self.gmem)
+                machine.run()
+                executed += machine.executed
+                columns = max(columns, int(machine.tmem.peak.max(initial=0)))
+        opcodes: Counter = Counter()
+        for times, counts in zip(executed.tolist(), program.opcode_counts, strict=True):
+            for opcode, n in counts.items():
+                opcodes[opcode] += n * times
+        report = LaunchReport(kernel, grid, block, smem_bytes, time.perf_counter() - start, sum(opcodes.values()), opcodes, columns)
+        self.launches.append(report)
+        return report
+
+    def _check_launch(self, module, kernel, grid, block, cluster, smem_bytes, params) -> None:
+        if kernel not in module.kernels:
+            raise LaunchError(f"the module has no kernel {kernel!r}, only {', '.join(module.kernels)}")
+        if cluster != (1, 1, 1):
+            raise LaunchError(f"cluster {cluster}: clusters are not supported yet")
+        if min(block) < 1 or block[0] * block[1] * block[2] > 1024:
+            raise LaunchError(f"block {block}: 1 to 1024 threads a CTA")
+        if min(grid) < 1:
+            raise LaunchError(f"grid {grid}: every extent must be at least 1")
+        wanted = module.kernels[kernel].directives.get("reqntid")
+        if wanted and tuple(int(x) for x in wanted.split(",")) != (*block,)[: wanted.count(",") + 1]:
+            raise LaunchError(f"block {block}: the kernel was compiled for .reqntid {wanted}")
+        declared = module.kernels[kernel].params
+        if len(params) != len(declared):
+            raise LaunchError(f"{kernel} takes {len(declared)} parameters, {len(params)} were given")
+        for given, param in zip(params, declared, strict=True):
+            if len(given) != param.size:
+                raise LaunchError(f"parameter {param.name} has {param.size} bytes, {len(given)} were given")
+
+    @staticmethod
+    def _bind_params(program: Program, params) -> dict:
+        declared = program.kernel.params
+        size = max((p.offset + p.size for p in declared), default=0)
+        raw = bytearray(size)
+        for given, param in zip(params, declared, strict=True):
+            raw[param.offset : param.offset + param.size] = given
+        values = [np.frombuffer(raw, np.dtype(kind), 1, offset)[0] for offset, kind in program.params]
+        return {"bytes": bytes(raw), "values": values}

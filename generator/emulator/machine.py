@@ -1,0 +1,277 @@
+"""The machine that runs one wave of CTAs: registers, program counters, the scheduler, and the deadlock report.
+
+Warps that stand at the same block run as one NumPy operation, across CTAs. A warp whose wait failed sleeps until some
+mbarrier of its CTA completes a phase. Asynchronous work completes only when nothing else can run: as late as the waits
+of the program allow.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from .agents import AsyncQueue
+from .barriers import Mbarriers, NamedBarriers
+from .errors import Deadlock, Hazard
+from .memory import GlobalMemory, SharedMemory, TensorMemory
+from .ops.tcgen05 import TensorCore
+from .ops.tma import check_bulk_at_exit
+from .parse import Instr
+from .translate import Program
+from .warps import LANES, Warps
+
+REGISTER_DTYPE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+
+
+class Where:
+    """Formats as "PTX line 12 (st.shared.b32), CTA (0, 1, 0), warp 3, lane 5, address 0x440"."""
+
+    __slots__ = ("machine", "ws", "instr", "lanes", "address")
+
+    def __init__(self, machine: Machine, ws: Warps, instr: Instr, lanes, address):
+        self.machine, self.ws, self.instr, self.lanes, self.address = machine, ws, instr, lanes, address
+
+    def __str__(self) -> str:
+        lanes = np.asarray(self.lanes)
+        cta, warp, lane = self.ws.where(lanes)
+        text = f"PTX line {self.instr.line} ({self.instr.opcode}), CTA {self.machine.name_cta(cta)}, warp {warp}, lane {lane}"
+        if self.address is not None:
+            at = int(np.argmax(self.ws.full(lanes).reshape(-1)))
+            text += f", address {int(self.ws.full(self.address).reshape(-1)[at]):#x}"
+        return text
+
+    def during(self, phase: str) -> str:
+        return f"{self}, {phase}"
+
+
+class Machine:
+    """One wave: `ctas` are (x, y, z) block indices that run together."""
+
+    def __init__(self, program: Program, ctas: list[tuple[int, int, int]], grid, block, smem_bytes: int, params: dict, gmem: GlobalMemory):
+        self.program, self.gmem = program, gmem
+        self.n_cta = len(ctas)
+        self.grid, self.block = grid, block
+        self.threads = block[0] * block[1] * block[2]
+        self.n_warps = -(-self.threads // 32)
+        self.smem = SharedMemory(self.n_cta, program.static_shared + smem_bytes)
+        self.tmem = TensorMemory(self.n_cta)
+        self.mbarriers = Mbarriers(self.n_cta)
+        self.named = NamedBarriers(self.n_cta)
+        self.queue = AsyncQueue(self)
+        self.tensor_core = TensorCore(self)
+        self.stores: list[tuple] = []  # tcgen05.st that no wait::st has covered yet
+        self.bulk: dict[tuple[int, int, int], list[list]] = {}  # bulk groups by (warp, CTA, lane); the last is open
+        self.params_maps: dict[int, object] = {}
+        self.param_bytes = params["bytes"]
+        self.params = params["values"]
+        self.block_ids = np.array(ctas, np.uint32).reshape(-1, 3)
+        self.special = self._specials(smem_bytes)
+        self._make_registers()
+        shape = (self.n_warps, self.n_cta)
+        self.pc = np.zeros(shape, np.int32)
+        self.lane_pc = np.zeros((*shape, 32), np.int32)
+        self.diverged = np.zeros(shape, bool)
+        self.barred = np.zeros(shape, bool)
+        self.barred_on = np.zeros(shape, np.int8)
+        self.barred_line = np.zeros(shape, np.int32)
+        self.stalled = np.full(shape, -1, np.int32)  # block whose wait failed, until a phase completes in the CTA
+        self.wait_slot = np.zeros(shape, np.int32)
+        self.wait_parity = np.zeros(shape, np.int8)
+        self.wait_line = np.zeros(shape, np.int32)
+        self.executed = np.zeros(len(program.blocks), np.int64)
+        self._retire_missing_lanes()
+        self._batches: dict[bytes, Warps] = {}
+
+    def _make_registers(self) -> None:
+        shape = (self.n_warps, self.n_cta, 32)
+        self.registers: dict[int, object] = {}
+        for index, reg in self.program.stored.items():
+            if index in self.program.paired:
+                self.registers[index] = (np.empty(shape, np.uint32), np.empty(shape, np.uint32))
+            else:
+                self.registers[index] = np.empty(shape, REGISTER_DTYPE[reg.bits])
+        self.defined = {index: np.zeros(shape, bool) for index in self.program.checked}
+
+    def _retire_missing_lanes(self) -> None:
+        """A last warp that is not full: its missing lanes have exited."""
+        spare = self.n_warps * 32 - self.threads
+        if spare:
+            self.lane_pc[-1, :, 32 - spare :] = len(self.program.blocks)
+            self.diverged[-1] = True
+
+    def _specials(self, smem_bytes: int) -> dict:
+        bx, by, _ = self.block
+        thread = lambda ws: (ws.warp * 32 + LANES).astype(np.uint32)  # noqa: E731
+        ids = {
+            "tid.x": lambda ws: thread(ws) % np.uint32(bx),
+            "tid.y": lambda ws: thread(ws) // np.uint32(bx) % np.uint32(by),
+            "tid.z": lambda ws: thread(ws) // np.uint32(bx * by),
+            "laneid": lambda ws: LANES,
+            "warpid": lambda ws: ws.warp.astype(np.uint32),
+            "dynamic_smem_size": lambda ws: np.uint32(smem_bytes),
+            "total_smem_size": lambda ws: np.uint32(smem_bytes + self.program.static_shared),
+            "cluster_ctarank": lambda ws: np.uint32(0),
+            "cluster_nctarank": lambda ws: np.uint32(1),
+        }
+        for i, axis in enumerate("xyz"):
+            ids[f"ctaid.{axis}"] = ids[f"clusterid.{axis}"] = lambda ws, i=i: self.block_ids[ws.cta, i]
+            ids[f"nctaid.{axis}"] = ids[f"nclusterid.{axis}"] = lambda ws, i=i: np.uint32(self.grid[i])
+            ids[f"ntid.{axis}"] = lambda ws, i=i: np.uint32(self.block[i])
+            ids[f"cluster_ctaid.{axis}"] = lambda ws: np.uint32(0)
+            ids[f"cluster_nctaid.{axis}"] = lambda ws: np.uint32(1)
+        return ids
+
+    # -- where things happen, for messages -----------------------------------------------------------------------------
+    def where(self, ws: Warps, instr: Instr, lanes=True, address=None) -> Where:
+        """Where the first lane in `lanes` stands, spelled out only if a message needs it."""
+        return Where(self, ws, instr, lanes, address)
+
+    def name_cta(self, cta: int) -> str:
+        return "(" + ", ".join(str(int(i)) for i in self.block_ids[cta]) + ")"
+
+    def check_register(self, ws: Warps, shadow, name: str, instr: Instr) -> None:
+        bad = ~np.asarray(shadow)
+        if ws.mask is not None:
+            bad = bad & ws.mask
+        if bad.any():
+            raise Hazard(f"{self.where(ws, instr, bad)}: reads register {name}, which was never written on this path")
+
+    # -- control flow --------------------------------------------------------------------------------------------------
+    def goto(self, ws: Warps, target: int) -> None:
+        if ws.mask is None:
+            self.pc[ws.index] = target
+        else:
+            self._move_lanes(ws, target)
+
+    def branch(self, ws: Warps, condition, target: int, after: int) -> None:
+        if ws.mask is not None:
+            self._move_lanes(ws, np.where(condition, target, after))
+            return
+        c = np.asarray(condition)
+        if c.ndim == 0 or c.size == 1:
+            self.pc[ws.index] = target if c.all() else after
+            return
+        taken, every = c.any(axis=-1), c.all(axis=-1)
+        self.pc[ws.index] = np.where(every, target, after)
+        if (taken != every).any():
+            split = np.broadcast_to(taken != every, ws.lead)
+            lanes = np.where(ws.full(c), target, after)
+            if ws.sliced:
+                self.lane_pc[ws.index][split] = lanes[split]
+                self.diverged[ws.index][split] = True
+                self.pc[ws.index][split] = min(target, after)
+            else:
+                warps, ctas = ws.index
+                at = (warps[split], ctas[split])
+                self.lane_pc[at] = lanes[split]
+                self.diverged[at] = True
+                self.pc[at] = min(target, after)
+
+    def _move_lanes(self, ws: Warps, target) -> None:
+        ws.put(self.lane_pc, target)
+        lanes = self.lane_pc[ws.index]
+        low = lanes.min(axis=-1)
+        self.pc[ws.index] = low
+        self.diverged[ws.index] = low != lanes.max(axis=-1)
+
+    # -- waiting -------------------------------------------------------------------------------------------------------
+    def stall(self, ws: Warps, failed: np.ndarray, slot, parity, instr: Instr) -> None:
+        """Warps with a lane in `failed` sleep at this block until a phase completes in their CTA."""
+        which = np.broadcast_to(failed.any(axis=-1) if failed.ndim else failed, ws.lead)
+        for array, value in ((self.stalled, self.current), (self.wait_slot, slot), (self.wait_parity, parity), (self.wait_line, instr.line)):
+            array[ws.index] = np.where(which, value, array[ws.index])
+
+    def wake(self, ctas: np.ndarray) -> None:
+        """A phase completed in these CTAs."""
+        if len(ctas):
+            self.stalled[:, ctas] = -1
+
+    def bar(self, ws: Warps, barrier: int, count: int | None, instr: Instr, blocking: bool) -> None:
+        expected = self.n_warps * 32 if count is None else count
+        warps, ctas = ws.flat_pairs()
+        unique, warps_each = np.unique(ctas, return_counts=True)
+        where = self.where(ws, instr)
+        if blocking:
+            self.barred[warps, ctas] = True
+            self.barred_on[warps, ctas] = barrier
+            self.barred_line[warps, ctas] = instr.line
+        done = self.named.arrive(barrier, unique, 32 * warps_each, expected, where)
+        if len(done):
+            self.barred[:, done] &= self.barred_on[:, done] != barrier
+
+    # -- the scheduler -------------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Run every warp to its exit.
+
+        Raises:
+            Deadlock: nothing can run; the message lists who waits for what.
+            Hazard: see `errors`.
+        """
+        functions, exit_block = self.program.functions, len(self.program.blocks)
+        while True:
+            ready = (self.pc != exit_block) & ~self.barred & (self.stalled != self.pc)
+            if not ready.any():
+                if (self.pc == exit_block).all():
+                    break
+                if not self.queue.advance():
+                    raise Deadlock(self.report_deadlock())
+                continue
+            block = int(self.pc[ready].min())
+            chosen = ready & (self.pc == block)
+            self.current = block
+            waits = self.program.blocks[block].waits
+            for ws in self._batches_of(chosen):
+                if waits:
+                    self.stalled[ws.index] = -1
+                self.executed[block] += ws.count
+                functions[block](self, ws)
+        self.queue.drain()
+        self.tensor_core.flush()
+        self._check_exit()
+
+    def _batches_of(self, chosen: np.ndarray):
+        converged = chosen & ~self.diverged
+        if converged.any():
+            key = converged.tobytes()
+            ws = self._batches.get(key)
+            if ws is None:
+                ws = self._batches[key] = Warps(*np.nonzero(converged))
+            yield ws
+        split = chosen & self.diverged
+        if split.any():
+            ws = Warps(*np.nonzero(split))
+            ws.mask = self.lane_pc[ws.index] == self.current
+            yield ws
+
+    def _check_exit(self) -> None:
+        check_bulk_at_exit(self)
+        leaked = np.nonzero(self.tmem.allocated.any(axis=0))[0]
+        if len(leaked):
+            raise Hazard(f"CTA {self.name_cta(int(leaked[0]))} exits with {int(self.tmem.allocated[:, leaked[0]].sum())} TMEM columns still allocated: tcgen05.dealloc is missing")
+
+    def report_deadlock(self) -> str:
+        """Who waits for what, by CTA; CTAs that stand alike are reported once."""
+        exit_block = len(self.program.blocks)
+        lines = ["deadlock: no warp can run and no asynchronous operation is under way"]
+        seen = set()
+        for cta in range(self.n_cta):
+            here = []
+            for warp in range(self.n_warps):
+                if self.pc[warp, cta] == exit_block:
+                    here.append((warp, "has exited"))
+                elif self.barred[warp, cta]:
+                    b = int(self.barred_on[warp, cta])
+                    here.append((warp, f"waits at PTX line {self.barred_line[warp, cta]} for named barrier {b}: {self.named.arrived[b, cta]} of {self.named.expected[b, cta]} threads arrived"))
+                else:
+                    slot, parity = int(self.wait_slot[warp, cta]), int(self.wait_parity[warp, cta])
+                    here.append((warp, f"waits at PTX line {self.wait_line[warp, cta]} for parity {parity} of the {self.mbarriers.describe(slot, cta)}"))
+            key = tuple(here)
+            if key in seen:
+                continue
+            seen.add(key)
+            lines.append(f"  CTA {self.name_cta(cta)}:")
+            for text, group in itertools.groupby(here, key=lambda item: item[1]):
+                numbers = [str(w) for w, _ in group]
+                lines.append(f"    warp{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} {text}")
+        return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""Global, shared and tensor memory of one wave of CTAs, each with a state for every cell: bounds, poison, who writes.
+
+The state of a cell says whether its value may be used. Fresh memory is UNWRITTEN; an asynchronous operation marks its
+destination from the moment it is issued, and only its completion, as late as the program's waits allow, makes it VALID.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+
+import numpy as np
+
+from .errors import Hazard, LaunchError
+
+UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER = 0, 1, 2, 3, 4, 5
+REASONS = {
+    UNWRITTEN: "it was never written (fresh memory is poison)",
+    TMA_PENDING: "a TMA load into it has been issued and is not known to be complete: wait on the mbarrier it signals first",
+    MMA_PENDING: "a tcgen05.mma that writes it is not known to be complete: wait on the mbarrier of its tcgen05.commit first",
+    ST_PENDING: "a tcgen05.st into it has not been waited for: insert tcgen05.wait::st (and then signal the reader)",
+    MBARRIER: "it holds an mbarrier, which only mbarrier instructions may touch",
+}
+UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+VALID_WORD = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
+WINDOW_BASE = 1024  # the hardware keeps the first KiB of the shared window for itself; zero is not a realistic base
+PARAM_BASE = 0x7F00_0000_0000_0000  # generic address of the parameter space, outside every user address
+
+
+class SharedMemory:
+    """Shared memory of every CTA of a wave: data and state u8 [n_cta, size], addresses from WINDOW_BASE."""
+
+    def __init__(self, n_cta: int, size: int):
+        self.size = size
+        self.stride = -(-max(size, 16) // 1024) * 1024
+        self.data = np.full((n_cta, self.stride), 0xFF, np.uint8)
+        self.state = np.zeros((n_cta, self.stride), np.uint8)
+        self.flat = {w: self.data.reshape(-1).view(t) for w, t in UINT.items()}
+        self.flat_state = {w: self.state.reshape(-1).view(t) for w, t in UINT.items()}
+        self.chunks = self.data.view(np.uint16).reshape(n_cta, -1, 8)  # 16-byte chunks of eight 16-bit elements
+        self.chunk_state = self.state.view(np.uint64).reshape(n_cta, -1, 2)
+
+
+class TensorMemory:
+    """TMEM of every CTA of a wave: 512 columns of 128 lanes of 32 bits.
+
+    `data` u32 [512 columns, 4 warps' quarters, n_cta, 32 lanes]: what a warpgroup loads from one column is contiguous.
+    `state` u8 [512 columns, 4 quarters, 2 halves of 16 lanes, n_cta].
+    `allocated` bool [512 columns, n_cta].
+    """
+
+    COLUMNS = 512
+
+    def __init__(self, n_cta: int):
+        self.data = np.full((self.COLUMNS, 4, n_cta, 32), 0xFFFFFFFF, np.uint32)
+        self.state = np.zeros((self.COLUMNS, 4, 2, n_cta), np.uint8)
+        self.allocated = np.zeros((self.COLUMNS, n_cta), bool)
+        self.blocks: list[dict[int, int]] = [{} for _ in range(n_cta)]
+        self.relinquished = np.zeros(n_cta, bool)
+        self.peak = np.zeros(n_cta, np.int64)
+
+    def allocate(self, cta: int, columns: int) -> int | None:
+        """First free aligned run of `columns`, or None when the pool is taken."""
+        for start in range(0, self.COLUMNS - columns + 1, columns):
+            if not self.allocated[start : start + columns, cta].any():
+                self.allocated[start : start + columns, cta] = True
+                self.state[start : start + columns, :, :, cta] = UNWRITTEN
+                self.blocks[cta][start] = columns
+                self.peak[cta] = max(self.peak[cta], self.allocated[:, cta].sum())
+                return start
+        return None
+
+
+class GlobalMemory:
+    """Host arrays that kernels may touch, by address. Everything else is out of bounds."""
+
+    def __init__(self):
+        self.starts: list[int] = []
+        self.regions: list[tuple[int, int, str, np.ndarray]] = []
+
+    def add(self, address: int, nbytes: int, name: str) -> None:
+        """Make `nbytes` bytes from `address` on legal. The memory stays the caller's and must outlive the launch."""
+        if nbytes == 0:
+            return
+        view = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+        at = bisect.bisect(self.starts, address)
+        for other in self.regions[max(0, at - 1) : at + 1]:
+            if address < other[0] + other[1] and other[0] < address + nbytes:
+                if other[0] == address and other[1] == nbytes:
+                    return
+                raise LaunchError(f"array {name!r} at {address:#x} (+{nbytes}) overlaps array {other[2]!r} at {other[0]:#x} (+{other[1]})")
+        self.starts.insert(at, address)
+        self.regions.insert(at, (address, nbytes, name, view))
+
+    def remove(self, address: int) -> None:
+        """Forget the array that starts at `address`."""
+        at = self.starts.index(address)
+        del self.starts[at], self.regions[at]
+
+    def find(self, low: int, high: int) -> tuple[int, np.ndarray] | None:
+        """The region that holds all bytes in [low, high): its start and its bytes, or None."""
+        at = bisect.bisect(self.starts, low) - 1
+        if at >= 0:
+            start, nbytes, _, view = self.regions[at]
+            if high <= start + nbytes:
+                return start, view
+        return None
+
+    def require(self, low: int, high: int, where: str) -> tuple[int, np.ndarray]:
+        """`find`, or a Hazard that names the nearest array."""
+        found = self.find(low, high)
+        if found is not None:
+            return found
+        at = bisect.bisect(self.starts, low) - 1
+        near = ""
+        if at >= 0:
+            start, nbytes, name, _ = self.regions[at]
+            near = f"; the nearest array below is {name!r}, {nbytes} bytes, which ends {low - start - nbytes:+d} bytes before it"
+        raise Hazard(f"{where}: global memory [{low:#x}, {high:#x}) is out of bounds{near}")

@@ -1,0 +1,154 @@
+"""Loads, stores and fences on shared and global memory (PTX ISA 9.1 §9.7.9.8, §9.7.9.11, §9.7.13.4)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import Hazard, UnsupportedInstruction
+from ..memory import MBARRIER, REASONS, UINT, VALID, VALID_WORD, WINDOW_BASE
+from ..table import effect
+
+WIDTHS = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8}
+KIND = {1: "h", 2: "h", 4: "u", 8: "U"}
+REGISTER = {1: np.uint16, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def shape_of(instr) -> tuple[int, int]:
+    """(bytes an element, elements) of a load or store, from its modifiers."""
+    parts = instr.opcode.split(".")
+    count = next((int(p[1:]) for p in parts if p in ("v2", "v4", "v8")), 1)
+    return WIDTHS[parts[-1]], count
+
+
+def shared_offsets(m, ws, active, instr, address, nbytes: int) -> np.ndarray:
+    """Shared addresses → byte offsets int64; checks bounds and alignment to `nbytes` in the lanes that run.
+
+    Inactive lanes get offset 0.
+    """
+    offsets = np.asarray(address).astype(np.int64) - WINDOW_BASE
+    bad = (offsets < 0) | (offsets + nbytes > m.smem.size) | (offsets % nbytes != 0)
+    if active is not None:
+        bad = bad & active
+        offsets = np.where(active, offsets, 0)
+    if np.any(bad):
+        first = int(ws.full(offsets).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))])
+        kind = "misaligned" if 0 <= first and first + nbytes <= m.smem.size else "out of bounds"
+        raise Hazard(
+            f"{m.where(ws, instr, bad, address)}: shared memory access of {nbytes} bytes is {kind} (offset {first}, "
+            f"the CTA has {m.smem.size} bytes, alignment {nbytes})"
+        )
+    return offsets
+
+
+def check_state(m, ws, active, instr, states, width: int, address) -> None:
+    """Raise unless every byte that is read holds a value that may be used."""
+    bad = states != VALID_WORD[width]
+    if active is not None:
+        bad = bad & active
+    if np.any(bad):
+        word = int(ws.full(states).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))])
+        code = next(b for b in word.to_bytes(width, "little") if b != VALID)
+        raise Hazard(f"{m.where(ws, instr, bad, address)}: reads shared memory that may not be read: {REASONS[code]}")
+
+
+def ld_shared(m, ws, active, instr, address):
+    width, count = shape_of(instr)
+    offsets = shared_offsets(m, ws, active, instr, address, width * count)
+    at = (ws.cta * m.smem.stride + offsets) // width
+    data, state = m.smem.flat[width], m.smem.flat_state[width]
+    results = []
+    for i in range(count):
+        check_state(m, ws, active, instr, state[at + i], width, address)
+        results.append(data[at + i].astype(REGISTER[width], copy=False))
+    return tuple(results) if count > 1 else results[0]
+
+
+def st_shared(m, ws, active, instr, address, values):
+    width, count = shape_of(instr)
+    offsets = shared_offsets(m, ws, active, instr, address, width * count)
+    values = values if count > 1 else (values,)
+    at = np.broadcast_to((ws.cta * m.smem.stride + offsets) // width, (*ws.lead, 32))
+    chosen = slice(None) if active is None else np.broadcast_to(active, at.shape)
+    at = at[chosen]
+    data, state = m.smem.flat[width], m.smem.flat_state[width]
+    for i, value in enumerate(values):
+        old = state[at + i]
+        if ((old & UINT[width](0xFF)) == MBARRIER).any():
+            raise Hazard(f"{m.where(ws, instr, True if active is None else active, address)}: writes shared memory although {REASONS[MBARRIER]}")
+        data[at + i] = ws.full(value)[chosen].astype(UINT[width])
+        state[at + i] = VALID_WORD[width]
+
+
+for _t, _w in WIDTHS.items():
+    for _space in ("shared", "shared::cta"):
+        effect(f"ld{{,.volatile,.relaxed.cta,.acquire.cta}}.{_space}.{_t}", f"{KIND[_w]}=a", "9.7.9.8")(ld_shared)
+        effect(f"st{{,.volatile,.relaxed.cta,.release.cta}}.{_space}.{_t}", f"=a,{KIND[_w]}", "9.7.9.11")(st_shared)
+        for _v in (2, 4):
+            if _w * _v <= 16:
+                effect(f"ld.{_space}.v{_v}.{_t}", f"*{KIND[_w]}=a", "9.7.9.8")(ld_shared)
+                effect(f"st.{_space}.v{_v}.{_t}", f"=a,*{KIND[_w]}", "9.7.9.11")(st_shared)
+
+
+def global_view(m, ws, active, instr, address, nbytes: int):
+    """Addresses → (bytes of the array, offsets int64, active lanes as a bool array); checks bounds and alignment."""
+    addresses = ws.full(address)
+    lanes = np.ones(addresses.shape, bool) if active is None else np.broadcast_to(active, addresses.shape)
+    chosen = addresses[lanes]
+    low, high = int(chosen.min()), int(chosen.max()) + nbytes
+    if (chosen % np.uint64(nbytes)).any():
+        bad = lanes & (addresses % np.uint64(nbytes) != 0)
+        raise Hazard(f"{m.where(ws, instr, bad, address)}: global address is misaligned: it must be a multiple of {nbytes}")
+    found = m.gmem.find(low, high)
+    if found is None:
+        for value in np.unique(chosen):  # the lanes may lie in several arrays, or one of them is out of bounds
+            m.gmem.require(int(value), int(value) + nbytes, m.where(ws, instr, lanes & (addresses == value), address))
+        raise UnsupportedInstruction(f"{m.where(ws, instr, lanes)}: one instruction that touches several arrays is not supported yet")
+    start, view = found
+    return view, addresses.astype(np.int64) - start, lanes
+
+
+def ld_global(m, ws, active, instr, address):
+    width, count = shape_of(instr)
+    view, offsets, lanes = global_view(m, ws, active, instr, address, width * count)
+    offsets = np.where(lanes, offsets, offsets[lanes][0])
+    results = []
+    for i in range(count):
+        index = (offsets + i * width)[..., None] + np.arange(width)
+        results.append(view[index].view(UINT[width])[..., 0].astype(REGISTER[width], copy=False))
+    return tuple(results) if count > 1 else results[0]
+
+
+def st_global(m, ws, active, instr, address, values):
+    width, count = shape_of(instr)
+    view, offsets, lanes = global_view(m, ws, active, instr, address, width * count)
+    for i, value in enumerate(values if count > 1 else (values,)):
+        raw = np.ascontiguousarray(ws.full(value)[lanes].astype(UINT[width])).view(np.uint8).reshape(-1, width)
+        view[(offsets[lanes] + i * width)[:, None] + np.arange(width)] = raw
+
+
+_LD = "ld.global{,.nc,.L1::no_allocate,.L1::evict_last,.nc.L1::no_allocate,.nc.L1::evict_last}"
+_ST = "st.global{,.L1::no_allocate}"
+for _t, _w in WIDTHS.items():
+    effect(f"{_LD}.{_t}", f"{KIND[_w]}=a", "9.7.9.8")(ld_global)
+    effect(f"{_ST}.{_t}", f"=a,{KIND[_w]}", "9.7.9.11")(st_global)
+    for _v in (2, 4):
+        if _w * _v <= 16:
+            effect(f"{_LD}.v{_v}.{_t}", f"*{KIND[_w]}=a", "9.7.9.8")(ld_global)
+            effect(f"{_ST}.v{_v}.{_t}", f"=a,*{KIND[_w]}", "9.7.9.11")(st_global)
+
+
+@effect("fence.proxy.async{,.shared::cta,.global} fence.mbarrier_init.release.cluster fence.proxy.tensormap::generic.release.gpu", "=", "9.7.13.4")
+@effect("fence.{acq_rel,sc}.{cta,cluster,gpu,sys} membar.{cta,gl,sys}", "=", "9.7.13.4")
+def fence(m, ws, active, instr):
+    """Orders proxies and scopes. Lanes of the emulator see each other's stores at once, so nothing is left to do."""
+
+
+@effect("prefetch.tensormap{,.param}", "=a", "9.7.9.17")
+def prefetch_tensormap(m, ws, active, instr, address):
+    """A hint."""
+
+
+@effect("createpolicy.fractional.L2::{evict_last,evict_first,evict_normal}.b64", "U=?f", "9.7.9.18")
+def createpolicy(m, ws, active, instr, fraction=None):
+    """An opaque cache policy; caches are not modelled."""
+    return np.uint64(0)

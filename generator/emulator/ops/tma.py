@@ -1,0 +1,165 @@
+"""Bulk tensor copies between global and shared memory (PTX ISA 9.1 §9.7.9.27)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import Hazard
+from ..memory import MBARRIER, PARAM_BASE, REASONS, TMA_PENDING, VALID, WINDOW_BASE
+from ..table import effect
+from ..tensormap import TensorMap, decode_tensor_map, read_box, swizzled_chunks, write_box
+from .memory import shared_offsets
+
+
+def tensor_map(m, address: int, where: str) -> TensorMap:
+    """The tensor map at a generic address in the parameter space, decoded once a launch, its extent checked."""
+    cached = m.params_maps.get(address)
+    if cached is not None:
+        return cached
+    offset = address - PARAM_BASE
+    if not 0 <= offset <= len(m.param_bytes) - 128:
+        raise Hazard(f"{where}: tensor map at {address:#x}, which is not a kernel parameter")
+    if offset % 64:
+        raise Hazard(f"{where}: tensor map at parameter offset {offset}, which is not a multiple of 64")
+    found = decode_tensor_map(m.param_bytes[offset : offset + 128])
+    m.gmem.require(found.address, found.address + found.extent, where.during(f"its tensor map has sizes {found.sizes} and strides {found.strides}"))
+    m.params_maps[address] = found
+    return found
+
+
+def _lanes(m, ws, active, arrays):
+    """One row a lane that runs: (warp, cta, lane) and the arrays' values there."""
+    on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
+    flat = on.reshape(-1, 32)
+    rows, lanes = np.nonzero(flat)
+    warps, ctas = ws.flat_pairs()
+    values = [ws.full(a).reshape(-1, 32)[rows, lanes] for a in arrays]
+    return warps[rows], ctas[rows], lanes, values
+
+
+def _check_place(m, tensor: TensorMap, offset: int, where: str) -> None:
+    """Destination or source box inside shared memory, aligned to 128 bytes (CUDA programming guide, tensor copies)."""
+    if offset % 128:
+        raise Hazard(f"{where}: shared address offset {offset:#x} of a tensor copy must be a multiple of 128")
+    if offset < 0 or offset + tensor.box_bytes > m.smem.size:
+        raise Hazard(f"{where}: a box of {tensor.box_bytes} bytes at shared offset {offset:#x} leaves the CTA's {m.smem.size} bytes")
+
+
+def _chunks(offset: int, tensor: TensorMap) -> np.ndarray:
+    return swizzled_chunks(offset + WINDOW_BASE, tensor.box_bytes, tensor.swizzle) - WINDOW_BASE // 16
+
+
+def load(m, ws, active, instr, destination, source, barrier, policy=None):
+    """cp.async.bulk.tensor global → shared; the full box counts on the mbarrier, out-of-bounds elements are zero."""
+    where = m.where(ws, instr, True if active is None else active)
+    address, coords = source
+    dst = shared_offsets(m, ws, active, instr, destination, 16)
+    mbar = shared_offsets(m, ws, active, instr, barrier, 8)
+    _, ctas, _, (dsts, mbars, addresses, *coordinates) = _lanes(m, ws, active, (dst, mbar, address, *coords))
+    points = np.stack(coordinates, axis=1)
+    jobs = {}
+    slots = np.empty(len(ctas), np.int64)
+    for i, cta in enumerate(ctas):
+        tensor = tensor_map(m, int(addresses[i]), where)
+        if tensor.rank != len(coords):
+            raise Hazard(f"{where}: {len(coords)} coordinates for a tensor map of rank {tensor.rank}")
+        offset = int(dsts[i])
+        _check_place(m, tensor, offset, where)
+        slots[i] = m.mbarriers.slot(int(mbars[i]))
+        chunks = _chunks(offset, tensor)
+        state = m.smem.chunk_state[cta]
+        if (m.smem.state[cta, offset : offset + tensor.box_bytes] == MBARRIER).any():
+            raise Hazard(f"{where}: a TMA load overwrites shared memory although {REASONS[MBARRIER]}")
+        state[chunks] = 0x0101010101010101 * TMA_PENDING
+        jobs.setdefault(int(cta), []).append((tensor, tuple(int(c) for c in points[i]), chunks, int(slots[i])))
+
+    def complete(done: np.ndarray) -> None:
+        for cta in done:
+            for tensor, point, chunks, slot in jobs[int(cta)]:
+                start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
+                box = read_box(view, start, tensor, point)
+                m.smem.chunks[cta, chunks] = box.view(np.uint16).reshape(-1, 8)
+                m.smem.chunk_state[cta, chunks] = 0x0101010101010101 * VALID
+                m.wake(m.mbarriers.complete_tx(slot, np.array([cta]), tensor.box_bytes, where))
+
+    unique, first = np.unique(ctas, return_index=True)
+    m.queue.add(unique, slots[first], complete, instr.line)
+
+
+for _rank in range(1, 6):
+    effect(
+        f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}.mbarrier::complete_tx::bytes{{,.L2::cache_hint}}",
+        "=a,T,a,?U", "9.7.9.27.1.2",
+    )(load)
+
+
+def store(m, ws, active, instr, destination, source, policy=None):
+    """cp.async.bulk.tensor shared → global: reads its source as late as the wait on its bulk group."""
+    where = m.where(ws, instr, True if active is None else active)
+    address, coords = destination
+    src = shared_offsets(m, ws, active, instr, source, 16)
+    warps, ctas, lanes, (sources, addresses, *coordinates) = _lanes(m, ws, active, (src, address, *coords))
+    points = np.stack(coordinates, axis=1)
+    for i, cta in enumerate(ctas):
+        tensor = tensor_map(m, int(addresses[i]), where)
+        if tensor.rank != len(coords):
+            raise Hazard(f"{where}: {len(coords)} coordinates for a tensor map of rank {tensor.rank}")
+        point = tuple(int(c) for c in points[i])
+        if min(point) < 0:
+            raise Hazard(f"{where}: a store starts at coordinates {point}: they must not be negative (§9.7.9.27.1.1)")
+        _check_place(m, tensor, int(sources[i]), where)
+        chunks = _chunks(int(sources[i]), tensor)
+        _require_valid(m, cta, chunks, where)
+        key = (int(warps[i]), int(cta), int(lanes[i]))
+        m.bulk.setdefault(key, [[]])[-1].append((tensor, point, chunks, where))
+
+
+def _require_valid(m, cta, chunks, where) -> None:
+    state = m.smem.chunk_state[cta, chunks]
+    bad = state != 0x0101010101010101
+    if bad.any():
+        code = next(b for b in int(state[bad][0]).to_bytes(8, "little") if b != VALID)
+        raise Hazard(f"{where}: the copy reads shared memory that may not be read: {REASONS[code]}")
+
+
+def finish_store(m, cta: int, jobs) -> None:
+    """A store takes effect."""
+    for tensor, point, chunks, where in jobs:
+        _require_valid(m, cta, chunks, where)
+        start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
+        write_box(view, start, tensor, point, np.ascontiguousarray(m.smem.chunks[cta, chunks]).view(np.uint8).reshape(-1))
+
+
+for _rank in range(1, 6):
+    effect(
+        f"cp.async.bulk.tensor.{_rank}d.global.shared::cta{{,.tile}}.bulk_group{{,.L2::cache_hint}}", "=T,a,?U", "9.7.9.27.1.2"
+    )(store)
+
+
+@effect("cp.async.bulk.commit_group", "=", "9.7.9.25.1.1")
+def commit_group(m, ws, active, instr):
+    warps, ctas, lanes, _ = _lanes(m, ws, active, ())
+    for key in zip(warps.tolist(), ctas.tolist(), lanes.tolist(), strict=True):
+        if key in m.bulk and m.bulk[key][-1]:
+            m.bulk[key].append([])
+
+
+@effect("cp.async.bulk.wait_group{,.read}", "=k", "9.7.9.25.1.2")
+def wait_group(m, ws, active, instr, pending):
+    """At most `pending` of the lane's committed groups may be under way; older ones complete now, in order."""
+    warps, ctas, lanes, _ = _lanes(m, ws, active, ())
+    for key in zip(warps.tolist(), ctas.tolist(), lanes.tolist(), strict=True):
+        groups = m.bulk.get(key)
+        while groups is not None and len(groups) - 1 > pending:
+            finish_store(m, key[1], groups.pop(0))
+
+
+def check_bulk_at_exit(m) -> None:
+    """Every bulk store must have been waited for before its CTA ends, or shared memory may be gone before it is read."""
+    for (warp, cta, lane), groups in m.bulk.items():
+        left = [job for group in groups for job in group]
+        if left:
+            raise Hazard(
+                f"{left[0][3]}: CTA {m.name_cta(cta)}, warp {warp}, lane {lane} exits with a bulk store whose source may not have been read: "
+                "commit it and wait (cp.async.bulk.wait_group.read 0)"
+            )

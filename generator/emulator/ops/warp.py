@@ -1,0 +1,115 @@
+"""Warp-wide primitives: elect, vote, shuffle, register reallocation (PTX ISA 9.1 §9.7.9.6, §9.7.13)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import Hazard
+from ..table import effect
+from ..warps import LANES
+
+
+def _member(ws, active, mask):
+    """Lanes that run and are named by the member mask."""
+    named = ((np.asarray(mask) >> LANES) & np.uint32(1)).astype(bool)
+    return named if active is None else named & active
+
+
+@effect("elect.sync", "u,p=u", "9.7.13.12")
+def elect_sync(m, ws, active, instr, mask):
+    """Lane choice is not documented; the lowest named lane is taken."""
+    if active is None and np.all(np.asarray(mask) == np.uint32(0xFFFFFFFF)):
+        return np.uint32(0), LANES == 0
+    member = ws.full(_member(ws, active, mask))
+    leader = np.argmax(member, axis=-1)[..., None]
+    return leader.astype(np.uint32), (LANES == leader) & member
+
+
+def _check_converged(m, ws, active, instr):
+    if active is not None:
+        partial = ws.full(active).any(axis=-1) & ~ws.full(active).all(axis=-1)
+        if partial.any():
+            raise Hazard(f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes must converge on it")
+
+
+@effect("vote.sync.ballot.b32", "u=p,u", "9.7.13.9")
+def vote_ballot(m, ws, active, instr, predicate, mask):
+    bits = np.where(ws.full(predicate) & _member(ws, active, mask), np.uint32(1) << LANES, np.uint32(0))
+    return np.bitwise_or.reduce(bits, axis=-1, keepdims=True)
+
+
+@effect("vote.sync.any.pred", "p=p,u", "9.7.13.9")
+def vote_any(m, ws, active, instr, predicate, mask):
+    return (ws.full(predicate) & _member(ws, active, mask)).any(axis=-1, keepdims=True)
+
+
+@effect("vote.sync.all.pred", "p=p,u", "9.7.13.9")
+def vote_all(m, ws, active, instr, predicate, mask):
+    return (ws.full(predicate) | ~_member(ws, active, mask)).all(axis=-1, keepdims=True)
+
+
+@effect("vote.sync.uni.pred", "p=p,u", "9.7.13.9")
+def vote_uni(m, ws, active, instr, predicate, mask):
+    return vote_all(m, ws, active, instr, predicate, mask) | ~vote_any(m, ws, active, instr, predicate, mask)
+
+
+def _shuffle(source_lane, valid):
+    """shfl.sync: `source_lane(b, low)` picks the lane, `valid(j, high)` says whether it lies in the segment."""
+
+    def shfl(m, ws, active, instr, a, b, c, mask):
+        _check_converged(m, ws, active, instr)
+        segment = (np.asarray(c) >> np.uint32(8)) & np.uint32(31)
+        clamp = np.asarray(c) & np.uint32(31)
+        high = ((LANES & segment) | (clamp & ~segment)).astype(np.int64)
+        low = (LANES & segment).astype(np.int64)
+        j = source_lane((np.asarray(b) & np.uint32(31)).astype(np.int64), low, segment.astype(np.int64))
+        inside = valid(j, high)
+        source = np.where(inside, j, LANES)
+        values = ws.full(a)
+        if source.ndim == 1:
+            result = values[..., source]
+        else:
+            result = np.take_along_axis(values, ws.full(source), axis=-1)
+        return result, np.broadcast_to(inside, result.shape)
+
+    return shfl
+
+
+_MODES = {
+    "idx": (lambda b, low, segment: low | (b & ~segment), lambda j, high: j <= high),
+    "bfly": (lambda b, low, segment: LANES.astype(np.int64) ^ b, lambda j, high: j <= high),
+    "down": (lambda b, low, segment: LANES.astype(np.int64) + b, lambda j, high: j <= high),
+    "up": (lambda b, low, segment: LANES.astype(np.int64) - b, lambda j, high: j >= high),
+}
+for _mode, _functions in _MODES.items():
+    _both = _shuffle(*_functions)
+    effect(f"shfl.sync.{_mode}.b32", "u=u,u,u,u", "9.7.9.6")(lambda *args, f=_both: f(*args)[0])
+
+
+@effect("setmaxnreg.{inc,dec}.sync.aligned.u32", "=k", "9.7.19.5")
+def setmaxnreg(m, ws, active, instr, count):
+    if not 24 <= count <= 256 or count % 8:
+        raise Hazard(f"{m.where(ws, instr)}: setmaxnreg {count}: the count must be a multiple of 8 from 24 to 256")
+
+
+@effect("griddepcontrol.{wait,launch_dependents}", "=", "9.7.13.13")
+def griddepcontrol(m, ws, active, instr):
+    """Launches run one after the other."""
+
+
+@effect("activemask.b32", "u=", "9.7.9.9")
+def activemask(m, ws, active, instr):
+    lanes = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
+    return np.bitwise_or.reduce(np.where(lanes, np.uint32(1) << LANES, np.uint32(0)), axis=-1, keepdims=True)
+
+
+@effect("redux.sync.{add,min,max}.{u32,s32} redux.sync.{and,or,xor}.b32", "u=u,u", "9.7.13.10")
+def redux(m, ws, active, instr, value, mask):
+    _check_converged(m, ws, active, instr)
+    parts = instr.opcode.split(".")
+    values = ws.full(value)
+    if parts[3] == "s32":
+        values = values.view(np.int32)
+    reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[parts[2]]
+    result = reduce.reduce(values, axis=-1, keepdims=True, dtype=values.dtype)
+    return result.view(np.uint32)

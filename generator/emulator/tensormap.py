@@ -1,0 +1,103 @@
+"""The 128-byte tensor map that the DSL's host code packs, decoded strictly (found by varying one property at a time).
+
+Source: probes of nvidia-cutlass-dsl 4.8.1; the driver's own encoding is undocumented. Bits outside the table raise.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import UnsupportedInstruction
+
+ELEMENT_BYTES = {0: 1, 2: 4, 6: 2, 7: 4, 10: 2}  # u8, u32, f16, f32 (or tf32), bf16
+KNOWN_W2 = 0xF | 0x7 << 4 | 0x1F << 7 | 0x3 << 13 | 1 << 16 | 1 << 18 | 1 << 21
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A tiled tensor: `sizes` and `box` in elements, innermost first; `strides` in bytes, one a dimension."""
+
+    address: int
+    element_bytes: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int  # 0 none, 1 32 B, 2 64 B, 3 128 B
+
+    @property
+    def rank(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def box_bytes(self) -> int:
+        return int(np.prod(self.box)) * self.element_bytes
+
+    @property
+    def extent(self) -> int:
+        """Bytes from `address` to the end of the last element."""
+        return sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True)) + self.element_bytes
+
+
+def decode_tensor_map(raw: bytes) -> TensorMap:
+    """Decode a tensor map.
+
+    Args:
+        raw: 128 bytes as passed by value; only the first 60 carry information.
+    Raises:
+        UnsupportedInstruction: a bit outside the known table is set.
+    """
+    w = struct.unpack("<15I", raw[:60])
+    if w[2] & 0xF != 2 or w[2] & ~KNOWN_W2 & 0xFFFFFFFF:
+        raise UnsupportedInstruction(f"tensor map: word 2 is {w[2]:#010x}, with bits outside the known table (interleave, fill or a newer swizzle)")
+    rank, kind, swizzle = (w[2] >> 4 & 7) + 1, w[2] >> 7 & 31, w[2] >> 13 & 3
+    if kind not in ELEMENT_BYTES or rank > 5:
+        raise UnsupportedInstruction(f"tensor map: element type {kind} or rank {rank} is not known")
+    if w[13] & 0xFFFFFF:
+        raise UnsupportedInstruction(f"tensor map: element strides other than 1 are not supported (word 13 is {w[13]:#010x})")
+    size = ELEMENT_BYTES[kind]
+    strides = (size, *((w[2 + d] | (w[7] >> 4 * (d - 1) & 15) << 32) * 16 for d in range(1, rank)))
+    sizes = tuple(w[8 + d] + 1 for d in range(rank))
+    box = ((w[13] >> 24) + 1, *((w[14] >> 8 * (d - 1) & 255) + 1 for d in range(1, rank)))
+    found = TensorMap(w[0] | w[1] << 32, size, sizes, strides, box, swizzle)
+    inner = box[0] * size
+    if inner % 16 or (swizzle and inner > 16 << swizzle):
+        raise UnsupportedInstruction(f"tensor map: inner box of {inner} bytes is illegal with swizzle {16 << swizzle if swizzle else 'none'}")
+    return found
+
+
+def read_box(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...]) -> np.ndarray:
+    """The box at `coords` (innermost first, may be negative) as u8 [box bytes]; elements outside the tensor are zero."""
+    source, inside, target = _clip(view, start, tensor, coords)
+    out = np.zeros((*tensor.box[::-1], tensor.element_bytes), np.uint8)
+    if inside:
+        out[target] = source
+    return out.reshape(-1)
+
+
+def write_box(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...], values: np.ndarray) -> None:
+    """Store u8 [box bytes] at `coords`; elements outside the tensor are dropped."""
+    destination, inside, part = _clip(view, start, tensor, coords)
+    if inside:
+        destination[...] = values.reshape(*tensor.box[::-1], tensor.element_bytes)[part]
+
+
+def _clip(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...]):
+    """The part of the tensor under the box (a strided view), whether it is not empty, and its place in the box."""
+    ranges = [(max(c, 0), min(c + b, n)) for c, b, n in zip(coords, tensor.box, tensor.sizes, strict=True)]
+    inside = all(low < high for low, high in ranges)
+    if not inside:
+        return view[:0], False, ()
+    offset = tensor.address - start + sum(low * s for (low, _), s in zip(ranges, tensor.strides, strict=True))
+    shape = (*(high - low for low, high in ranges[::-1]), tensor.element_bytes)
+    part = np.ndarray(shape, np.uint8, view.data, offset, (*tensor.strides[::-1], 1))
+    place = tuple(slice(low - c, high - c) for (low, high), c in zip(ranges[::-1], coords[::-1], strict=True))
+    return part, True, place
+
+
+def swizzled_chunks(offset: int, nbytes: int, swizzle: int) -> np.ndarray:
+    """Index of each 16-byte chunk of a box at absolute shared address `offset`: chunk ^= (address >> 7) & (2^B - 1) (§5.5.7)."""
+    chunks = np.arange(offset // 16, (offset + nbytes) // 16)
+    return chunks ^ (chunks >> 3 & (1 << swizzle) - 1) if swizzle else chunks

@@ -1,0 +1,66 @@
+"""A batch of warps that stand at the same instruction, and how their registers are read and written."""
+
+from __future__ import annotations
+
+import numpy as np
+
+LANES = np.arange(32, dtype=np.uint32)
+
+
+class Warps:
+    """Warps that execute together: a product of a warp range and a CTA range (views, no copies), or any list.
+
+    Registers are arrays [warps of a CTA, CTAs, 32 lanes]; `index` selects from them `lead + (32,)`, where `lead` is
+    (warps, CTAs) or (count,). `warp` and `cta` are index arrays that broadcast against that.
+    `mask` is None when every lane runs, else bool `lead + (32,)`.
+    """
+
+    __slots__ = ("index", "lead", "warp", "cta", "mask", "count", "sliced", "w_range", "c_range")
+
+    def __init__(self, warps: np.ndarray, ctas: np.ndarray):
+        """`warps`, `ctas`: int arrays of the same length, sorted by warp, then CTA."""
+        count = len(warps)
+        w0, w1, c0, c1 = int(warps[0]), int(warps[-1]) + 1, int(ctas.min()), int(ctas.max()) + 1
+        self.count = count
+        self.mask: np.ndarray | None = None
+        self.sliced = (w1 - w0) * (c1 - c0) == count
+        if self.sliced:
+            self.index = (slice(w0, w1), slice(c0, c1))
+            self.lead = (w1 - w0, c1 - c0)
+            self.warp = np.arange(w0, w1).reshape(-1, 1, 1)
+            self.cta = np.arange(c0, c1).reshape(1, -1, 1)
+            self.w_range, self.c_range = (w0, w1), (c0, c1)
+        else:
+            self.index = (warps, ctas)
+            self.lead = (count,)
+            self.warp = warps.reshape(-1, 1)
+            self.cta = ctas.reshape(-1, 1)
+            self.w_range = self.c_range = (-1, -1)
+
+    def get(self, register: np.ndarray) -> np.ndarray:
+        return register[self.index]
+
+    def put(self, register: np.ndarray, value) -> None:
+        """Write back a register, only in the lanes that run."""
+        if self.mask is None:
+            register[self.index] = value
+        elif self.sliced:
+            np.copyto(register[self.index], value, where=self.mask)
+        else:
+            register[self.index] = np.where(self.mask, value, register[self.index])
+
+    def full(self, value) -> np.ndarray:
+        """`value` as lead + (32,)."""
+        return np.broadcast_to(value, (*self.lead, 32))
+
+    def flat_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Warp and CTA index of each warp of the batch, in the order of `full(x).reshape(-1, 32)`."""
+        shape = (*self.lead, 1)
+        return np.broadcast_to(self.warp, shape).reshape(-1), np.broadcast_to(self.cta, shape).reshape(-1)
+
+    def where(self, lanes: np.ndarray) -> tuple[int, int, int]:
+        """CTA, warp, lane of the first True in `lanes` (broadcastable to lead + (32,))."""
+        at = int(np.argmax(self.full(lanes).reshape(-1, 32).any(axis=1)))
+        lane = int(np.argmax(self.full(lanes).reshape(-1, 32)[at]))
+        warps, ctas = self.flat_pairs()
+        return int(ctas[at]), int(warps[at]), lane
