@@ -231,14 +231,13 @@ class Machine:
         self._check_exit()
 
     def _batches_of(self, chosen: np.ndarray):
-        converged = chosen & ~self.diverged
+        converged, split = chosen & ~self.diverged, chosen & self.diverged
         if converged.any():
             key = converged.tobytes()
             ws = self._batches.get(key)
             if ws is None:
                 ws = self._batches[key] = Warps(*np.nonzero(converged))
             yield ws
-        split = chosen & self.diverged
         if split.any():
             ws = Warps(*np.nonzero(split))
             ws.mask = self.lane_pc[ws.index] == self.current
