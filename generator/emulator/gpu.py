@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from .errors import LaunchError
 from .machine import Machine
@@ -31,6 +32,12 @@ class LaunchReport:
     warp_instructions: int
     opcodes: Counter
     tmem_columns: int
+
+
+@lru_cache(maxsize=1)
+def _blas() -> ThreadpoolController:
+    """BLAS threads that spin cost far more than they bring: tiles are small and test runs fill the cores already."""
+    return ThreadpoolController().select(user_api="blas")
 
 
 @lru_cache(maxsize=64)
@@ -100,7 +107,7 @@ class Gpu:
         start = time.perf_counter()
         ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         executed, columns = np.zeros(len(program.blocks), np.int64), 0
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), _blas().limit(limits=1):
             for first in range(0, len(ctas), WAVE):
                 machine = Machine(program, ctas[first : first + WAVE], grid, block, smem_bytes, values, self.gmem)
                 machine.run()

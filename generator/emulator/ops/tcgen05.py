@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import Hazard, UnsupportedInstruction
 from ..formats import bf16_to_f32, f16_to_f32
-from ..memory import MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD, WINDOW_BASE
+from ..memory import MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD, WINDOW_BASE, take_chunks
 from ..table import effect
 from .barrier import by_address
 from .memory import shared_offsets
@@ -204,6 +204,8 @@ class Operand:
 
     chunks: np.ndarray
     mn_major: bool
+    low: int  # shared offsets that the tile spans, in bytes
+    high: int
 
 
 _operands: dict[tuple[int, int, bool], Operand] = {}
@@ -236,7 +238,8 @@ def shared_operand(descriptor: int, rows: int, mn_major: bool, where: str) -> Op
         else:
             linear = start + group * sbo + k % 8 * 16 + k // 8 * lbo
     address = linear ^ ((linear >> 3) & (((1 << bits) - 1) << 4))
-    found = _operands[key] = Operand((address - WINDOW_BASE) >> 4, mn_major)
+    chunks = (address - WINDOW_BASE) >> 4
+    found = _operands[key] = Operand(chunks, mn_major, int(chunks.min()) * 16, int(chunks.max() + 1) * 16)
     return found
 
 
@@ -357,17 +360,12 @@ def _require_tmem(m, ctas, start, count, where, legal) -> None:
 
 
 def _require_shared(m, ctas, operand: Operand, name: str, where: str) -> None:
-    chunks = operand.chunks
-    if chunks.min() < 0 or (chunks.max() + 1) * 16 > m.smem.size:
-        raise Hazard(f"{where}: the descriptor of {name} reaches shared offsets {chunks.min() * 16} to {chunks.max() * 16 + 15}, the CTA has {m.smem.size} bytes")
-    state = m.smem.chunk_state[ctas[:, None], chunks.reshape(-1)]
-    bad = state != 0x0101010101010101
-    if bad.any():
-        at = np.argwhere(bad)[0]
-        code = next(x for x in int(state[tuple(at)]).to_bytes(8, "little") if x != VALID)
-        raise Hazard(
-            f"{where}: operand {name} of CTA {m.name_cta(ctas[at[0]])} at shared offset {int(chunks.reshape(-1)[at[1]]) * 16:#x} may not be read: {REASONS[code]}"
-        )
+    if operand.low < 0 or operand.high > m.smem.size:
+        raise Hazard(f"{where}: the descriptor of {name} reaches shared offsets {operand.low} to {operand.high - 1}, the CTA has {m.smem.size} bytes")
+    found = m.smem.invalid_chunk(ctas, operand.chunks)
+    if found is not None:
+        cta, chunk, state = found
+        raise Hazard(f"{where}: operand {name} of CTA {m.name_cta(cta)} at shared offset {chunk * 16:#x} may not be read: {REASONS[state]}")
 
 
 class TensorCore:
@@ -428,8 +426,8 @@ class TensorCore:
         """A shared operand: float32 [n, rows, K]."""
         mn_major = operands[0].mn_major
         chunks = np.concatenate([o.chunks for o in operands], axis=0 if mn_major else 1)
-        bits = self.machine.smem.chunks[ctas[:, None, None], chunks]
-        values = (bf16_to_f32 if bf16 else f16_to_f32)(bits.reshape(len(ctas), chunks.shape[0], -1))
+        bits = take_chunks(self.machine.smem.chunks, ctas, chunks).view(np.uint16)  # [n, rows or K, the other]
+        values = (bf16_to_f32 if bf16 else f16_to_f32)(bits)
         return values.swapaxes(1, 2) if mn_major else values
 
 

@@ -67,10 +67,10 @@ def load(m, ws, active, instr, destination, source, barrier, policy=None):
         _check_place(m, tensor, offset, where)
         slots[i] = m.mbarriers.slot(int(mbars[i]))
         chunks = _chunks(offset, tensor)
-        state = m.smem.chunk_state[cta]
+        state = m.smem.state[cta].reshape(-1, 16)
         if (m.smem.state[cta, offset : offset + tensor.box_bytes] == MBARRIER).any():
             raise Hazard(f"{where}: a TMA load overwrites shared memory although {REASONS[MBARRIER]}")
-        state[chunks] = 0x0101010101010101 * TMA_PENDING
+        state[chunks] = TMA_PENDING
         jobs.setdefault(int(cta), []).append((tensor, tuple(int(c) for c in points[i]), chunks, int(slots[i])))
 
     def complete(done: np.ndarray) -> None:
@@ -78,8 +78,8 @@ def load(m, ws, active, instr, destination, source, barrier, policy=None):
             for tensor, point, chunks, slot in jobs[int(cta)]:
                 start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
                 box = read_box(view, start, tensor, point)
-                m.smem.chunks[cta, chunks] = box.view(np.uint16).reshape(-1, 8)
-                m.smem.chunk_state[cta, chunks] = 0x0101010101010101 * VALID
+                m.smem.chunks[cta, chunks] = box.view(np.complex128)
+                m.smem.state[cta].reshape(-1, 16)[chunks] = VALID
                 m.wake(m.mbarriers.complete_tx(slot, np.array([cta]), tensor.box_bytes, where))
 
     unique, first = np.unique(ctas, return_index=True)
@@ -115,11 +115,9 @@ def store(m, ws, active, instr, destination, source, policy=None):
 
 
 def _require_valid(m, cta, chunks, where) -> None:
-    state = m.smem.chunk_state[cta, chunks]
-    bad = state != 0x0101010101010101
-    if bad.any():
-        code = next(b for b in int(state[bad][0]).to_bytes(8, "little") if b != VALID)
-        raise Hazard(f"{where}: the copy reads shared memory that may not be read: {REASONS[code]}")
+    found = m.smem.invalid_chunk(np.array([cta]), chunks)
+    if found is not None:
+        raise Hazard(f"{where}: the copy reads shared memory at offset {found[1] * 16:#x} that may not be read: {REASONS[found[2]]}")
 
 
 def finish_store(m, cta: int, jobs) -> None:
@@ -127,7 +125,7 @@ def finish_store(m, cta: int, jobs) -> None:
     for tensor, point, chunks, where in jobs:
         _require_valid(m, cta, chunks, where)
         start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
-        write_box(view, start, tensor, point, np.ascontiguousarray(m.smem.chunks[cta, chunks]).view(np.uint8).reshape(-1))
+        write_box(view, start, tensor, point, m.smem.chunks[cta, chunks].view(np.uint8))
 
 
 for _rank in range(1, 6):
