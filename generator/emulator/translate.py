@@ -139,7 +139,8 @@ class _BlockWriter:
             self.check_defined(operand, instr)
             return self.load(operand)
         if isinstance(operand, Vector):
-            items = [self.value_of(item, instr) for item in operand.items]
+            part = instr._replace(opcode=f"mov.b{int(instr.opcode[5:]) // len(operand.items)}")
+            items = [self.value_of(item, part) for item in operand.items]
             if len(items) == 2 and items[0].bits == 32:
                 return Value(64, {}, (items[0], items[1]))
             if len(items) == 2 and items[0].bits == 16:
