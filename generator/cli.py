@@ -54,14 +54,21 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def guarded(*arguments: Any, **options: Any) -> None:
         try:
             function(*arguments, **options)
-        except (SpecError, CompileError) as error:
-            present.fail(error)
-            raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:
             present.say("interrupted; no half-written file is left")
             raise typer.Exit(INTERRUPTED) from None
+        except _expected_errors() as error:
+            present.fail(error)
+            raise typer.Exit(BAD_INPUT) from None
 
     return app.command()(guarded)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Errors that are told without a traceback. Python asks for them only when there is an error."""
+    from .run import RunError
+
+    return (SpecError, CompileError, RunError)
 
 
 @command
@@ -209,6 +216,8 @@ def _exit_if_failed(rows: list[dict[str, Any]]) -> None:
     failed = [row for row in rows if not row["passed"]]
     if failed:
         present.say(f"{len(failed)} of {len(rows)} verifications failed")
+        for row in failed:
+            present.say("\n".join([f"{row['kernel']} [{row['shape']}]", *(f"    {why}" for why in row["failures"])]))
         raise typer.Exit(VERIFICATION_FAILED)
 
 

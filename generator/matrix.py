@@ -79,10 +79,21 @@ def run_cases(cases: Sequence[Case], backend: str, jobs: int, seed: int = 0) -> 
 
 def _verify_shapes(name: str, shapes: Sequence[Shape], backend: str, seed: int) -> list[dict[str, Any]]:
     from .compile import compile_kernel
-    from .verify import verify_kernel
+    from .run import RunError
+    from .verify import Report, verify_kernel
 
-    binary = compile_kernel(plan_kernel(load_spec(name)))
-    return [verify_kernel(binary, shape, backend=backend, seed=seed).as_dict() for shape in shapes]
+    rows = []
+    binary = None
+    for shape in shapes:
+        try:
+            binary = binary or compile_kernel(plan_kernel(load_spec(name)))
+            rows.append(verify_kernel(binary, shape, backend=backend, seed=seed).as_dict())
+        except RunError:  # no such device: no other kernel would run either
+            raise
+        except Exception as error:  # one kernel's trouble must not lose the others' rows
+            failure = f"{type(error).__name__}: {error}"
+            rows.append(Report(name, shape, backend, seed, None, {}, {}, 0, 0.0, (failure,)).as_dict())
+    return rows
 
 
 def parse_shape(text: str, q_heads_per_kv: int) -> Shape:

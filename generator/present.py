@@ -52,13 +52,14 @@ def document(value: Any) -> str:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A long step: a spinner on a terminal, then one line with its time, on stderr."""
+    """A long step: a spinner on a terminal (a line otherwise), then one line with its time, on stderr."""
     screen = console(to_stderr=True)
     start = time.perf_counter()
     if screen.is_terminal:
         with screen.status(name):
             yield
     else:
+        screen.print(f"{name} ...")
         yield
     screen.print(f"{name:<10} {time.perf_counter() - start:8.3f} s")
 
@@ -68,7 +69,7 @@ def track(items: Iterable[Item], total: int, name: str, describe: Callable[[Item
     screen = console(to_stderr=True)
     if not screen.is_terminal:
         for count, item in enumerate(items, 1):
-            screen.print(f"{name} {count}/{total} {describe(item)}", markup=False)
+            screen.print(f"{name} {count}/{total} {describe(item)}", markup=False, soft_wrap=True)
             yield item
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -231,10 +232,9 @@ def report_table(rows: Iterable[dict[str, Any]]) -> Table:
     )
     for row in rows:
         verdict = "[green]passed[/]" if row["passed"] else "[red]FAILED[/]"
-        shape = row["shape"] if isinstance(row["shape"], str) else ",".join(map(str, row["shape"]))
         errors = (_number(row[key], "7.2e") for key in ("rel_err", "max_abs_err", "lse_max_abs_err"))
         cells = (_number(row["cos"], ".7f"), *errors, str(row["hazards"]), _number(row["seconds"], ".2f"))
-        table.add_row(row["kernel"], shape, row["backend"], *cells, verdict)
+        table.add_row(row["kernel"], row["shape"], row["backend"], *cells, verdict)
     return table
 
 
