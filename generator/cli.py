@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +197,26 @@ def matrix(
 def _compiled(chosen: Plan, source: Path | None) -> Any:
     from .compile import compile_kernel
 
-    with present.stage("compile"):
+    with present.stage("compile"), _interrupt_held_back():
         return compile_kernel(chosen, source)
+
+
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Deliver the first Ctrl-C when the block is done: one that meets the DSL's native code aborts the process."""
+    held = []
+
+    def hold(*_: object) -> None:
+        held.append(True)
+        signal.signal(signal.SIGINT, before)  # a second one is not held back
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _shapes(chosen: Plan, texts: list[str] | None) -> list[Shape]:
