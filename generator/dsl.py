@@ -17,6 +17,7 @@ import importlib.util
 import platform
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -89,6 +90,7 @@ def trace_kernel(source: Path, spec: KernelSpec) -> Traced:
     """Import an emitted file, trace its `launch` and compile it for spec.arch. Raises CompileError, DslVersionError."""
     check_dsl()
     from cutlass import cute
+    from cutlass.base_dsl.ast_helpers import DSLOptimizationWarning
     from cutlass.base_dsl.compiler import DumpDir, GPUArch, KeepCUBIN, KeepPTX
 
     _load_runtime_globally()
@@ -96,9 +98,11 @@ def trace_kernel(source: Path, spec: KernelSpec) -> Traced:
     with tempfile.TemporaryDirectory(prefix="bespoke-") as folder:
         compiler = cute.compile[GPUArch(spec.arch), KeepPTX(), KeepCUBIN(), DumpDir(folder)]
         try:
-            module = _import_file(source, module_name)
-            # Arguments stand for any tensor of the specification: extents and strides stay open.
-            compiled = compiler(module.launch, *_open_arguments(spec), no_jit_engine=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DSLOptimizationWarning)  # "very slow to compile": it is not
+                module = _import_file(source, module_name)
+                # Arguments stand for any tensor of the specification: extents and strides stay open.
+                compiled = compiler(module.launch, *_open_arguments(spec), no_jit_engine=True)
             host_object = compiled.dump_to_object(_PREFIX)
         except Exception as error:
             raise CompileError(f"{source}: {type(error).__name__}: {error}") from error
@@ -151,9 +155,7 @@ def runtime_library() -> Path:
     for path in (get_prefix_dsl_libs("CUTE_DSL") or "").split(":"):
         if path.endswith("libcute_dsl_runtime.so"):
             return Path(path)
-    raise CompileError(
-        f"the DSL's runtime library is missing; reinstall it: pip install --force-reinstall {_REQUIREMENT}"
-    )
+    raise CompileError(f"the DSL's runtime library is missing: pip install --force-reinstall '{_REQUIREMENT}'")
 
 
 def _load_runtime_globally() -> None:
