@@ -25,8 +25,10 @@ from .arrays import (
     merged_spans,
     output_layout,
 )
+from .budget import Budget
 from .compile import Binary
 from .dsl import HostFunction, runtime_library
+from .emulator import Gpu, Labels
 from .emulator.host import HostError, attached, library_path, redirect
 
 BACKENDS = ("emulator", "cuda")
@@ -130,9 +132,8 @@ def _host_function(host_object: bytes, symbol: str, backend: str) -> HostFunctio
 
 
 def _run_emulated(binary: Binary, views: Sequence[View], outputs: Sequence[Output], scale: float) -> tuple[Any, ...]:
-    from .emulator import Gpu
-
     gpu = Gpu(arch=binary.spec.arch, strict=True)
+    gpu.labels = _labels(binary.plan.budget)
     for names, address, size in merged_spans(views):
         gpu.add_array((address, size), name=names, initialized=True)
     for output in outputs:
@@ -144,6 +145,22 @@ def _run_emulated(binary: Binary, views: Sequence[View], outputs: Sequence[Outpu
         if status:
             raise HostError(f"the host function returned CUDA error {status}")
     return tuple(gpu.launches)
+
+
+def _labels(budget: Budget) -> Labels:
+    """The budget's names for shared-memory offsets and TMEM columns, for the emulator's messages."""
+    bars = [
+        (bar.offset + 8 * stage, 8, f"{bar.name}[{stage}]" if bar.stages > 1 else bar.name)
+        for bar in budget.mbarriers
+        for stage in range(bar.stages)
+    ]
+    buffers = []
+    for buffer in budget.buffers:
+        if buffer.name != "barriers":
+            for stage in range(buffer.stages):
+                name = f"{buffer.name}[{stage}]" if buffer.stages > 1 else buffer.name
+                buffers.append((buffer.offset + stage * buffer.stage_bytes, buffer.stage_bytes, name))
+    return Labels([*bars, *buffers], [(r.column, r.columns, r.name) for r in budget.regions])
 
 
 # --- a GPU ----------------------------------------------------------------------------------------------------------

@@ -10,5 +10,16 @@ Nothing here imports from the parent package.
 
 from .errors import Deadlock, EmulatorError, Hazard, LaunchError, PtxSyntaxError, UnsupportedInstruction
 from .gpu import Gpu, LaunchReport
+from .labels import Labels
 
-__all__ = ["Deadlock", "EmulatorError", "Gpu", "Hazard", "LaunchError", "LaunchReport", "PtxSyntaxError", "UnsupportedInstruction"]
+__all__ = [
+    "Deadlock",
+    "EmulatorError",
+    "Gpu",
+    "Hazard",
+    "Labels",
+    "LaunchError",
+    "LaunchReport",
+    "PtxSyntaxError",
+    "UnsupportedInstruction",
+]

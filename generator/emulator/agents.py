@@ -21,7 +21,9 @@ class Entry:
 
     __slots__ = ("remaining", "slots", "complete", "fifo", "line")
 
-    def __init__(self, n_cta: int, ctas: np.ndarray, slots, complete: Callable[[np.ndarray], None], fifo: bool, line: int):
+    def __init__(
+        self, n_cta: int, ctas: np.ndarray, slots, complete: Callable[[np.ndarray], None], fifo: bool, line: int
+    ):
         self.remaining = np.zeros(n_cta, bool)
         self.remaining[ctas] = True
         self.slots = np.full(n_cta, -1, np.int64)
@@ -36,7 +38,9 @@ class AsyncQueue:
         self.machine = machine
         self.entries: list[Entry] = []
 
-    def add(self, ctas: np.ndarray, slots, complete: Callable[[np.ndarray], None], line: int, fifo: bool = False) -> None:
+    def add(
+        self, ctas: np.ndarray, slots, complete: Callable[[np.ndarray], None], line: int, fifo: bool = False
+    ) -> None:
         self.entries.append(Entry(self.machine.n_cta, ctas, slots, complete, fifo, line))
 
     def advance(self) -> bool:
@@ -44,7 +48,9 @@ class AsyncQueue:
         if not self.entries:
             return False
         wanted = self._wanted_slots()
-        progressed = self._complete_where(lambda entry: wanted[entry.slots, np.arange(len(entry.slots))] & (entry.slots >= 0), None)
+        progressed = self._complete_where(
+            lambda entry: wanted[entry.slots, np.arange(len(entry.slots))] & (entry.slots >= 0), None
+        )
         if not progressed.all():  # CTAs where nobody waits for an entry of theirs: their oldest one
             self._complete_where(lambda entry: ~progressed, progressed)
         self.entries = [e for e in self.entries if e.remaining.any()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import Hazard
+from .labels import Labels
 
 MAX_COUNT = (1 << 20) - 1
 
@@ -12,8 +13,8 @@ MAX_COUNT = (1 << 20) - 1
 class Mbarriers:
     """State of every mbarrier by shared-memory offset: arrays [slot, n_cta] of phase, pending and expected arrivals, tx."""
 
-    def __init__(self, n_cta: int):
-        self.n_cta = n_cta
+    def __init__(self, n_cta: int, labels: Labels):
+        self.n_cta, self.labels = n_cta, labels
         self.slots: dict[int, int] = {}
         self.offsets: list[int] = []
         self.live = np.zeros((0, n_cta), bool)
@@ -36,14 +37,14 @@ class Mbarriers:
     def require_live(self, slot: int, ctas: np.ndarray, where: str) -> None:
         if not self.live[slot, ctas].all():
             cta = int(ctas[np.argmin(self.live[slot, ctas])])
-            raise Hazard(f"{where}: CTA {cta} uses the mbarrier at shared offset {self.offsets[slot]:#x} before mbarrier.init (or after inval)")
+            raise Hazard(f"{where}: CTA {cta} uses the {self.name(slot)} before mbarrier.init (or after inval)")
 
     def init(self, offset: int, ctas: np.ndarray, count: int, where: str) -> None:
         if not 1 <= count <= MAX_COUNT:
             raise Hazard(f"{where}: mbarrier.init with count {count}, outside 1 to {MAX_COUNT}")
         slot = self.slot(offset)
         if self.live[slot, ctas].any():
-            raise Hazard(f"{where}: mbarrier.init of a live mbarrier at shared offset {offset:#x}: invalidate it first (mbarrier.inval)")
+            raise Hazard(f"{where}: mbarrier.init of the live {self.name(slot)}: invalidate it first (mbarrier.inval)")
         self.live[slot, ctas] = True
         self.phase[slot, ctas] = 0
         self.pending[slot, ctas] = self.expected[slot, ctas] = count
@@ -56,7 +57,7 @@ class Mbarriers:
         if (self.pending[slot, ctas] < 0).any():
             cta = int(ctas[np.argmin(self.pending[slot, ctas])])
             raise Hazard(
-                f"{where}: CTA {cta}: arrival overflow on the mbarrier at shared offset {self.offsets[slot]:#x}: "
+                f"{where}: CTA {cta}: arrival overflow on the {self.name(slot)}: "
                 f"{self.expected[slot, cta] - self.pending[slot, cta]} arrivals in phase {self.phase[slot, cta]}, which expects {self.expected[slot, cta]}"
             )
         return self.settle(slot, ctas)
@@ -65,7 +66,7 @@ class Mbarriers:
         self.require_live(slot, ctas, where)
         self.tx[slot, ctas] += nbytes
         if (np.abs(self.tx[slot, ctas]) > MAX_COUNT).any():
-            raise Hazard(f"{where}: transaction count beyond ±{MAX_COUNT} on the mbarrier at shared offset {self.offsets[slot]:#x}")
+            raise Hazard(f"{where}: transaction count beyond ±{MAX_COUNT} on the {self.name(slot)}")
 
     def complete_tx(self, slot: int, ctas: np.ndarray, nbytes, where: str) -> np.ndarray:
         """Bytes arrived; returns the CTAs whose phase completed."""
@@ -79,10 +80,13 @@ class Mbarriers:
             self.pending[slot, done] = self.expected[slot, done]
         return done
 
+    def name(self, slot: int) -> str:
+        return f"mbarrier at {self.labels.shared_at(self.offsets[slot])}"
+
     def describe(self, slot: int, cta: int) -> str:
         return (
-            f"mbarrier at shared offset {self.offsets[slot]:#x}: phase {self.phase[slot, cta]}, "
-            f"{self.pending[slot, cta]} of {self.expected[slot, cta]} arrivals and {self.tx[slot, cta]} bytes outstanding"
+            f"{self.name(slot)}: phase {self.phase[slot, cta]}, "
+            f"{self.pending[slot, cta]} of {self.expected[slot, cta]} arrivals and {self.tx[slot, cta]} bytes missing"
         )
 
 
@@ -98,14 +102,20 @@ class NamedBarriers:
         if not 0 <= barrier < 16:
             raise Hazard(f"{where}: named barrier {barrier}, outside 0 to 15")
         if expected % 32 or expected <= 0:
-            raise Hazard(f"{where}: named barrier {barrier} with {expected} threads: the count must be a positive multiple of 32")
+            raise Hazard(
+                f"{where}: named barrier {barrier} with {expected} threads: the count must be a positive multiple of 32"
+            )
         fresh = self.arrived[barrier, ctas] == 0
         if (self.expected[barrier, ctas][~fresh] != expected).any():
-            raise Hazard(f"{where}: named barrier {barrier} is used with {expected} threads while others use it with {self.expected[barrier, ctas][~fresh][0]}")
+            raise Hazard(
+                f"{where}: named barrier {barrier} is used with {expected} threads while others use it with {self.expected[barrier, ctas][~fresh][0]}"
+            )
         self.expected[barrier, ctas] = expected
         self.arrived[barrier, ctas] += threads
         if (self.arrived[barrier, ctas] > expected).any():
-            raise Hazard(f"{where}: named barrier {barrier}: {self.arrived[barrier, ctas].max()} threads arrived where {expected} are expected")
+            raise Hazard(
+                f"{where}: named barrier {barrier}: {self.arrived[barrier, ctas].max()} threads arrived where {expected} are expected"
+            )
         done = ctas[self.arrived[barrier, ctas] == expected]
         self.arrived[barrier, done] = 0
         return done

@@ -11,7 +11,11 @@ from .table import TABLE, Entry
 
 CONTROL = {"bra", "bra.uni", "ret", "exit"}
 MOVES = {f"mov.{t}" for t in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64", "pred")}
-PARAM_LOADS = {f"ld.param.{v}{t}" for v in ("", "v2.", "v4.") for t in ("b8", "u8", "s8", "b16", "u16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64")}
+PARAM_LOADS = {
+    f"ld.param.{v}{t}"
+    for v in ("", "v2.", "v4.")
+    for t in ("b8", "u8", "s8", "b16", "u16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64")
+}
 IGNORED = {"nop"}
 
 
@@ -25,7 +29,9 @@ def entry_of(instr: Instr) -> Entry | None:
         return None
     found = TABLE.get(instr.opcode)
     if found is None:
-        raise UnsupportedInstruction(f"PTX line {instr.line}: the emulator does not know {instr.opcode!r} in {instr.text!r}")
+        raise UnsupportedInstruction(
+            f"PTX line {instr.line}: the emulator does not know {instr.opcode!r} in {instr.text!r}"
+        )
     return found
 
 

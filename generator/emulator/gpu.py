@@ -11,6 +11,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from .errors import LaunchError
+from .labels import Labels
 from .machine import Machine
 from .memory import GlobalMemory
 from .parse import Module, parse_ptx
@@ -65,6 +66,7 @@ class Gpu:
             raise LaunchError("strict=False is not implemented: the emulator always checks")
         self.arch = arch
         self.gmem = GlobalMemory()
+        self.labels = Labels()
         self.launches: list[LaunchReport] = []
         self._texts: dict[int, str] = {}
         self._keep: list[object] = []
@@ -87,7 +89,9 @@ class Gpu:
         self._texts[id(module)] = text
         return module
 
-    def launch(self, module: Module, kernel: str, grid, block, cluster=(1, 1, 1), smem_bytes: int = 0, params: list[bytes] = ()) -> LaunchReport:
+    def launch(
+        self, module: Module, kernel: str, grid, block, cluster=(1, 1, 1), smem_bytes: int = 0, params: list[bytes] = ()
+    ) -> LaunchReport:
         """Run a kernel to its end.
 
         Args:
@@ -102,14 +106,18 @@ class Gpu:
         program = _translate(self._texts[id(module)], kernel)
         total = program.static_shared + smem_bytes
         if total > SMEM_LIMIT[self.arch]:
-            raise LaunchError(f"{kernel} asks for {total} bytes of shared memory a CTA, {self.arch} has {SMEM_LIMIT[self.arch]}")
+            raise LaunchError(
+                f"{kernel} asks for {total} bytes of shared memory a CTA, {self.arch} has {SMEM_LIMIT[self.arch]}"
+            )
         values = self._bind_params(program, params)
         start = time.perf_counter()
         ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         executed, columns = np.zeros(len(program.blocks), np.int64), 0
         with np.errstate(all="ignore"), _blas().limit(limits=1):
             for first in range(0, len(ctas), WAVE):
-                machine = Machine(program, ctas[first : first + WAVE], grid, block, smem_bytes, values, self.gmem)
+                machine = Machine(
+                    program, ctas[first : first + WAVE], grid, block, smem_bytes, values, self.gmem, self.labels
+                )
                 machine.run()
                 executed += machine.executed
                 columns = max(columns, int(machine.tmem.peak.max(initial=0)))
@@ -117,7 +125,9 @@ class Gpu:
         for times, counts in zip(executed.tolist(), program.opcode_counts, strict=True):
             for opcode, n in counts.items():
                 opcodes[opcode] += n * times
-        report = LaunchReport(kernel, grid, block, smem_bytes, time.perf_counter() - start, sum(opcodes.values()), opcodes, columns)
+        report = LaunchReport(
+            kernel, grid, block, smem_bytes, time.perf_counter() - start, sum(opcodes.values()), opcodes, columns
+        )
         self.launches.append(report)
         return report
 

@@ -14,6 +14,7 @@ import numpy as np
 from .agents import AsyncQueue
 from .barriers import Mbarriers, NamedBarriers
 from .errors import Deadlock, Hazard
+from .labels import Labels
 from .memory import GlobalMemory, SharedMemory, TensorMemory
 from .ops.tcgen05 import TensorCore
 from .ops.tma import check_bulk_at_exit
@@ -48,15 +49,25 @@ class Where:
 class Machine:
     """One wave: `ctas` are (x, y, z) block indices that run together."""
 
-    def __init__(self, program: Program, ctas: list[tuple[int, int, int]], grid, block, smem_bytes: int, params: dict, gmem: GlobalMemory):
-        self.program, self.gmem = program, gmem
+    def __init__(
+        self,
+        program: Program,
+        ctas: list[tuple[int, int, int]],
+        grid,
+        block,
+        smem_bytes: int,
+        params: dict,
+        gmem: GlobalMemory,
+        labels: Labels,
+    ):
+        self.program, self.gmem, self.labels = program, gmem, labels
         self.n_cta = len(ctas)
         self.grid, self.block = grid, block
         self.threads = block[0] * block[1] * block[2]
         self.n_warps = -(-self.threads // 32)
         self.smem = SharedMemory(self.n_cta, program.static_shared + smem_bytes)
         self.tmem = TensorMemory(self.n_cta)
-        self.mbarriers = Mbarriers(self.n_cta)
+        self.mbarriers = Mbarriers(self.n_cta, labels)
         self.named = NamedBarriers(self.n_cta)
         self.queue = AsyncQueue(self)
         self.tensor_core = TensorCore(self)
@@ -179,7 +190,12 @@ class Machine:
     def stall(self, ws: Warps, failed: np.ndarray, slot, parity, instr: Instr) -> None:
         """Warps with a lane in `failed` sleep at this block until a phase completes in their CTA."""
         which = np.broadcast_to(failed.any(axis=-1) if failed.ndim else failed, ws.lead)
-        for array, value in ((self.stalled, self.current), (self.wait_slot, slot), (self.wait_parity, parity), (self.wait_line, instr.line)):
+        for array, value in (
+            (self.stalled, self.current),
+            (self.wait_slot, slot),
+            (self.wait_parity, parity),
+            (self.wait_line, instr.line),
+        ):
             array[ws.index] = np.where(which, value, array[ws.index])
 
     def wake(self, ctas: np.ndarray) -> None:
@@ -247,7 +263,9 @@ class Machine:
         check_bulk_at_exit(self)
         leaked = np.nonzero(self.tmem.allocated.any(axis=0))[0]
         if len(leaked):
-            raise Hazard(f"CTA {self.name_cta(int(leaked[0]))} exits with {int(self.tmem.allocated[:, leaked[0]].sum())} TMEM columns still allocated: tcgen05.dealloc is missing")
+            raise Hazard(
+                f"CTA {self.name_cta(int(leaked[0]))} exits with {int(self.tmem.allocated[:, leaked[0]].sum())} TMEM columns still allocated: tcgen05.dealloc is missing"
+            )
 
     def report_deadlock(self) -> str:
         """Who waits for what, by CTA; CTAs that stand alike are reported once."""
@@ -258,13 +276,23 @@ class Machine:
             here = []
             for warp in range(self.n_warps):
                 if self.pc[warp, cta] == exit_block:
-                    here.append((warp, "has exited"))
+                    here.append((warp, "exited"))
                 elif self.barred[warp, cta]:
                     b = int(self.barred_on[warp, cta])
-                    here.append((warp, f"waits at PTX line {self.barred_line[warp, cta]} for named barrier {b}: {self.named.arrived[b, cta]} of {self.named.expected[b, cta]} threads arrived"))
+                    here.append(
+                        (
+                            warp,
+                            f"waiting at PTX line {self.barred_line[warp, cta]} for named barrier {b}: {self.named.arrived[b, cta]} of {self.named.expected[b, cta]} threads arrived",
+                        )
+                    )
                 else:
                     slot, parity = int(self.wait_slot[warp, cta]), int(self.wait_parity[warp, cta])
-                    here.append((warp, f"waits at PTX line {self.wait_line[warp, cta]} for parity {parity} of the {self.mbarriers.describe(slot, cta)}"))
+                    here.append(
+                        (
+                            warp,
+                            f"waiting at PTX line {self.wait_line[warp, cta]} for parity {parity} of the {self.mbarriers.describe(slot, cta)}",
+                        )
+                    )
             key = tuple(here)
             if key in seen:
                 continue
@@ -272,5 +300,5 @@ class Machine:
             lines.append(f"  CTA {self.name_cta(cta)}:")
             for text, group in itertools.groupby(here, key=lambda item: item[1]):
                 numbers = [str(w) for w, _ in group]
-                lines.append(f"    warp{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} {text}")
+                lines.append(f"    warp{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}: {text}")
         return "\n".join(lines)

@@ -107,7 +107,9 @@ class GlobalMemory:
             if address < other[0] + other[1] and other[0] < address + nbytes:
                 if other[0] == address and other[1] == nbytes:
                     return
-                raise LaunchError(f"array {name!r} at {address:#x} (+{nbytes}) overlaps array {other[2]!r} at {other[0]:#x} (+{other[1]})")
+                raise LaunchError(
+                    f"array {name!r} at {address:#x} (+{nbytes}) overlaps array {other[2]!r} at {other[0]:#x} (+{other[1]})"
+                )
         self.starts.insert(at, address)
         self.regions.insert(at, (address, nbytes, name, view))
 

@@ -123,7 +123,9 @@ class Module:
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _LABEL = re.compile(r"\s*([$%\w]+)\s*:(?!:)")
 _REG_RANGE = re.compile(r"([%$\w]+)<(\d+)>$")
-_PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\b[^,\s]*\s*(?:\.\w+\s*)*(?:\.align\s+\d+\s+)?)?([$\w]+)(?:\[(\d+)\])?")
+_PARAM = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\b[^,\s]*\s*(?:\.\w+\s*)*(?:\.align\s+\d+\s+)?)?([$\w]+)(?:\[(\d+)\])?"
+)
 _VARIABLE = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([$\w]+)(?:\[(\d*)\])?")
 _INSTR = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _ENTRY = re.compile(r"\.entry\s+([$\w]+)\s*(?:\((.*?)\))?([^{;]*)\{", re.S)
@@ -372,8 +374,10 @@ def parse_ptx(text: str) -> Module:
     if not target or not version:
         raise PtxSyntaxError("not PTX: no .version and .target directives")
     files = {int(m[1]): m[2] for m in re.finditer(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
-    dynamic = {m[2]: int(m[1] or 16) for m in re.finditer(
-        r"\.extern\s+\.shared\s+(?:\.align\s+(\d+)\s+)?\.\w+\s+([$\w]+)\[\];", text)}
+    dynamic = {
+        m[2]: int(m[1] or 16)
+        for m in re.finditer(r"\.extern\s+\.shared\s+(?:\.align\s+(\d+)\s+)?\.\w+\s+([$\w]+)\[\];", text)
+    }
     kernels: dict[str, Kernel] = {}
     if re.search(r"^\s*(?:\.visible\s+|\.weak\s+)?\.func\b", text, re.M):
         raise PtxSyntaxError(".func: device functions are not supported yet")

@@ -43,7 +43,7 @@ TABLE: dict[str, Entry] = {}
 
 
 def expand(pattern: str) -> list[str]:
-    """"a{b,c}d{,e}" → ["abd", "abde", "acd", "acde"]."""
+    """ "a{b,c}d{,e}" → ["abd", "abde", "acd", "acde"]."""
     parts = [part.split(",") if i % 2 else [part] for i, part in enumerate(re.split(r"\{([^{}]*)\}", pattern))]
     return ["".join(choice) for choice in itertools.product(*parts)]
 

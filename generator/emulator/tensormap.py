@@ -51,12 +51,16 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
     """
     w = struct.unpack("<15I", raw[:60])
     if w[2] & 0xF != 2 or w[2] & ~KNOWN_W2 & 0xFFFFFFFF:
-        raise UnsupportedInstruction(f"tensor map: word 2 is {w[2]:#010x}, with bits outside the known table (interleave, fill or a newer swizzle)")
+        raise UnsupportedInstruction(
+            f"tensor map: word 2 is {w[2]:#010x}, with bits outside the known table (interleave, fill or a newer swizzle)"
+        )
     rank, kind, swizzle = (w[2] >> 4 & 7) + 1, w[2] >> 7 & 31, w[2] >> 13 & 3
     if kind not in ELEMENT_BYTES or rank > 5:
         raise UnsupportedInstruction(f"tensor map: element type {kind} or rank {rank} is not known")
     if w[13] & 0xFFFFFF:
-        raise UnsupportedInstruction(f"tensor map: element strides other than 1 are not supported (word 13 is {w[13]:#010x})")
+        raise UnsupportedInstruction(
+            f"tensor map: element strides other than 1 are not supported (word 13 is {w[13]:#010x})"
+        )
     size = ELEMENT_BYTES[kind]
     strides = (size, *((w[2 + d] | (w[7] >> 4 * (d - 1) & 15) << 32) * 16 for d in range(1, rank)))
     sizes = tuple(w[8 + d] + 1 for d in range(rank))
@@ -64,7 +68,9 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
     found = TensorMap(w[0] | w[1] << 32, size, sizes, strides, box, swizzle)
     inner = box[0] * size
     if inner % 16 or (swizzle and inner > 16 << swizzle):
-        raise UnsupportedInstruction(f"tensor map: inner box of {inner} bytes is illegal with swizzle {16 << swizzle if swizzle else 'none'}")
+        raise UnsupportedInstruction(
+            f"tensor map: inner box of {inner} bytes is illegal with swizzle {16 << swizzle if swizzle else 'none'}"
+        )
     return found
 
 

@@ -24,7 +24,17 @@ from .table import BITS
 DTYPE = {"p": np.bool_, "h": np.uint16, "i": np.int16, "e": np.float16, "u": np.uint32, "s": np.int32, "f": np.float32}
 DTYPE |= {"U": np.uint64, "S": np.int64, "d": np.float64}
 CANONICAL = {1: "p", 16: "h", 32: "u", 64: "U"}
-PARAM_TYPES = {"b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "b32": "u4", "u32": "u4", "s32": "u4", "f32": "u4"}
+PARAM_TYPES = {
+    "b8": "u1",
+    "u8": "u1",
+    "s8": "i1",
+    "b16": "u2",
+    "u16": "u2",
+    "b32": "u4",
+    "u32": "u4",
+    "s32": "u4",
+    "f32": "u4",
+}
 PARAM_TYPES |= {"b64": "u8", "u64": "u8", "s64": "u8", "f64": "u8"}
 
 
@@ -94,7 +104,9 @@ class _BlockWriter:
         value = self.values.get(reg.index)
         if value is None:
             if reg.index in self.owner.paired:
-                low, high = (Value(32, {"u": self.let(f"R[{reg.index}][{h}][ix]")}, loaded_from=reg.index) for h in (0, 1))
+                low, high = (
+                    Value(32, {"u": self.let(f"R[{reg.index}][{h}][ix]")}, loaded_from=reg.index) for h in (0, 1)
+                )
                 value = Value(64, {}, (low, high), loaded_from=reg.index)
             else:
                 value = Value(reg.bits, {CANONICAL[reg.bits]: self.let(f"R[{reg.index}][ix]")}, loaded_from=reg.index)
@@ -118,7 +130,10 @@ class _BlockWriter:
     def halves(self, value: Value) -> tuple[Value, Value]:
         if value.halves is None:
             whole = self.form(value, "U")
-            value.halves = (Value(32, {"u": self.let(f"low32({whole})")}), Value(32, {"u": self.let(f"high32({whole})")}))
+            value.halves = (
+                Value(32, {"u": self.let(f"low32({whole})")}),
+                Value(32, {"u": self.let(f"high32({whole})")}),
+            )
         return value.halves
 
     def constant(self, imm: Imm, kind: str) -> str:
@@ -128,7 +143,11 @@ class _BlockWriter:
         if kind in "fd" and imm.is_float:
             return self.owner.constant(DTYPE[kind](number))
         if imm.is_float:
-            number = struct.unpack("<I", struct.pack("<f", number))[0] if BITS[kind] == 32 else struct.unpack("<Q", struct.pack("<d", number))[0]
+            number = (
+                struct.unpack("<I", struct.pack("<f", number))[0]
+                if BITS[kind] == 32
+                else struct.unpack("<Q", struct.pack("<d", number))[0]
+            )
         width = BITS[kind]
         unsigned = np.dtype(f"u{width // 8}").type(int(number) & ((1 << width) - 1))
         return self.owner.constant(unsigned.view(DTYPE[kind]))
@@ -147,7 +166,9 @@ class _BlockWriter:
                 low, high = (self.form(v, "h") for v in items)
                 return Value(32, {"u": self.let(f"pack16({high}, {low})")})
             raise UnsupportedInstruction(f"PTX line {instr.line}: cannot pack {instr.text!r}")
-        bits = {"b16": 16, "u16": 16, "s16": 16, "b32": 32, "u32": 32, "s32": 32, "f32": 32, "pred": 1}.get(instr.opcode[4:], 64)
+        bits = {"b16": 16, "u16": 16, "s16": 16, "b32": 32, "u32": 32, "s32": 32, "f32": 32, "pred": 1}.get(
+            instr.opcode[4:], 64
+        )
         kind = CANONICAL[bits]
         if isinstance(operand, Imm):
             if instr.opcode[4:] in ("f32", "f64"):
@@ -175,7 +196,9 @@ class _BlockWriter:
             return "(" + "".join(self.read(item, kind[1:], instr) + ", " for item in items) + ")"
         if kind == "k":
             if not isinstance(operand, Imm):
-                raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} needs an immediate, not {operand!r}")
+                raise UnsupportedInstruction(
+                    f"PTX line {instr.line}: {instr.opcode} needs an immediate, not {operand!r}"
+                )
             return repr(operand.value)
         if kind == "a":
             return self.address(operand, instr)
@@ -239,7 +262,9 @@ class _BlockWriter:
 
     def merge(self, guard: str, new: Value, old: Value) -> Value:
         if new.bits == 64 and (new.halves is not None and not new.forms or old.halves is not None and not old.forms):
-            return Value(64, {}, tuple(self.merge(guard, n, o) for n, o in zip(self.halves(new), self.halves(old), strict=True)))
+            return Value(
+                64, {}, tuple(self.merge(guard, n, o) for n, o in zip(self.halves(new), self.halves(old), strict=True))
+            )
         kind = CANONICAL[new.bits]
         return Value(new.bits, {kind: self.let(f"where({guard}, {self.form(new, kind)}, {self.form(old, kind)})")})
 
@@ -273,7 +298,10 @@ class _BlockWriter:
                 parts = self.halves(value)
             elif value.bits == 32 and len(dest.items) == 2:
                 whole = self.form(value, "u")
-                parts = (Value(16, {"h": self.let(f"{whole}.astype(T_h)")}), Value(16, {"h": self.let(f"({whole} >> C16).astype(T_h)")}))
+                parts = (
+                    Value(16, {"h": self.let(f"{whole}.astype(T_h)")}),
+                    Value(16, {"h": self.let(f"({whole} >> C16).astype(T_h)")}),
+                )
             else:
                 raise UnsupportedInstruction(f"PTX line {instr.line}: cannot unpack {instr.text!r}")
             for item, part in zip(dest.items, parts, strict=True):
@@ -362,7 +390,9 @@ class _BlockWriter:
             self.lines.append(f"if {active} is not False: {target}{call.format(active=active)}")
             if names:
                 zeros = ", ".join(f"T_{k}(0)" for _, k in slots)
-                self.lines.append(f"else: {', '.join(names)}{',' if len(names) == 1 else ''} = {zeros}{',' if len(names) == 1 else ''}")
+                self.lines.append(
+                    f"else: {', '.join(names)}{',' if len(names) == 1 else ''} = {zeros}{',' if len(names) == 1 else ''}"
+                )
                 if len(names) == 1 and entry.dests[0][0] != "*":
                     self.lines[-1] = f"else: {names[0]} = {zeros}"
         for (reg, kind), name in zip(slots, names, strict=True):
@@ -427,7 +457,10 @@ class _BlockWriter:
             if index in self.owner.checked:
                 puts.append((f"D[{index}]", self.shadow[index], None, index))
         written = {index for _, _, _, index in puts}
-        puts = [(s, self.let(f"{n}.copy()") if origin is not None and origin != i and origin in written else n, i) for s, n, origin, i in puts]
+        puts = [
+            (s, self.let(f"{n}.copy()") if origin is not None and origin != i and origin in written else n, i)
+            for s, n, origin, i in puts
+        ]
         for storage, name, _ in puts:
             self.lines.append(f"put({storage}, {name})")
 
@@ -436,8 +469,17 @@ class Translator:
     """Translates one kernel."""
 
     SPECIALS = (
-        *(f"{r}.{a}" for r in ("tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid") for a in "xyz"),
-        "laneid", "warpid", "cluster_ctarank", "cluster_nctarank", "dynamic_smem_size", "total_smem_size",
+        *(
+            f"{r}.{a}"
+            for r in ("tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid")
+            for a in "xyz"
+        ),
+        "laneid",
+        "warpid",
+        "cluster_ctarank",
+        "cluster_nctarank",
+        "dynamic_smem_size",
+        "total_smem_size",
     )
 
     def __init__(self, kernel: Kernel):
@@ -491,7 +533,9 @@ class Translator:
         for name, align in self.kernel.dynamic_shared.items():
             start = -(-offset // align) * align if offset else 0
             places[name] = start
-        return max((places[n] for n in self.kernel.dynamic_shared), default=offset) if self.kernel.dynamic_shared else offset, places
+        return max(
+            (places[n] for n in self.kernel.dynamic_shared), default=offset
+        ) if self.kernel.dynamic_shared else offset, places
 
     def constant(self, value) -> str:
         key = (type(value), value.tobytes())
@@ -547,7 +591,9 @@ class Translator:
             for instr in self.kernel.instrs[block.start : block.stop]:
                 writer.instruction(instr)
             writer.finish()
-            text.append(f"def block_{block.number}(m, ws):\n    R, D, P, ix, put = m.registers, m.defined, m.params, ws.index, ws.put\n")
+            text.append(
+                f"def block_{block.number}(m, ws):\n    R, D, P, ix, put = m.registers, m.defined, m.params, ws.index, ws.put\n"
+            )
             text.append("".join(f"    {line}\n" for line in writer.lines))
         source = "".join(text)
         for block in self.blocks:  # registers read before any block stored them still need storage
@@ -555,15 +601,30 @@ class Translator:
                 if block.live_in >> index & 1:
                     self.keep(index)
         names = {f"T_{k}": t for k, t in DTYPE.items()}
-        names |= {"join64": join64, "low32": low32, "high32": high32, "where": np.where, "TRUE": np.bool_(True), "C16": np.uint32(16)}
+        names |= {
+            "join64": join64,
+            "low32": low32,
+            "high32": high32,
+            "where": np.where,
+            "TRUE": np.bool_(True),
+            "C16": np.uint32(16),
+        }
         names |= {"pack16": pack16, "ws_active": ws_active}
         self.globals |= names
         exec(compile(source, f"<ptx {self.kernel.name}>", "exec"), self.globals)
         instrs = self.kernel.instrs
         return Program(
-            self.kernel, self.blocks, [self.globals[f"block_{b.number}"] for b in self.blocks], self.stored, self.paired, self.checked,
-            self.params, [Counter(i.opcode for i in instrs[b.start : b.stop]) for b in self.blocks], [b.stop - b.start for b in self.blocks],
-            self.static_shared, source,
+            self.kernel,
+            self.blocks,
+            [self.globals[f"block_{b.number}"] for b in self.blocks],
+            self.stored,
+            self.paired,
+            self.checked,
+            self.params,
+            [Counter(i.opcode for i in instrs[b.start : b.stop]) for b in self.blocks],
+            [b.stop - b.start for b in self.blocks],
+            self.static_shared,
+            source,
         )
 
 

@@ -62,7 +62,9 @@ def _uniform(ws, active, value, where) -> int:
     values = ws.full(value)
     values = values.reshape(-1) if active is None else values[ws.full(active)]
     if values.min() != values.max():
-        raise Hazard(f"{where}: lanes arrive with different counts on one mbarrier, which the emulator does not support")
+        raise Hazard(
+            f"{where}: lanes arrive with different counts on one mbarrier, which the emulator does not support"
+        )
     return int(values[0])
 
 
@@ -83,21 +85,30 @@ def mbarrier_expect_tx(m, ws, active, instr, address, nbytes):
         m.mbarriers.add_tx(m.mbarriers.slot(offset), ctas, lanes * _uniform(ws, active, nbytes, where), where)
 
 
-@effect(f"mbarrier.{{try_wait,test_wait}}.parity{{,.acquire.cta}}{SHARED}.b64", "p=a,u,?u", "9.7.13.15.16", starts_block=True)
+@effect(
+    f"mbarrier.{{try_wait,test_wait}}.parity{{,.acquire.cta}}{SHARED}.b64",
+    "p=a,u,?u",
+    "9.7.13.15.16",
+    starts_block=True,
+)
 def mbarrier_wait(m, ws, active, instr, address, parity, hint=None):
     """True iff the phase with this parity has completed: (current phase & 1) != parity."""
     offsets = shared_offsets(m, ws, active, instr, address, 8)
     low = int(np.min(offsets))
     if low != int(np.max(offsets)):
         if active is not None:
-            raise Hazard(f"{m.where(ws, instr, active)}: divergent lanes wait on different mbarriers, which the emulator does not support")
+            raise Hazard(
+                f"{m.where(ws, instr, active)}: divergent lanes wait on different mbarriers, which the emulator does not support"
+            )
         return _wait_each(m, ws, instr, ws.full(offsets), ws.full(parity))
     slot = m.mbarriers.slot(low)
     m.mbarriers.require_live(slot, np.unique(ws.cta), m.where(ws, instr, True if active is None else active))
     done = (m.mbarriers.phase[slot][ws.cta] & 1) != parity
     failed = ~done if active is None else ~done & active
     if failed.any():
-        m.stall(ws, failed, slot, np.asarray(parity).flat[0] if np.size(parity) == 1 else ws.full(parity)[..., 0], instr)
+        m.stall(
+            ws, failed, slot, np.asarray(parity).flat[0] if np.size(parity) == 1 else ws.full(parity)[..., 0], instr
+        )
     return done
 
 
@@ -120,10 +131,14 @@ def _wait_each(m, ws, instr, offsets, parity):
 def _barrier(blocking):
     def bar(m, ws, active, instr, barrier, count=None):
         if active is not None:
-            raise Hazard(f"{m.where(ws, instr, active)}: an aligned barrier is executed by part of a warp; make all lanes converge on it")
+            raise Hazard(
+                f"{m.where(ws, instr, active)}: an aligned barrier is executed by part of a warp; make all lanes converge on it"
+            )
         ids, counts = np.unique(np.asarray(barrier)), None if count is None else np.unique(np.asarray(count))
         if len(ids) != 1 or (counts is not None and len(counts) != 1):
-            return _bar_each(m, ws, instr, ws.full(barrier)[..., 0], None if count is None else ws.full(count)[..., 0], blocking)
+            return _bar_each(
+                m, ws, instr, ws.full(barrier)[..., 0], None if count is None else ws.full(count)[..., 0], blocking
+            )
         m.bar(ws, int(ids[0]), None if counts is None else int(counts[0]), instr, blocking)
         return None
 
@@ -142,7 +157,9 @@ def _bar_each(m, ws, instr, barriers, counts, blocking):
         m.bar(Warps(warps[here], ctas[here]), int(barrier), count, instr, blocking)
 
 
-effect("bar{,.cta}.sync barrier{,.cta}.sync barrier{,.cta}.sync.aligned", "=u,?u", "9.7.13.1", ends_block=True)(_barrier(True))
+effect("bar{,.cta}.sync barrier{,.cta}.sync barrier{,.cta}.sync.aligned", "=u,?u", "9.7.13.1", ends_block=True)(
+    _barrier(True)
+)
 effect("bar{,.cta}.arrive barrier{,.cta}.arrive barrier{,.cta}.arrive.aligned", "=u,u", "9.7.13.1")(_barrier(False))
 
 
@@ -153,4 +170,6 @@ def bar_warp_sync(m, ws, active, instr, mask):
         wanted = (ws.full(mask)[..., :1] >> np.arange(32, dtype=np.uint32)) & 1 == 1
         missing = wanted & ~ws.full(active) & ws.full(active).any(axis=-1, keepdims=True)
         if missing.any():
-            raise Hazard(f"{m.where(ws, instr, missing)}: bar.warp.sync names a lane that is elsewhere: the warp has diverged")
+            raise Hazard(
+                f"{m.where(ws, instr, missing)}: bar.warp.sync names a lane that is elsewhere: the warp has diverged"
+            )

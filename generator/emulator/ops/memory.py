@@ -8,7 +8,22 @@ from ..errors import Hazard, UnsupportedInstruction
 from ..memory import MBARRIER, REASONS, UINT, VALID, VALID_WORD, WINDOW_BASE
 from ..table import effect
 
-WIDTHS = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8}
+WIDTHS = {
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
+}
 KIND = {1: "h", 2: "h", 4: "u", 8: "U"}
 REGISTER = {1: np.uint16, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -32,7 +47,7 @@ def shared_offsets(m, ws, active, instr, address, nbytes: int) -> np.ndarray:
         offsets = np.where(active, offsets, 0)
     if np.any(bad):
         first = int(ws.full(offsets).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))])
-        kind = "misaligned" if 0 <= first and first + nbytes <= m.smem.size else "out of bounds"
+        kind = "misaligned" if first >= 0 and first + nbytes <= m.smem.size else "out of bounds"
         raise Hazard(
             f"{m.where(ws, instr, bad, address)}: shared memory access of {nbytes} bytes is {kind} (offset {first}, "
             f"the CTA has {m.smem.size} bytes, alignment {nbytes})"
@@ -48,7 +63,10 @@ def check_state(m, ws, active, instr, states, width: int, address) -> None:
     if np.any(bad):
         word = int(ws.full(states).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))])
         code = next(b for b in word.to_bytes(width, "little") if b != VALID)
-        raise Hazard(f"{m.where(ws, instr, bad, address)}: reads shared memory that may not be read: {REASONS[code]}")
+        offset = int(ws.full(address).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))]) - WINDOW_BASE
+        raise Hazard(
+            f"{m.where(ws, instr, bad, address)}: reads {m.labels.shared_at(offset)}, which may not be read: {REASONS[code]}"
+        )
 
 
 def ld_shared(m, ws, active, instr, address):
@@ -74,7 +92,9 @@ def st_shared(m, ws, active, instr, address, values):
     for i, value in enumerate(values):
         old = state[at + i]
         if ((old & UINT[width](0xFF)) == MBARRIER).any():
-            raise Hazard(f"{m.where(ws, instr, True if active is None else active, address)}: writes shared memory although {REASONS[MBARRIER]}")
+            raise Hazard(
+                f"{m.where(ws, instr, True if active is None else active, address)}: writes shared memory although {REASONS[MBARRIER]}"
+            )
         data[at + i] = ws.full(value)[chosen].astype(UINT[width])
         state[at + i] = VALID_WORD[width]
 
@@ -97,12 +117,16 @@ def global_view(m, ws, active, instr, address, nbytes: int):
     low, high = int(chosen.min()), int(chosen.max()) + nbytes
     if (chosen % np.uint64(nbytes)).any():
         bad = lanes & (addresses % np.uint64(nbytes) != 0)
-        raise Hazard(f"{m.where(ws, instr, bad, address)}: global address is misaligned: it must be a multiple of {nbytes}")
+        raise Hazard(
+            f"{m.where(ws, instr, bad, address)}: global address is misaligned: it must be a multiple of {nbytes}"
+        )
     found = m.gmem.find(low, high)
     if found is None:
         for value in np.unique(chosen):  # the lanes may lie in several arrays, or one of them is out of bounds
             m.gmem.require(int(value), int(value) + nbytes, m.where(ws, instr, lanes & (addresses == value), address))
-        raise UnsupportedInstruction(f"{m.where(ws, instr, lanes)}: one instruction that touches several arrays is not supported yet")
+        raise UnsupportedInstruction(
+            f"{m.where(ws, instr, lanes)}: one instruction that touches several arrays is not supported yet"
+        )
     start, view = found
     return view, addresses.astype(np.int64) - start, lanes
 
@@ -137,7 +161,11 @@ for _t, _w in WIDTHS.items():
             effect(f"{_ST}.v{_v}.{_t}", f"=a,*{KIND[_w]}", "9.7.9.11")(st_global)
 
 
-@effect("fence.proxy.async{,.shared::cta,.global} fence.mbarrier_init.release.cluster fence.proxy.tensormap::generic.release.gpu", "=", "9.7.13.4")
+@effect(
+    "fence.proxy.async{,.shared::cta,.global} fence.mbarrier_init.release.cluster fence.proxy.tensormap::generic.release.gpu",
+    "=",
+    "9.7.13.4",
+)
 @effect("fence.{acq_rel,sc}.{cta,cluster,gpu,sys} membar.{cta,gl,sys}", "=", "9.7.13.4")
 def fence(m, ws, active, instr):
     """Orders proxies and scopes. Lanes of the emulator see each other's stores at once, so nothing is left to do."""

@@ -118,7 +118,9 @@ for _bits, _kind in (("b16", "h"), ("b32", "u"), ("b64", "U")):
 for _types, _kind in (("{u16,b16}", "h"), ("{u32,b32}", "u"), ("{u64,b64}", "U")):
     alu(f"shr.{_types}", f"{_kind}={_kind},u", "9.7.8.9")(_shift(np.right_shift, _zero))
 for _type, _kind in (("s16", "i"), ("s32", "s"), ("s64", "S")):
-    alu(f"shr.{_type}", f"{_kind}={_kind},u", "9.7.8.9")(_shift(np.right_shift, lambda a: np.where(a < 0, a.dtype.type(-1), a.dtype.type(0))))
+    alu(f"shr.{_type}", f"{_kind}={_kind},u", "9.7.8.9")(
+        _shift(np.right_shift, lambda a: np.where(a < 0, a.dtype.type(-1), a.dtype.type(0)))
+    )
 
 
 @alu("shf.l.wrap.b32", "u=u,u,u", "9.7.8.7")
@@ -178,7 +180,12 @@ def _abs(x):
     return np.abs(x)
 
 
-for _name, _f, _n, _isa in (("add", np.add, 2, "9.7.3.3"), ("sub", np.subtract, 2, "9.7.3.4"), ("mul", np.multiply, 2, "9.7.3.5"), ("fma", fma, 3, "9.7.3.6")):
+for _name, _f, _n, _isa in (
+    ("add", np.add, 2, "9.7.3.3"),
+    ("sub", np.subtract, 2, "9.7.3.4"),
+    ("mul", np.multiply, 2, "9.7.3.5"),
+    ("fma", fma, 3, "9.7.3.6"),
+):
     for _suffix, _kind in (("f32", "f"), ("f32x2", "2")):
         _sig = f"{_kind}={','.join(_kind * _n)}"
         _rn = "{,.rn}" if _name != "fma" and _kind == "f" else ".rn"
@@ -270,7 +277,14 @@ def _unordered(compare):
     return run
 
 
-INTEGER_COMPARES = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+INTEGER_COMPARES = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 FLOAT_COMPARES = {
     **INTEGER_COMPARES,
     "ne": _ordered_ne,
@@ -284,7 +298,19 @@ FLOAT_COMPARES = {
     "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }
 COMBINE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-KINDS = {"u16": "h", "b16": "h", "s16": "i", "u32": "u", "b32": "u", "s32": "s", "u64": "U", "b64": "U", "s64": "S", "f32": "f", "f64": "d"}
+KINDS = {
+    "u16": "h",
+    "b16": "h",
+    "s16": "i",
+    "u32": "u",
+    "b32": "u",
+    "s32": "s",
+    "u64": "U",
+    "b64": "U",
+    "s64": "S",
+    "f32": "f",
+    "f64": "d",
+}
 
 
 def _combined(compare, combine):
@@ -335,7 +361,9 @@ def _float_to_int(dtype, rounding):
     def run(x):
         whole = rounding(x.astype(F64))
         clipped = np.clip(np.where(np.isnan(whole), 0.0, whole), low, high)
-        return np.where(whole >= high, np.iinfo(dtype).max, np.where(whole <= low, np.iinfo(dtype).min, clipped)).astype(dtype)
+        return np.where(
+            whole >= high, np.iinfo(dtype).max, np.where(whole <= low, np.iinfo(dtype).min, clipped)
+        ).astype(dtype)
 
     return run
 
@@ -352,7 +380,9 @@ for _to, _tk in _INTEGERS.items():
     for _from, _fk in _INTEGERS.items():
         if _from[1:] == "8":  # an 8-bit source lies in the low byte of a 16-bit register
             _inner = np.int8 if _from[0] == "s" else np.uint8
-            alu(f"cvt.{_to}.{_from}", f"{_tk}={_fk}", "9.7.9.21")(lambda x, inner=_inner, d=DTYPES[_tk]: x.astype(inner).astype(d))
+            alu(f"cvt.{_to}.{_from}", f"{_tk}={_fk}", "9.7.9.21")(
+                lambda x, inner=_inner, d=DTYPES[_tk]: x.astype(inner).astype(d)
+            )
         elif _to[1:] == "8":
             alu(f"cvt.{_to}.{_from}", f"{_tk}={_fk}", "9.7.9.21")(_narrow8(_to[0] == "s", DTYPES[_fk]))
         else:

@@ -43,7 +43,9 @@ def alloc(m, ws, active, instr, destination, columns):
             raise Hazard(f"{where}: tcgen05.alloc after tcgen05.relinquish_alloc_permit")
         start = m.tmem.allocate(cta, columns)
         if start is None:
-            raise Hazard(f"{where}: {columns} TMEM columns are not free in CTA {m.name_cta(cta)}: the allocation would block for ever")
+            raise Hazard(
+                f"{where}: {columns} TMEM columns are not free in CTA {m.name_cta(cta)}: the allocation would block for ever"
+            )
         m.smem.flat[4][(cta * m.smem.stride + offset) // 4] = start
         m.smem.flat_state[4][(cta * m.smem.stride + offset) // 4] = VALID_WORD[4]
 
@@ -53,7 +55,9 @@ def dealloc(m, ws, active, instr, address, columns):
     start, columns = _scalar(ws, address), _scalar(ws, columns)
     for cta in _one_warp_a_cta(m, ws, active, instr):
         if m.tmem.blocks[cta].get(start) != columns:
-            raise Hazard(f"{m.where(ws, instr)}: tcgen05.dealloc of {columns} columns at {start:#x}, which is not an allocation of CTA {m.name_cta(cta)}: {m.tmem.blocks[cta]}")
+            raise Hazard(
+                f"{m.where(ws, instr)}: tcgen05.dealloc of {columns} columns at {start:#x}, which is not an allocation of CTA {m.name_cta(cta)}: {m.tmem.blocks[cta]}"
+            )
         if (m.tmem.state[start : start + columns, :, :, cta] == MMA_PENDING).any():
             raise Hazard(f"{m.where(ws, instr)}: tcgen05.dealloc although {REASONS[MMA_PENDING]}")
         del m.tmem.blocks[cta][start]
@@ -70,7 +74,9 @@ def relinquish(m, ws, active, instr):
 def _cells(m, ws, active, instr, address, columns: int):
     """Quarter, CTA and first column of each warp for a 32x32b access; checks lanes, bounds and allocation."""
     if active is not None:
-        raise Hazard(f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes must converge on it")
+        raise Hazard(
+            f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes must converge on it"
+        )
     values = np.asarray(address)
     per_warp = ws.full(values).reshape(-1, 32)
     if (per_warp != per_warp[:, :1]).any():
@@ -86,12 +92,16 @@ def _cells(m, ws, active, instr, address, columns: int):
             f"but may touch only lanes {quarter[at] * 32} to {quarter[at] * 32 + 31}"
         )
     if (column + columns > COLUMNS).any():
-        raise Hazard(f"{m.where(ws, instr)}: TMEM columns {int(column.max())} to {int(column.max()) + columns - 1} are out of bounds (512 columns)")
+        raise Hazard(
+            f"{m.where(ws, instr)}: TMEM columns {int(column.max())} to {int(column.max()) + columns - 1} are out of bounds (512 columns)"
+        )
     wide = column[:, None] + np.arange(columns)
     free = ~m.tmem.allocated[wide, ctas[:, None]]
     if free.any():
         at = np.argwhere(free)[0]
-        raise Hazard(f"{m.where(ws, instr)}: TMEM column {int(wide[tuple(at)])} is not allocated in CTA {m.name_cta(ctas[at[0]])}")
+        raise Hazard(
+            f"{m.where(ws, instr)}: TMEM column {int(wide[tuple(at)])} is not allocated in CTA {m.name_cta(ctas[at[0]])}"
+        )
     return quarter, ctas, column
 
 
@@ -120,7 +130,9 @@ def ld_32x32b(m, ws, active, instr, address):
     if (states != VALID).any():
         code = int(states[states != VALID][0])
         bad = int(np.argwhere((states != VALID).reshape(columns, -1).any(axis=1))[0, 0])
-        raise Hazard(f"{m.where(ws, instr)}: reads TMEM column {int(column[0]) + bad} that may not be read: {REASONS[code]}")
+        raise Hazard(
+            f"{m.where(ws, instr)}: reads {m.labels.column_at(int(column[0]) + bad)}, which may not be read: {REASONS[code]}"
+        )
     return tuple(values)
 
 
@@ -139,7 +151,9 @@ def st_32x32b(m, ws, active, instr, address, values):
             m.tmem.data[wide[i], quarter, ctas] = ws.full(value).reshape(-1, 32)
         old = m.tmem.state[wide, quarter, :, ctas]
     if (old == MMA_PENDING).any():
-        raise Hazard(f"{m.where(ws, instr)}: tcgen05.st writes TMEM columns from {int(column[0])} on although {REASONS[MMA_PENDING]}")
+        raise Hazard(
+            f"{m.where(ws, instr)}: tcgen05.st writes {columns} columns from {m.labels.column_at(int(column[0]))} on although {REASONS[MMA_PENDING]}"
+        )
     _mark(m, quarter, ctas, column, columns, ST_PENDING)
     m.stores.append((ws, quarter, ctas, column, columns))
 
@@ -220,12 +234,18 @@ def shared_operand(descriptor: int, rows: int, mn_major: bool, where: str) -> Op
     if descriptor >> 46 & 7 != 1:
         raise Hazard(f"{where}: shared-memory descriptor {descriptor:#018x}: bits 46-48 must be 0b001")
     if descriptor >> 49 & 7:
-        raise UnsupportedInstruction(f"{where}: shared-memory descriptor {descriptor:#018x}: a base offset other than 0 is not supported")
+        raise UnsupportedInstruction(
+            f"{where}: shared-memory descriptor {descriptor:#018x}: a base offset other than 0 is not supported"
+        )
     if descriptor >> 52 & 1:
-        raise UnsupportedInstruction(f"{where}: shared-memory descriptor {descriptor:#018x}: absolute leading-dimension mode is not supported")
+        raise UnsupportedInstruction(
+            f"{where}: shared-memory descriptor {descriptor:#018x}: absolute leading-dimension mode is not supported"
+        )
     bits = {0: 0, 2: 3, 4: 2, 6: 1}.get(descriptor >> 61)
     if bits is None:
-        raise UnsupportedInstruction(f"{where}: shared-memory descriptor {descriptor:#018x}: swizzle mode {descriptor >> 61} is not supported")
+        raise UnsupportedInstruction(
+            f"{where}: shared-memory descriptor {descriptor:#018x}: swizzle mode {descriptor >> 61} is not supported"
+        )
     span = 16 << bits
     if not mn_major:
         row, chunk = np.arange(rows)[:, None], np.arange(2)[None]
@@ -265,12 +285,20 @@ def decode_idesc(idesc: int, where: str) -> Shape:
     if idesc in _shapes:
         return _shapes[idesc]
     if idesc & 7 or idesc >> 4 & 3 != 1 or idesc >> 30:
-        raise UnsupportedInstruction(f"{where}: instruction descriptor {idesc:#010x}: only dense float32 accumulation is supported")
+        raise UnsupportedInstruction(
+            f"{where}: instruction descriptor {idesc:#010x}: only dense float32 accumulation is supported"
+        )
     if (idesc >> 7 & 7) > 1 or (idesc >> 10 & 7) > 1:
         raise Hazard(f"{where}: instruction descriptor {idesc:#010x}: kind::f16 takes f16 or bf16 operands")
     shape = Shape(
-        (idesc >> 24 & 31) << 4, (idesc >> 17 & 63) << 3, bool(idesc >> 7 & 1), bool(idesc >> 10 & 1),
-        bool(idesc >> 15 & 1), bool(idesc >> 16 & 1), -1 if idesc >> 13 & 1 else 1, -1 if idesc >> 14 & 1 else 1,
+        (idesc >> 24 & 31) << 4,
+        (idesc >> 17 & 63) << 3,
+        bool(idesc >> 7 & 1),
+        bool(idesc >> 10 & 1),
+        bool(idesc >> 15 & 1),
+        bool(idesc >> 16 & 1),
+        -1 if idesc >> 13 & 1 else 1,
+        -1 if idesc >> 14 & 1 else 1,
     )
     if shape.m != 128:
         raise UnsupportedInstruction(f"{where}: M = {shape.m}: only M = 128 is supported with cta_group::1 so far")
@@ -295,12 +323,20 @@ class Mma:
     def fuses_with(self, later: Mma) -> bool:
         """Same accumulator and kind of operands, and `later` adds to it: their k extents may be concatenated."""
         return (
-            later.accumulate and later.d == self.d and later.shape == self.shape
-            and isinstance(later.a, int) == isinstance(self.a, int) and len(later.ctas) == len(self.ctas) and bool((later.ctas == self.ctas).all())
+            later.accumulate
+            and later.d == self.d
+            and later.shape == self.shape
+            and isinstance(later.a, int) == isinstance(self.a, int)
+            and len(later.ctas) == len(self.ctas)
+            and bool((later.ctas == self.ctas).all())
         )
 
 
-@effect("tcgen05.mma.cta_group::1.kind::f16{,.collector::a::discard,.collector::a::lastuse,.collector::a::fill,.collector::a::use}", "=a,x,U,u,?*u,?p,?k", "9.7.16.10.9.1")
+@effect(
+    "tcgen05.mma.cta_group::1.kind::f16{,.collector::a::discard,.collector::a::lastuse,.collector::a::fill,.collector::a::use}",
+    "=a,x,U,u,?*u,?p,?k",
+    "9.7.16.10.9.1",
+)
 def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=None, scale=None):
     """Issue D = A·B (+ D): queued; operands are read and D is written when a commit that follows it completes."""
     if scale is not None:
@@ -314,7 +350,16 @@ def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=None, sc
     if len(np.unique(rows)) != len(rows):
         raise Hazard(f"{where}: tcgen05.mma is issued by several lanes of a warp: elect one")
     pick = lambda x: ws.full(x).reshape(-1, 32)[rows, lanes]  # noqa: E731
-    columns = list(zip(pick(d).tolist(), pick(a[1]).tolist(), pick(b).tolist(), pick(idesc).tolist(), pick(True if accumulate is None else accumulate).tolist(), strict=True))
+    columns = list(
+        zip(
+            pick(d).tolist(),
+            pick(a[1]).tolist(),
+            pick(b).tolist(),
+            pick(idesc).tolist(),
+            pick(True if accumulate is None else accumulate).tolist(),
+            strict=True,
+        )
+    )
     chosen = ctas[rows]
     for key in dict.fromkeys(columns):
         same = np.array([c == key for c in columns])
@@ -331,7 +376,9 @@ def _issue(m, ctas, a_kind, d, a, b, idesc, accumulate, where, line) -> None:
     if (state == ST_PENDING).any():
         raise Hazard(f"{where}: the accumulator may not be used: {REASONS[ST_PENDING]}")
     if accumulate and (state == UNWRITTEN).any():
-        raise Hazard(f"{where}: accumulates onto TMEM columns {d} to {d + shape.n - 1}, which were never written: the first MMA must not accumulate")
+        raise Hazard(
+            f"{where}: accumulates onto {shape.n} columns from {m.labels.column_at(d)} on, which were never written: the first MMA must not accumulate"
+        )
     if a_kind == "tmem":
         if a >> 16 or shape.a_mn:
             raise Hazard(f"{where}: A in TMEM must start at lane 0 and cannot be transposed")
@@ -356,16 +403,22 @@ def _require_tmem(m, ctas, start, count, where, legal) -> None:
     state = m.tmem.state[start : start + count, :, :, ctas]
     bad = ~np.isin(state, legal)
     if bad.any():
-        raise Hazard(f"{where}: A operand in TMEM columns {start} to {start + count - 1} may not be read: {REASONS[int(state[bad][0])]}")
+        raise Hazard(
+            f"{where}: the A operand at {m.labels.column_at(start + int(np.argwhere(bad)[0, 0]))} may not be read: {REASONS[int(state[bad][0])]}"
+        )
 
 
 def _require_shared(m, ctas, operand: Operand, name: str, where: str) -> None:
     if operand.low < 0 or operand.high > m.smem.size:
-        raise Hazard(f"{where}: the descriptor of {name} reaches shared offsets {operand.low} to {operand.high - 1}, the CTA has {m.smem.size} bytes")
+        raise Hazard(
+            f"{where}: the descriptor of {name} reaches shared offsets {operand.low} to {operand.high - 1}, the CTA has {m.smem.size} bytes"
+        )
     found = m.smem.invalid_chunk(ctas, operand.chunks)
     if found is not None:
         cta, chunk, state = found
-        raise Hazard(f"{where}: operand {name} of CTA {m.name_cta(cta)} at shared offset {chunk * 16:#x} may not be read: {REASONS[state]}")
+        raise Hazard(
+            f"{where}: operand {name} of CTA {m.name_cta(cta)} at {m.labels.shared_at(chunk * 16)} may not be read: {REASONS[state]}"
+        )
 
 
 class TensorCore:

@@ -22,7 +22,11 @@ def tensor_map(m, address: int, where: str) -> TensorMap:
     if offset % 64:
         raise Hazard(f"{where}: tensor map at parameter offset {offset}, which is not a multiple of 64")
     found = decode_tensor_map(m.param_bytes[offset : offset + 128])
-    m.gmem.require(found.address, found.address + found.extent, where.during(f"its tensor map has sizes {found.sizes} and strides {found.strides}"))
+    m.gmem.require(
+        found.address,
+        found.address + found.extent,
+        where.during(f"its tensor map has sizes {found.sizes} and strides {found.strides}"),
+    )
     m.params_maps[address] = found
     return found
 
@@ -42,7 +46,9 @@ def _check_place(m, tensor: TensorMap, offset: int, where: str) -> None:
     if offset % 128:
         raise Hazard(f"{where}: shared address offset {offset:#x} of a tensor copy must be a multiple of 128")
     if offset < 0 or offset + tensor.box_bytes > m.smem.size:
-        raise Hazard(f"{where}: a box of {tensor.box_bytes} bytes at shared offset {offset:#x} leaves the CTA's {m.smem.size} bytes")
+        raise Hazard(
+            f"{where}: a box of {tensor.box_bytes} bytes at shared offset {offset:#x} leaves the CTA's {m.smem.size} bytes"
+        )
 
 
 def _chunks(offset: int, tensor: TensorMap) -> np.ndarray:
@@ -89,7 +95,8 @@ def load(m, ws, active, instr, destination, source, barrier, policy=None):
 for _rank in range(1, 6):
     effect(
         f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}.mbarrier::complete_tx::bytes{{,.L2::cache_hint}}",
-        "=a,T,a,?U", "9.7.9.27.1.2",
+        "=a,T,a,?U",
+        "9.7.9.27.1.2",
     )(load)
 
 
@@ -117,7 +124,9 @@ def store(m, ws, active, instr, destination, source, policy=None):
 def _require_valid(m, cta, chunks, where) -> None:
     found = m.smem.invalid_chunk(np.array([cta]), chunks)
     if found is not None:
-        raise Hazard(f"{where}: the copy reads shared memory at offset {found[1] * 16:#x} that may not be read: {REASONS[found[2]]}")
+        raise Hazard(
+            f"{where}: the copy reads {m.labels.shared_at(found[1] * 16)}, which may not be read: {REASONS[found[2]]}"
+        )
 
 
 def finish_store(m, cta: int, jobs) -> None:
@@ -130,7 +139,9 @@ def finish_store(m, cta: int, jobs) -> None:
 
 for _rank in range(1, 6):
     effect(
-        f"cp.async.bulk.tensor.{_rank}d.global.shared::cta{{,.tile}}.bulk_group{{,.L2::cache_hint}}", "=T,a,?U", "9.7.9.27.1.2"
+        f"cp.async.bulk.tensor.{_rank}d.global.shared::cta{{,.tile}}.bulk_group{{,.L2::cache_hint}}",
+        "=T,a,?U",
+        "9.7.9.27.1.2",
     )(store)
 
 

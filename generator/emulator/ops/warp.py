@@ -22,14 +22,16 @@ def elect_sync(m, ws, active, instr, mask):
         return np.uint32(0), LANES == 0
     member = ws.full(_member(ws, active, mask))
     leader = np.argmax(member, axis=-1)[..., None]
-    return leader.astype(np.uint32), (LANES == leader) & member
+    return leader.astype(np.uint32), (leader == LANES) & member
 
 
 def _check_converged(m, ws, active, instr):
     if active is not None:
         partial = ws.full(active).any(axis=-1) & ~ws.full(active).all(axis=-1)
         if partial.any():
-            raise Hazard(f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes must converge on it")
+            raise Hazard(
+                f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes must converge on it"
+            )
 
 
 @effect("vote.sync.ballot.b32", "u=p,u", "9.7.13.9")
@@ -110,6 +112,13 @@ def redux(m, ws, active, instr, value, mask):
     values = ws.full(value)
     if parts[3] == "s32":
         values = values.view(np.int32)
-    reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[parts[2]]
+    reduce = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }[parts[2]]
     result = reduce.reduce(values, axis=-1, keepdims=True, dtype=values.dtype)
     return result.view(np.uint32)
