@@ -17,7 +17,7 @@ WAIT_STORED = "    cute.arch.fence_view_async_tmem_store()\n"
 DEFECTS = {
     "K extent of QK fixed at 64": ("range_constexpr(HEAD_DIM // MMA_K)", "range_constexpr(64 // MMA_K)", "rel_err"),
     "no wait after the P store": (P_STORED + WAIT_STORED, P_STORED, "tcgen05.wait::st"),
-    "P operand one TMEM column off": ("recast_ptr(tmem + P_COLUMN,", "recast_ptr(tmem + P_COLUMN + 1,", ""),
+    "P operand one TMEM column off": ("recast_ptr(tmem + P_COLUMN,", "recast_ptr(tmem + P_COLUMN + 1,", "rel_err"),
     "P store one TMEM column off": (
         "make_tensor(tmem + P_COLUMN, s_tmem",
         "make_tensor(tmem + P_COLUMN + 1, s_tmem",
