@@ -80,7 +80,9 @@ class AsyncQueue:
         return done
 
     def _complete_fifo(self, position: int, chosen: np.ndarray) -> None:
-        """Complete tensor-core work up to and including `position`; runs of MMAs go together so that they can be fused."""
+        """Complete tensor-core work up to and including `position`; runs of MMAs go together so that they can be
+        fused.
+        """
         for entry in self.entries[: position + 1]:
             if entry.fifo:
                 now = entry.remaining & chosen

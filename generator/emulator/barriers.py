@@ -11,7 +11,9 @@ MAX_COUNT = (1 << 20) - 1
 
 
 class Mbarriers:
-    """State of every mbarrier by shared-memory offset: arrays [slot, n_cta] of phase, pending and expected arrivals, tx."""
+    """State of every mbarrier by shared-memory offset: arrays [slot, n_cta] of phase, pending and expected
+    arrivals, tx.
+    """
 
     def __init__(self, n_cta: int, labels: Labels):
         self.n_cta, self.labels = n_cta, labels
@@ -58,7 +60,8 @@ class Mbarriers:
             cta = int(ctas[np.argmin(self.pending[slot, ctas])])
             raise Hazard(
                 f"{where}: CTA {cta}: arrival overflow on the {self.name(slot)}: "
-                f"{self.expected[slot, cta] - self.pending[slot, cta]} arrivals in phase {self.phase[slot, cta]}, which expects {self.expected[slot, cta]}"
+                f"{self.expected[slot, cta] - self.pending[slot, cta]} arrivals in phase "
+                f"{self.phase[slot, cta]}, which expects {self.expected[slot, cta]}"
             )
         return self.settle(slot, ctas)
 
@@ -108,13 +111,15 @@ class NamedBarriers:
         fresh = self.arrived[barrier, ctas] == 0
         if (self.expected[barrier, ctas][~fresh] != expected).any():
             raise Hazard(
-                f"{where}: named barrier {barrier} is used with {expected} threads while others use it with {self.expected[barrier, ctas][~fresh][0]}"
+                f"{where}: named barrier {barrier} is used with {expected} threads while others use it "
+                f"with {self.expected[barrier, ctas][~fresh][0]}"
             )
         self.expected[barrier, ctas] = expected
         self.arrived[barrier, ctas] += threads
         if (self.arrived[barrier, ctas] > expected).any():
             raise Hazard(
-                f"{where}: named barrier {barrier}: {self.arrived[barrier, ctas].max()} threads arrived where {expected} are expected"
+                f"{where}: named barrier {barrier}: {self.arrived[barrier, ctas].max()} threads arrived "
+                f"where {expected} are expected"
             )
         done = ctas[self.arrived[barrier, ctas] == expected]
         self.arrived[barrier, done] = 0

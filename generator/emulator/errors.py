@@ -12,7 +12,9 @@ class PtxSyntaxError(EmulatorError):
 
 
 class UnsupportedInstruction(EmulatorError):
-    """An opcode, modifier, operand form or tensor-map bit that the emulator does not know. Nothing is skipped silently."""
+    """An opcode, modifier, operand form or tensor-map bit that the emulator does not know. Nothing is skipped
+    silently.
+    """
 
 
 class LaunchError(EmulatorError):
@@ -20,7 +22,9 @@ class LaunchError(EmulatorError):
 
 
 class Hazard(EmulatorError):
-    """The program did something silicon may hide: an uninitialized, out-of-bounds, misaligned or unsynchronized access."""
+    """The program did something silicon may hide: an uninitialized, out-of-bounds, misaligned or unsynchronized
+    access.
+    """
 
 
 class Deadlock(EmulatorError):

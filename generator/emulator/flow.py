@@ -73,7 +73,9 @@ def defs_and_uses(instr: Instr) -> tuple[list[Reg], list[Reg]]:
 
 @dataclass
 class Block:
-    """Straight-line code: instruction indices [start, stop), successors, registers live at entry and exit (bit sets)."""
+    """Straight-line code: instruction indices [start, stop), successors, registers live at entry and exit (bit
+    sets).
+    """
 
     number: int
     start: int

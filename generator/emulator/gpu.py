@@ -72,7 +72,9 @@ class Gpu:
         self._keep: list[object] = []
 
     def add_array(self, array, name: str = "array", initialized: bool = True) -> None:
-        """Make an array legal for kernels to touch: a NumPy array, or (address, bytes). It must outlive the launches."""
+        """Make an array legal for kernels to touch: a NumPy array, or (address, bytes). It must outlive the
+        launches.
+        """
         if isinstance(array, tuple):
             address, nbytes = array
         else:

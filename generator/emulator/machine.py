@@ -36,7 +36,8 @@ class Where:
     def __str__(self) -> str:
         lanes = np.asarray(self.lanes)
         cta, warp, lane = self.ws.where(lanes)
-        text = f"PTX line {self.instr.line} ({self.instr.opcode}), CTA {self.machine.name_cta(cta)}, warp {warp}, lane {lane}"
+        text = f"PTX line {self.instr.line} ({self.instr.opcode}), CTA {self.machine.name_cta(cta)}"
+        text += f", warp {warp}, lane {lane}"
         if self.address is not None:
             at = int(np.argmax(self.ws.full(lanes).reshape(-1)))
             text += f", address {int(self.ws.full(self.address).reshape(-1)[at]):#x}"
@@ -263,8 +264,10 @@ class Machine:
         check_bulk_at_exit(self)
         leaked = np.nonzero(self.tmem.allocated.any(axis=0))[0]
         if len(leaked):
+            cta = int(leaked[0])
+            columns = int(self.tmem.allocated[:, cta].sum())
             raise Hazard(
-                f"CTA {self.name_cta(int(leaked[0]))} exits with {int(self.tmem.allocated[:, leaked[0]].sum())} TMEM columns still allocated: tcgen05.dealloc is missing"
+                f"CTA {self.name_cta(cta)} exits with {columns} TMEM columns still allocated: tcgen05.dealloc is missing"
             )
 
     def report_deadlock(self) -> str:
@@ -282,7 +285,8 @@ class Machine:
                     here.append(
                         (
                             warp,
-                            f"waiting at PTX line {self.barred_line[warp, cta]} for named barrier {b}: {self.named.arrived[b, cta]} of {self.named.expected[b, cta]} threads arrived",
+                            f"waiting at PTX line {self.barred_line[warp, cta]} for named barrier {b}: "
+                            f"{self.named.arrived[b, cta]} of {self.named.expected[b, cta]} threads arrived",
                         )
                     )
                 else:
@@ -290,7 +294,8 @@ class Machine:
                     here.append(
                         (
                             warp,
-                            f"waiting at PTX line {self.wait_line[warp, cta]} for parity {parity} of the {self.mbarriers.describe(slot, cta)}",
+                            f"waiting at PTX line {self.wait_line[warp, cta]} for parity {parity} of the "
+                            f"{self.mbarriers.describe(slot, cta)}",
                         )
                     )
             key = tuple(here)

@@ -16,8 +16,10 @@ from .errors import Hazard, LaunchError
 UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER = 0, 1, 2, 3, 4, 5
 REASONS = {
     UNWRITTEN: "it was never written (fresh memory is poison)",
-    TMA_PENDING: "a TMA load into it has been issued and is not known to be complete: wait on the mbarrier it signals first",
-    MMA_PENDING: "a tcgen05.mma that writes it is not known to be complete: wait on the mbarrier of its tcgen05.commit first",
+    TMA_PENDING: "a TMA load into it has been issued and is not known to be complete: wait on the "
+    "mbarrier it signals first",
+    MMA_PENDING: "a tcgen05.mma that writes it is not known to be complete: wait on the mbarrier of its "
+    "tcgen05.commit first",
     ST_PENDING: "a tcgen05.st into it has not been waited for: insert tcgen05.wait::st (and then signal the reader)",
     MBARRIER: "it holds an mbarrier, which only mbarrier instructions may touch",
 }
@@ -108,7 +110,8 @@ class GlobalMemory:
                 if other[0] == address and other[1] == nbytes:
                     return
                 raise LaunchError(
-                    f"array {name!r} at {address:#x} (+{nbytes}) overlaps array {other[2]!r} at {other[0]:#x} (+{other[1]})"
+                    f"array {name!r} at {address:#x} (+{nbytes}) overlaps array {other[2]!r} at "
+                    f"{other[0]:#x} (+{other[1]})"
                 )
         self.starts.insert(at, address)
         self.regions.insert(at, (address, nbytes, name, view))
@@ -136,5 +139,6 @@ class GlobalMemory:
         near = ""
         if at >= 0:
             start, nbytes, name, _ = self.regions[at]
-            near = f"; the nearest array below is {name!r}, {nbytes} bytes, which ends {low - start - nbytes:+d} bytes before it"
+            gap = low - start - nbytes
+            near = f"; the nearest array below is {name!r}, {nbytes} bytes, which ends {gap:+d} bytes before it"
         raise Hazard(f"{where}: global memory [{low:#x}, {high:#x}) is out of bounds{near}")

@@ -76,7 +76,9 @@ SINK = Symbol("_")
 
 
 class Instr(NamedTuple):
-    """One instruction: its opcode with all modifiers, operands, guard (a register and whether it is negated), PTX line."""
+    """One instruction: its opcode with all modifiers, operands, guard (a register and whether it is negated), PTX
+    line.
+    """
 
     opcode: str
     operands: tuple
@@ -98,7 +100,9 @@ class Param(NamedTuple):
 
 @dataclass
 class Kernel:
-    """One `.entry`: parameters, instructions, labels (name → index of the instruction that follows), shared variables."""
+    """One `.entry`: parameters, instructions, labels (name → index of the instruction that follows), shared
+    variables.
+    """
 
     name: str
     params: list[Param] = field(default_factory=list)
@@ -315,7 +319,9 @@ _EVENT = re.compile(r"[;{}]|^[ \t]*\.loc[^\n;]*\n", re.M)
 
 
 def _parse_body(parser: _KernelParser, text: str, start: int, line: int) -> int:
-    """Consume statements from `start` (just past the opening brace) to the kernel's closing brace; return that position."""
+    """Consume statements from `start` (just past the opening brace) to the kernel's closing brace; return that
+    position.
+    """
     depth, position, bracket = 1, start, False
     for match in _EVENT.finditer(text, start):
         char, begin = match.group(), match.start()

@@ -52,7 +52,8 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
     w = struct.unpack("<15I", raw[:60])
     if w[2] & 0xF != 2 or w[2] & ~KNOWN_W2 & 0xFFFFFFFF:
         raise UnsupportedInstruction(
-            f"tensor map: word 2 is {w[2]:#010x}, with bits outside the known table (interleave, fill or a newer swizzle)"
+            f"tensor map: word 2 is {w[2]:#010x}, with bits outside the known table (interleave, fill or a "
+            "newer swizzle)"
         )
     rank, kind, swizzle = (w[2] >> 4 & 7) + 1, w[2] >> 7 & 31, w[2] >> 13 & 3
     if kind not in ELEMENT_BYTES or rank > 5:
@@ -75,7 +76,9 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
 
 
 def read_box(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...]) -> np.ndarray:
-    """The box at `coords` (innermost first, may be negative) as u8 [box bytes]; elements outside the tensor are zero."""
+    """The box at `coords` (innermost first, may be negative) as u8 [box bytes]; elements outside the tensor are
+    zero.
+    """
     source, inside, target = _clip(view, start, tensor, coords)
     out = np.zeros((*tensor.box[::-1], tensor.element_bytes), np.uint8)
     if inside:
@@ -104,6 +107,8 @@ def _clip(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ..
 
 
 def swizzled_chunks(offset: int, nbytes: int, swizzle: int) -> np.ndarray:
-    """Index of each 16-byte chunk of a box at absolute shared address `offset`: chunk ^= (address >> 7) & (2^B - 1) (§5.5.7)."""
+    """Index of each 16-byte chunk of a box at absolute shared address `offset`: chunk ^= (address >> 7) & (2^B -
+    1) (§5.5.7).
+    """
     chunks = np.arange(offset // 16, (offset + nbytes) // 16)
     return chunks ^ (chunks >> 3 & (1 << swizzle) - 1) if swizzle else chunks

@@ -1,41 +1,20 @@
-"""Basic blocks → Python functions over batches of warps.
-
-Every block becomes one function `block(m, ws)`. Values live in local variables as NumPy arrays that broadcast to
-[…, 32 lanes]; a 32-bit register has lazily made views as u32, s32 and float32, a 64-bit one is a u64 or a pair of 32-bit
-halves, and moves only rename. Registers that cross a block boundary are stored in the machine's arrays.
-"""
+"""A kernel → a program: basic blocks, each a Python function `block(m, ws)` over a batch of warps."""
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from . import ops  # noqa: F401  (fills the instruction table)
+from .block import DTYPE, BlockWriter
 from .errors import UnsupportedInstruction
-from .flow import CONTROL, MOVES, PARAM_LOADS, Block, defs_and_uses, entry_of, find_blocks, solve_liveness
+from .flow import MOVES, Block, defs_and_uses, entry_of, find_blocks, solve_liveness
+from .formats import pack16
 from .memory import PARAM_BASE, WINDOW_BASE
-from .parse import SINK, Address, Imm, Instr, Kernel, Not, Pair, Reg, Special, Symbol, Vector
-from .table import BITS
-
-DTYPE = {"p": np.bool_, "h": np.uint16, "i": np.int16, "e": np.float16, "u": np.uint32, "s": np.int32, "f": np.float32}
-DTYPE |= {"U": np.uint64, "S": np.int64, "d": np.float64}
-CANONICAL = {1: "p", 16: "h", 32: "u", 64: "U"}
-PARAM_TYPES = {
-    "b8": "u1",
-    "u8": "u1",
-    "s8": "i1",
-    "b16": "u2",
-    "u16": "u2",
-    "b32": "u4",
-    "u32": "u4",
-    "s32": "u4",
-    "f32": "u4",
-}
-PARAM_TYPES |= {"b64": "u8", "u64": "u8", "s64": "u8", "f64": "u8"}
+from .parse import Instr, Kernel, Reg, Vector
 
 
 def join64(low, high):
@@ -51,14 +30,12 @@ def high32(x):
     return (x >> np.uint64(32)).astype(np.uint32)
 
 
-@dataclass
-class Value:
-    """A register's current value in a block: variable names by type, or two 32-bit halves."""
-
-    bits: int
-    forms: dict[str, str] = field(default_factory=dict)
-    halves: tuple[Value, Value] | None = None
-    loaded_from: int | None = None  # register whose storage it is a view of
+def ws_active(ws, guard):
+    """Lanes that run a guarded instruction: None for all, False for none, else bool lead + (32,)."""
+    if np.all(guard):
+        return ws.mask
+    active = ws.full(guard) if ws.mask is None else ws.mask & guard
+    return active if active.any() else False
 
 
 @dataclass
@@ -76,393 +53,6 @@ class Program:
     sizes: list[int]  # instructions by block
     static_shared: int
     source: str
-
-
-class _BlockWriter:
-    """Writes the function of one block."""
-
-    def __init__(self, owner: Translator, block: Block):
-        self.owner, self.block = owner, block
-        self.lines: list[str] = []
-        self.values: dict[int, Value] = {}
-        self.dirty: dict[int, None] = {}
-        self.shadow: dict[int, str] = {}
-        self.names = 0
-        self.defined = block.defined_in
-
-    # -- names and values ---------------------------------------------------------------------------------------------
-    def name(self) -> str:
-        self.names += 1
-        return f"v{self.names}"
-
-    def let(self, expression: str) -> str:
-        name = self.name()
-        self.lines.append(f"{name} = {expression}")
-        return name
-
-    def load(self, reg: Reg) -> Value:
-        value = self.values.get(reg.index)
-        if value is None:
-            if reg.index in self.owner.paired:
-                low, high = (
-                    Value(32, {"u": self.let(f"R[{reg.index}][{h}][ix]")}, loaded_from=reg.index) for h in (0, 1)
-                )
-                value = Value(64, {}, (low, high), loaded_from=reg.index)
-            else:
-                value = Value(reg.bits, {CANONICAL[reg.bits]: self.let(f"R[{reg.index}][ix]")}, loaded_from=reg.index)
-            self.values[reg.index] = value
-        return value
-
-    def form(self, value: Value, kind: str) -> str:
-        """Variable that holds `value` as type `kind`; "2" is handled by `pair`."""
-        if kind in value.forms:
-            return value.forms[kind]
-        if value.bits == 64 and not value.forms:
-            low, high = value.halves
-            value.forms["U"] = self.let(f"join64({self.form(low, 'u')}, {self.form(high, 'u')})")
-            return self.form(value, kind)
-        source = next(iter(value.forms.values()))
-        if BITS[kind] != value.bits:
-            raise UnsupportedInstruction(f"operand of {value.bits} bits used as type {kind!r}")
-        value.forms[kind] = self.let(f"{source}.view(T_{kind})")
-        return value.forms[kind]
-
-    def halves(self, value: Value) -> tuple[Value, Value]:
-        if value.halves is None:
-            whole = self.form(value, "U")
-            value.halves = (
-                Value(32, {"u": self.let(f"low32({whole})")}),
-                Value(32, {"u": self.let(f"high32({whole})")}),
-            )
-        return value.halves
-
-    def constant(self, imm: Imm, kind: str) -> str:
-        number = imm.value
-        if kind == "p":
-            return "T_p(True)" if number else "T_p(False)"
-        if kind in "fd" and imm.is_float:
-            return self.owner.constant(DTYPE[kind](number))
-        if imm.is_float:
-            number = (
-                struct.unpack("<I", struct.pack("<f", number))[0]
-                if BITS[kind] == 32
-                else struct.unpack("<Q", struct.pack("<d", number))[0]
-            )
-        width = BITS[kind]
-        unsigned = np.dtype(f"u{width // 8}").type(int(number) & ((1 << width) - 1))
-        return self.owner.constant(unsigned.view(DTYPE[kind]))
-
-    def value_of(self, operand, instr: Instr) -> Value:
-        """A move's source as a Value."""
-        if isinstance(operand, Reg):
-            self.check_defined(operand, instr)
-            return self.load(operand)
-        if isinstance(operand, Vector):
-            part = instr._replace(opcode=f"mov.b{int(instr.opcode[5:]) // len(operand.items)}")
-            items = [self.value_of(item, part) for item in operand.items]
-            if len(items) == 2 and items[0].bits == 32:
-                return Value(64, {}, (items[0], items[1]))
-            if len(items) == 2 and items[0].bits == 16:
-                low, high = (self.form(v, "h") for v in items)
-                return Value(32, {"u": self.let(f"pack16({high}, {low})")})
-            raise UnsupportedInstruction(f"PTX line {instr.line}: cannot pack {instr.text!r}")
-        bits = {"b16": 16, "u16": 16, "s16": 16, "b32": 32, "u32": 32, "s32": 32, "f32": 32, "pred": 1}.get(
-            instr.opcode[4:], 64
-        )
-        kind = CANONICAL[bits]
-        if isinstance(operand, Imm):
-            if instr.opcode[4:] in ("f32", "f64"):
-                fkind = "f" if bits == 32 else "d"
-                return Value(bits, {fkind: self.constant(Imm(float(operand.value), True), fkind)})
-            return Value(bits, {kind: self.constant(operand, kind)})
-        if isinstance(operand, Special):
-            return self.special(operand.name, bits, instr)
-        if isinstance(operand, Symbol):
-            return Value(bits, {kind: self.owner.constant(DTYPE[kind](self.owner.symbol_address(operand.name, instr)))})
-        raise UnsupportedInstruction(f"PTX line {instr.line}: cannot move {operand!r}")
-
-    def special(self, name: str, bits: int, instr: Instr) -> Value:
-        if name[1:] not in self.owner.SPECIALS:
-            raise UnsupportedInstruction(f"PTX line {instr.line}: special register {name} is not known")
-        value = Value(32, {"u": self.let(f"m.special[{name[1:]!r}](ws)")})
-        if bits == 64:
-            return Value(64, {"U": self.let(f"{value.forms['u']}.astype(T_U)")})
-        return value
-
-    def read(self, operand, kind: str, instr: Instr) -> str:
-        """Expression for a source operand of type `kind`."""
-        if kind[0] == "*":
-            items = operand.items if isinstance(operand, Vector) else (operand,)
-            return "(" + "".join(self.read(item, kind[1:], instr) + ", " for item in items) + ")"
-        if kind == "k":
-            if not isinstance(operand, Imm):
-                raise UnsupportedInstruction(
-                    f"PTX line {instr.line}: {instr.opcode} needs an immediate, not {operand!r}"
-                )
-            return repr(operand.value)
-        if kind == "a":
-            return self.address(operand, instr)
-        if kind == "T":
-            coordinates = self.read(operand.more[0], "*s", instr)
-            return f"({self.address(operand._replace(more=()), instr)}, {coordinates})"
-        if kind == "x":
-            if isinstance(operand, Address):
-                return f"('tmem', {self.address(operand, instr)})"
-            return f"('desc', {self.read(operand, 'U', instr)})"
-        if isinstance(operand, Imm):
-            return self.constant(operand, kind)
-        if isinstance(operand, Not):
-            return self.let(f"~{self.read(operand.reg, 'p', instr)}")
-        if isinstance(operand, (Special, Symbol)):
-            bits = BITS[kind]
-            move = instr._replace(opcode=f"mov.b{bits}")
-            return self.form(self.value_of(operand, move), kind)
-        self.check_defined(operand, instr)
-        value = self.load(operand)
-        if value.bits > BITS[kind]:
-            raise UnsupportedInstruction(f"PTX line {instr.line}: {operand.name} is wider than {instr.opcode} reads")
-        return self.form(value, kind)
-
-    def address(self, operand: Address, instr: Instr) -> str:
-        if not isinstance(operand, Address) or operand.more:
-            raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} needs an address, not {operand!r}")
-        if isinstance(operand.base, Symbol):
-            return self.owner.constant(np.uint32(self.owner.symbol_address(operand.base.name, instr) + operand.offset))
-        if isinstance(operand.base, Imm):
-            return self.owner.constant(np.uint32(operand.base.value + operand.offset))
-        kind = CANONICAL[operand.base.bits]
-        base = self.read(operand.base, kind, instr)
-        if not operand.offset:
-            return base
-        return self.let(f"{base} + {self.constant(Imm(operand.offset), kind)}")
-
-    # -- registers that may be read before they are written ------------------------------------------------------------
-    def check_defined(self, reg: Reg, instr: Instr) -> None:
-        if reg.index in self.owner.checked and not self.defined >> reg.index & 1:
-            self.lines.append(f"m.check_register(ws, {self.shadow_of(reg)}, {reg.name!r}, {self.owner.info(instr)})")
-
-    def shadow_of(self, reg: Reg) -> str:
-        if reg.index not in self.shadow:
-            self.shadow[reg.index] = self.let(f"D[{reg.index}][ix]")
-        return self.shadow[reg.index]
-
-    def assign(self, reg, value: Value, guard: str | None) -> None:
-        """Bind a destination register to a value; under a guard, merge with the old one."""
-        if reg is SINK or reg == SINK:
-            return
-        if guard is not None:
-            value = self.merge(guard, value, self.load(reg))
-        if reg.index in self.owner.checked:
-            old = self.shadow_of(reg) if guard is not None else None
-            self.shadow[reg.index] = self.let(f"{guard} | {old}") if guard is not None else "TRUE"
-        if guard is None:
-            self.defined |= 1 << reg.index
-        self.values[reg.index] = value
-        self.dirty[reg.index] = None
-
-    def merge(self, guard: str, new: Value, old: Value) -> Value:
-        if new.bits == 64 and (new.halves is not None and not new.forms or old.halves is not None and not old.forms):
-            return Value(
-                64, {}, tuple(self.merge(guard, n, o) for n, o in zip(self.halves(new), self.halves(old), strict=True))
-            )
-        kind = CANONICAL[new.bits]
-        return Value(new.bits, {kind: self.let(f"where({guard}, {self.form(new, kind)}, {self.form(old, kind)})")})
-
-    # -- instructions -------------------------------------------------------------------------------------------------
-    def guard(self, instr: Instr) -> str | None:
-        if instr.guard is None:
-            return None
-        name = self.read(instr.guard, "p", instr)
-        return self.let(f"~{name}") if instr.guard_negated else name
-
-    def instruction(self, instr: Instr) -> None:
-        if instr.opcode in MOVES:
-            self.move(instr)
-        elif instr.opcode in PARAM_LOADS:
-            self.load_param(instr)
-        else:
-            entry = entry_of(instr)
-            if entry is None:
-                return
-            if entry.pure:
-                self.alu(instr, entry)
-            else:
-                self.effect(instr, entry)
-
-    def move(self, instr: Instr) -> None:
-        guard = self.guard(instr)
-        dest, source = instr.operands
-        value = self.value_of(source, instr)
-        if isinstance(dest, Vector):
-            if value.bits == 64 and len(dest.items) == 2:
-                parts = self.halves(value)
-            elif value.bits == 32 and len(dest.items) == 2:
-                whole = self.form(value, "u")
-                parts = (
-                    Value(16, {"h": self.let(f"{whole}.astype(T_h)")}),
-                    Value(16, {"h": self.let(f"({whole} >> C16).astype(T_h)")}),
-                )
-            else:
-                raise UnsupportedInstruction(f"PTX line {instr.line}: cannot unpack {instr.text!r}")
-            for item, part in zip(dest.items, parts, strict=True):
-                self.assign(item, part, guard)
-        else:
-            self.assign(dest, value, guard)
-
-    def load_param(self, instr: Instr) -> None:
-        dest, source = instr.operands
-        kind = PARAM_TYPES[instr.opcode.split(".")[-1]]
-        width = int(kind[1])
-        offset = self.owner.param_offset(source.base.name, instr) + source.offset
-        guard = self.guard(instr)
-        for i, reg in enumerate(dest.items if isinstance(dest, Vector) else (dest,)):
-            slot = self.owner.param_slot(offset + i * width, kind)
-            canonical = CANONICAL[reg.bits]
-            self.assign(reg, Value(reg.bits, {canonical: self.let(f"P[{slot}].astype(T_{canonical})")}), guard)
-
-    def alu(self, instr: Instr, entry) -> None:
-        guard = self.guard(instr)
-        dests, operands = self.split(instr, entry)
-        if len(operands) > len(entry.sources) or any(s[0] != "?" for s in entry.sources[len(operands) :]):
-            raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} with {len(operands)} sources")
-        function = self.owner.function(entry)
-        kinds = [s.lstrip("?") for s in entry.sources]
-        kind = entry.dests[0]
-        if kind == "2":
-            sides = []
-            pairs = [self.pair_of(o, instr) for o in operands]
-            for side in (0, 1):
-                arguments = ", ".join(p[side] for p in pairs)
-                sides.append(Value(32, {"f": self.let(f"{function}({arguments})")}))
-            self.assign(dests[0], Value(64, {}, (sides[0], sides[1])), guard)
-            return
-        arguments = ", ".join(self.read(o, k, instr) for o, k in zip(operands, kinds, strict=False))
-        result = self.let(f"{function}({arguments})")
-        dest = dests[0]
-        if isinstance(dest, Pair):  # setp p|q: q is the complement
-            self.assign(dest.first, Value(1, {"p": result}), guard)
-            self.assign(dest.second, Value(1, {"p": self.let(f"~{result}")}), guard)
-            return
-        bits = BITS[kind]
-        if isinstance(dest, Reg) and dest.bits != bits:  # ISA 9.4.1: a destination may be wider (zero or sign extended)
-            if dest.bits < bits:
-                raise UnsupportedInstruction(f"PTX line {instr.line}: destination of {instr.opcode} is too narrow")
-            wide = CANONICAL[dest.bits]
-            signed = {"i": "s", "s": "S"}.get(kind)
-            result = self.let(f"{result}.astype(T_{signed}).view(T_{wide})" if signed else f"{result}.astype(T_{wide})")
-            self.assign(dest, Value(dest.bits, {wide: result}), guard)
-            return
-        self.assign(dest, Value(bits, {kind: result}), guard)
-
-    def pair_of(self, operand, instr: Instr) -> tuple[str, str]:
-        if isinstance(operand, Imm):
-            text = self.constant(operand, "U")
-            value = Value(64, {"U": text})
-        else:
-            self.check_defined(operand, instr)
-            value = self.load(operand)
-        low, high = self.halves(value)
-        return self.form(low, "f"), self.form(high, "f")
-
-    def split(self, instr: Instr, entry) -> tuple[list, list]:
-        """Destinations and sources of an instruction; `d|p` counts as the two destinations of a two-destination entry."""
-        if len(entry.dests) == 2 and instr.operands and isinstance(instr.operands[0], Pair):
-            pair = instr.operands[0]
-            return [pair.first, pair.second], list(instr.operands[1:])
-        n = len(entry.dests)
-        return list(instr.operands[:n]), list(instr.operands[n:])
-
-    def effect(self, instr: Instr, entry) -> None:
-        guard = self.guard(instr)
-        dests, operands = self.split(instr, entry)
-        arguments = self.arguments(instr, entry, operands)
-        call = f"{self.owner.function(entry)}(m, ws, {{active}}, {self.owner.info(instr)}{''.join(', ' + a for a in arguments)})"
-        slots: list[tuple[Reg, str]] = []
-        for dest, kind in zip(dests, entry.dests, strict=True):
-            for item in dest.items if isinstance(dest, Vector) else (dest,):
-                slots.append((item, kind.lstrip("*")))
-        names = [self.name() for _ in slots]
-        target = f"{', '.join(names)}{',' if len(names) != 1 or entry.dests[0][0] == '*' else ''} = " if names else ""
-        if guard is None:
-            self.lines.append(target + call.format(active="ws.mask"))
-        else:
-            active = self.let(f"ws_active(ws, {guard})")
-            self.lines.append(f"if {active} is not False: {target}{call.format(active=active)}")
-            if names:
-                zeros = ", ".join(f"T_{k}(0)" for _, k in slots)
-                self.lines.append(
-                    f"else: {', '.join(names)}{',' if len(names) == 1 else ''} = {zeros}{',' if len(names) == 1 else ''}"
-                )
-                if len(names) == 1 and entry.dests[0][0] != "*":
-                    self.lines[-1] = f"else: {names[0]} = {zeros}"
-        for (reg, kind), name in zip(slots, names, strict=True):
-            if reg == SINK:
-                continue
-            bits = BITS[kind]
-            if reg.bits != bits:
-                wide = CANONICAL[reg.bits]
-                name, kind, bits = self.let(f"{name}.astype(T_{wide})"), wide, reg.bits
-            self.assign(reg, Value(bits, {kind: name}), guard)
-
-    def arguments(self, instr: Instr, entry, operands: list) -> list[str]:
-        """Source operands as expressions; an optional vector in the middle ("?*u") may be left out of the text."""
-        arguments, rest = [], list(operands)
-        for kind in entry.sources:
-            if kind.startswith("?*") and not (rest and isinstance(rest[0], Vector)):
-                arguments.append("None")
-            elif rest:
-                arguments.append(self.read(rest.pop(0), kind.lstrip("?"), instr))
-            elif kind[0] != "?":
-                raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} with {len(operands)} sources")
-        if rest:
-            raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} with {len(operands)} sources")
-        return arguments
-
-    # -- the end of the block -----------------------------------------------------------------------------------------
-    def finish(self) -> None:
-        block, instrs = self.block, self.owner.kernel.instrs
-        last = instrs[block.stop - 1]
-        condition = None
-        if last.opcode in CONTROL and last.guard is not None:
-            condition = self.guard(last)
-        self.store()
-        after = block.number + 1
-        if last.opcode in ("ret", "exit"):
-            target = self.owner.exit_block
-        elif last.opcode.startswith("bra"):
-            target = self.owner.block_at[self.owner.kernel.labels[last.operands[0].name]]
-        else:
-            self.lines.append(f"m.goto(ws, {after})")
-            return
-        if condition is None:
-            self.lines.append(f"m.goto(ws, {target})")
-        else:
-            self.lines.append(f"m.branch(ws, {condition}, {target}, {after})")
-
-    def store(self) -> None:
-        """Write the registers that live on; values that are views of another register's storage are copied first."""
-        puts = []
-        for index in self.dirty:
-            if not self.block.live_out >> index & 1:
-                continue
-            value = self.values[index]
-            self.owner.keep(index)
-            if index in self.owner.paired:
-                for side, half in enumerate(self.halves(value)):
-                    name = self.form(half, "u")
-                    puts.append((f"R[{index}][{side}]", name, half.loaded_from, index))
-            else:
-                name = self.form(value, CANONICAL[value.bits])
-                puts.append((f"R[{index}]", name, value.loaded_from, index))
-            if index in self.owner.checked:
-                puts.append((f"D[{index}]", self.shadow[index], None, index))
-        written = {index for _, _, _, index in puts}
-        puts = [
-            (s, self.let(f"{n}.copy()") if origin is not None and origin != i and origin in written else n, i)
-            for s, n, origin, i in puts
-        ]
-        for storage, name, _ in puts:
-            self.lines.append(f"put({storage}, {name})")
 
 
 class Translator:
@@ -587,12 +177,13 @@ class Translator:
         """Write, compile and bind every block."""
         text: list[str] = []
         for block in self.blocks:
-            writer = _BlockWriter(self, block)
+            writer = BlockWriter(self, block)
             for instr in self.kernel.instrs[block.start : block.stop]:
                 writer.instruction(instr)
             writer.finish()
             text.append(
-                f"def block_{block.number}(m, ws):\n    R, D, P, ix, put = m.registers, m.defined, m.params, ws.index, ws.put\n"
+                f"def block_{block.number}(m, ws):\n    R, D, P, ix, put = m.registers, m.defined, "
+                "m.params, ws.index, ws.put\n"
             )
             text.append("".join(f"    {line}\n" for line in writer.lines))
         source = "".join(text)
@@ -626,16 +217,3 @@ class Translator:
             self.static_shared,
             source,
         )
-
-
-def pack16(high, low):
-    """Two u16 → u32."""
-    return (high.astype(np.uint32) << np.uint32(16)) | low
-
-
-def ws_active(ws, guard):
-    """Lanes that run a guarded instruction: None for all, False for none, else bool lead + (32,)."""
-    if np.all(guard):
-        return ws.mask
-    active = ws.full(guard) if ws.mask is None else ws.mask & guard
-    return active if active.any() else False

@@ -98,7 +98,8 @@ def mbarrier_wait(m, ws, active, instr, address, parity, hint=None):
     if low != int(np.max(offsets)):
         if active is not None:
             raise Hazard(
-                f"{m.where(ws, instr, active)}: divergent lanes wait on different mbarriers, which the emulator does not support"
+                f"{m.where(ws, instr, active)}: divergent lanes wait on different mbarriers, which the "
+                "emulator does not support"
             )
         return _wait_each(m, ws, instr, ws.full(offsets), ws.full(parity))
     slot = m.mbarriers.slot(low)
@@ -132,7 +133,8 @@ def _barrier(blocking):
     def bar(m, ws, active, instr, barrier, count=None):
         if active is not None:
             raise Hazard(
-                f"{m.where(ws, instr, active)}: an aligned barrier is executed by part of a warp; make all lanes converge on it"
+                f"{m.where(ws, instr, active)}: an aligned barrier is executed by part of a warp; make all "
+                "lanes converge on it"
             )
         ids, counts = np.unique(np.asarray(barrier)), None if count is None else np.unique(np.asarray(count))
         if len(ids) != 1 or (counts is not None and len(counts) != 1):

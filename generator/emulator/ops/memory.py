@@ -65,7 +65,8 @@ def check_state(m, ws, active, instr, states, width: int, address) -> None:
         code = next(b for b in word.to_bytes(width, "little") if b != VALID)
         offset = int(ws.full(address).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))]) - WINDOW_BASE
         raise Hazard(
-            f"{m.where(ws, instr, bad, address)}: reads {m.labels.shared_at(offset)}, which may not be read: {REASONS[code]}"
+            f"{m.where(ws, instr, bad, address)}: reads {m.labels.shared_at(offset)}, which may not be "
+            f"read: {REASONS[code]}"
         )
 
 
@@ -93,7 +94,8 @@ def st_shared(m, ws, active, instr, address, values):
         old = state[at + i]
         if ((old & UINT[width](0xFF)) == MBARRIER).any():
             raise Hazard(
-                f"{m.where(ws, instr, True if active is None else active, address)}: writes shared memory although {REASONS[MBARRIER]}"
+                f"{m.where(ws, instr, True if active is None else active, address)}: writes shared memory "
+                f"although {REASONS[MBARRIER]}"
             )
         data[at + i] = ws.full(value)[chosen].astype(UINT[width])
         state[at + i] = VALID_WORD[width]
@@ -162,7 +164,8 @@ for _t, _w in WIDTHS.items():
 
 
 @effect(
-    "fence.proxy.async{,.shared::cta,.global} fence.mbarrier_init.release.cluster fence.proxy.tensormap::generic.release.gpu",
+    "fence.proxy.async{,.shared::cta,.global} fence.mbarrier_init.release.cluster "
+    "fence.proxy.tensormap::generic.release.gpu",
     "=",
     "9.7.13.4",
 )

@@ -158,7 +158,9 @@ def prmt(a, b, selector):
 
 # -- float32, §9.7.3 --------------------------------------------------------------------------------------------------
 def fma(a, b, c):
-    """float32 fused multiply-add: the product is exact in float64, the sum is rounded there and once more to float32."""
+    """float32 fused multiply-add: the product is exact in float64, the sum is rounded there and once more to
+    float32.
+    """
     return (np.multiply(a, b, dtype=F64) + c).astype(F32)
 
 

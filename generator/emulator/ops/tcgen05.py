@@ -44,7 +44,8 @@ def alloc(m, ws, active, instr, destination, columns):
         start = m.tmem.allocate(cta, columns)
         if start is None:
             raise Hazard(
-                f"{where}: {columns} TMEM columns are not free in CTA {m.name_cta(cta)}: the allocation would block for ever"
+                f"{where}: {columns} TMEM columns are not free in CTA {m.name_cta(cta)}: the allocation "
+                "would block for ever"
             )
         m.smem.flat[4][(cta * m.smem.stride + offset) // 4] = start
         m.smem.flat_state[4][(cta * m.smem.stride + offset) // 4] = VALID_WORD[4]
@@ -56,7 +57,8 @@ def dealloc(m, ws, active, instr, address, columns):
     for cta in _one_warp_a_cta(m, ws, active, instr):
         if m.tmem.blocks[cta].get(start) != columns:
             raise Hazard(
-                f"{m.where(ws, instr)}: tcgen05.dealloc of {columns} columns at {start:#x}, which is not an allocation of CTA {m.name_cta(cta)}: {m.tmem.blocks[cta]}"
+                f"{m.where(ws, instr)}: tcgen05.dealloc of {columns} columns at {start:#x}, which is not "
+                f"an allocation of CTA {m.name_cta(cta)}: {m.tmem.blocks[cta]}"
             )
         if (m.tmem.state[start : start + columns, :, :, cta] == MMA_PENDING).any():
             raise Hazard(f"{m.where(ws, instr)}: tcgen05.dealloc although {REASONS[MMA_PENDING]}")
@@ -75,7 +77,8 @@ def _cells(m, ws, active, instr, address, columns: int):
     """Quarter, CTA and first column of each warp for a 32x32b access; checks lanes, bounds and allocation."""
     if active is not None:
         raise Hazard(
-            f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes must converge on it"
+            f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes "
+            "must converge on it"
         )
     values = np.asarray(address)
     per_warp = ws.full(values).reshape(-1, 32)
@@ -88,25 +91,30 @@ def _cells(m, ws, active, instr, address, columns: int):
     if foreign.any():
         at = int(np.argmax(foreign))
         raise Hazard(
-            f"{m.where(ws, instr, True)}: warp {warps[at]} of CTA {m.name_cta(ctas[at])} addresses TMEM lane {lane[at]} (column {column[at]}), "
+            f"{m.where(ws, instr, True)}: warp {warps[at]} of CTA {m.name_cta(ctas[at])} addresses TMEM "
+            f"lane {lane[at]} (column {column[at]}), "
             f"but may touch only lanes {quarter[at] * 32} to {quarter[at] * 32 + 31}"
         )
     if (column + columns > COLUMNS).any():
         raise Hazard(
-            f"{m.where(ws, instr)}: TMEM columns {int(column.max())} to {int(column.max()) + columns - 1} are out of bounds (512 columns)"
+            f"{m.where(ws, instr)}: TMEM columns {int(column.max())} to {int(column.max()) + columns - 1} "
+            "are out of bounds (512 columns)"
         )
     wide = column[:, None] + np.arange(columns)
     free = ~m.tmem.allocated[wide, ctas[:, None]]
     if free.any():
         at = np.argwhere(free)[0]
         raise Hazard(
-            f"{m.where(ws, instr)}: TMEM column {int(wide[tuple(at)])} is not allocated in CTA {m.name_cta(ctas[at[0]])}"
+            f"{m.where(ws, instr)}: TMEM column {int(wide[tuple(at)])} is not allocated in CTA "
+            f"{m.name_cta(ctas[at[0]])}"
         )
     return quarter, ctas, column
 
 
 def _block(ws, quarter, column):
-    """Slices (quarters, CTAs) when the batch is a product of neighbouring quarters and CTAs at one column, else None."""
+    """Slices (quarters, CTAs) when the batch is a product of neighbouring quarters and CTAs at one column, else
+    None.
+    """
     if not ws.sliced or column.min() != column.max():
         return None
     w0, w1 = ws.w_range
@@ -131,7 +139,8 @@ def ld_32x32b(m, ws, active, instr, address):
         code = int(states[states != VALID][0])
         bad = int(np.argwhere((states != VALID).reshape(columns, -1).any(axis=1))[0, 0])
         raise Hazard(
-            f"{m.where(ws, instr)}: reads {m.labels.column_at(int(column[0]) + bad)}, which may not be read: {REASONS[code]}"
+            f"{m.where(ws, instr)}: reads {m.labels.column_at(int(column[0]) + bad)}, which may not be "
+            f"read: {REASONS[code]}"
         )
     return tuple(values)
 
@@ -152,7 +161,8 @@ def st_32x32b(m, ws, active, instr, address, values):
         old = m.tmem.state[wide, quarter, :, ctas]
     if (old == MMA_PENDING).any():
         raise Hazard(
-            f"{m.where(ws, instr)}: tcgen05.st writes {columns} columns from {m.labels.column_at(int(column[0]))} on although {REASONS[MMA_PENDING]}"
+            f"{m.where(ws, instr)}: tcgen05.st writes {columns} columns from "
+            f"{m.labels.column_at(int(column[0]))} on although {REASONS[MMA_PENDING]}"
         )
     _mark(m, quarter, ctas, column, columns, ST_PENDING)
     m.stores.append((ws, quarter, ctas, column, columns))
@@ -333,7 +343,9 @@ class Mma:
 
 
 @effect(
-    "tcgen05.mma.cta_group::1.kind::f16{,.collector::a::discard,.collector::a::lastuse,.collector::a::fill,.collector::a::use}",
+    "tcgen05.mma.cta_group::1.kind::f16{,.collector::a::discard,.collector::a::lastuse,.collector::a::fill,.collector::a::use}"
+    "tcgen05.mma.cta_group::1.kind::f16"
+    "{,.collector::a::discard,.collector::a::lastuse,.collector::a::fill,.collector::a::use}",
     "=a,x,U,u,?*u,?p,?k",
     "9.7.16.10.9.1",
 )
@@ -377,7 +389,8 @@ def _issue(m, ctas, a_kind, d, a, b, idesc, accumulate, where, line) -> None:
         raise Hazard(f"{where}: the accumulator may not be used: {REASONS[ST_PENDING]}")
     if accumulate and (state == UNWRITTEN).any():
         raise Hazard(
-            f"{where}: accumulates onto {shape.n} columns from {m.labels.column_at(d)} on, which were never written: the first MMA must not accumulate"
+            f"{where}: accumulates onto {shape.n} columns from {m.labels.column_at(d)} on, which were "
+            "never written: the first MMA must not accumulate"
         )
     if a_kind == "tmem":
         if a >> 16 or shape.a_mn:
@@ -404,20 +417,23 @@ def _require_tmem(m, ctas, start, count, where, legal) -> None:
     bad = ~np.isin(state, legal)
     if bad.any():
         raise Hazard(
-            f"{where}: the A operand at {m.labels.column_at(start + int(np.argwhere(bad)[0, 0]))} may not be read: {REASONS[int(state[bad][0])]}"
+            f"{where}: the A operand at {m.labels.column_at(start + int(np.argwhere(bad)[0, 0]))} may not "
+            f"be read: {REASONS[int(state[bad][0])]}"
         )
 
 
 def _require_shared(m, ctas, operand: Operand, name: str, where: str) -> None:
     if operand.low < 0 or operand.high > m.smem.size:
         raise Hazard(
-            f"{where}: the descriptor of {name} reaches shared offsets {operand.low} to {operand.high - 1}, the CTA has {m.smem.size} bytes"
+            f"{where}: the descriptor of {name} reaches shared offsets {operand.low} to "
+            f"{operand.high - 1}, the CTA has {m.smem.size} bytes"
         )
     found = m.smem.invalid_chunk(ctas, operand.chunks)
     if found is not None:
         cta, chunk, state = found
         raise Hazard(
-            f"{where}: operand {name} of CTA {m.name_cta(cta)} at {m.labels.shared_at(chunk * 16)} may not be read: {REASONS[state]}"
+            f"{where}: operand {name} of CTA {m.name_cta(cta)} at {m.labels.shared_at(chunk * 16)} may not "
+            f"be read: {REASONS[state]}"
         )
 
 

@@ -47,7 +47,8 @@ def _check_place(m, tensor: TensorMap, offset: int, where: str) -> None:
         raise Hazard(f"{where}: shared address offset {offset:#x} of a tensor copy must be a multiple of 128")
     if offset < 0 or offset + tensor.box_bytes > m.smem.size:
         raise Hazard(
-            f"{where}: a box of {tensor.box_bytes} bytes at shared offset {offset:#x} leaves the CTA's {m.smem.size} bytes"
+            f"{where}: a box of {tensor.box_bytes} bytes at shared offset {offset:#x} leaves the CTA's "
+            f"{m.smem.size} bytes"
         )
 
 
@@ -94,7 +95,9 @@ def load(m, ws, active, instr, destination, source, barrier, policy=None):
 
 for _rank in range(1, 6):
     effect(
-        f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}.mbarrier::complete_tx::bytes{{,.L2::cache_hint}}",
+        f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}.mbarrier::complete_tx::bytes{{,.L2::cache_hint}}"
+        f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}"
+        ".mbarrier::complete_tx::bytes{,.L2::cache_hint}",
         "=a,T,a,?U",
         "9.7.9.27.1.2",
     )(load)
@@ -164,11 +167,14 @@ def wait_group(m, ws, active, instr, pending):
 
 
 def check_bulk_at_exit(m) -> None:
-    """Every bulk store must have been waited for before its CTA ends, or shared memory may be gone before it is read."""
+    """Every bulk store must have been waited for before its CTA ends, or shared memory may be gone before it is
+    read.
+    """
     for (warp, cta, lane), groups in m.bulk.items():
         left = [job for group in groups for job in group]
         if left:
             raise Hazard(
-                f"{left[0][3]}: CTA {m.name_cta(cta)}, warp {warp}, lane {lane} exits with a bulk store whose source may not have been read: "
+                f"{left[0][3]}: CTA {m.name_cta(cta)}, warp {warp}, lane {lane} exits with a bulk store "
+                "whose source may not have been read: "
                 "commit it and wait (cp.async.bulk.wait_group.read 0)"
             )

@@ -30,7 +30,8 @@ def _check_converged(m, ws, active, instr):
         partial = ws.full(active).any(axis=-1) & ~ws.full(active).all(axis=-1)
         if partial.any():
             raise Hazard(
-                f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes must converge on it"
+                f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes "
+                "must converge on it"
             )
 
 
@@ -68,10 +69,8 @@ def _shuffle(source_lane, valid):
         inside = valid(j, high)
         source = np.where(inside, j, LANES)
         values = ws.full(a)
-        if source.ndim == 1:
-            result = values[..., source]
-        else:
-            result = np.take_along_axis(values, ws.full(source), axis=-1)
+        same = source.ndim == 1  # every warp takes the same lanes
+        result = values[..., source] if same else np.take_along_axis(values, ws.full(source), axis=-1)
         return result, np.broadcast_to(inside, result.shape)
 
     return shfl
