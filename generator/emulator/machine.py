@@ -266,9 +266,8 @@ class Machine:
         if len(leaked):
             cta = int(leaked[0])
             columns = int(self.tmem.allocated[:, cta].sum())
-            raise Hazard(
-                f"CTA {self.name_cta(cta)} exits with {columns} TMEM columns still allocated: tcgen05.dealloc is missing"
-            )
+            message = f"CTA {self.name_cta(cta)} exits with {columns} TMEM columns still allocated"
+            raise Hazard(f"{message}: tcgen05.dealloc is missing")
 
     def report_deadlock(self) -> str:
         """Who waits for what, by CTA; CTAs that stand alike are reported once."""

@@ -343,7 +343,6 @@ class Mma:
 
 
 @effect(
-    "tcgen05.mma.cta_group::1.kind::f16{,.collector::a::discard,.collector::a::lastuse,.collector::a::fill,.collector::a::use}"
     "tcgen05.mma.cta_group::1.kind::f16"
     "{,.collector::a::discard,.collector::a::lastuse,.collector::a::fill,.collector::a::use}",
     "=a,x,U,u,?*u,?p,?k",

@@ -95,7 +95,6 @@ def load(m, ws, active, instr, destination, source, barrier, policy=None):
 
 for _rank in range(1, 6):
     effect(
-        f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}.mbarrier::complete_tx::bytes{{,.L2::cache_hint}}"
         f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}"
         ".mbarrier::complete_tx::bytes{,.L2::cache_hint}",
         "=a,T,a,?U",
