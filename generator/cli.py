@@ -59,6 +59,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             present.say("interrupted; no half-written file is left")
             raise typer.Exit(INTERRUPTED) from None
+        except typer.Exit:
+            raise
         except _expected_errors() as error:
             present.fail(error)
             raise typer.Exit(BAD_INPUT) from None
