@@ -46,6 +46,7 @@ class Value:
     forms: dict[str, str] = field(default_factory=dict)
     halves: tuple[Value, Value] | None = None
     loaded_from: int | None = None  # register whose storage it is a view of
+    shadow: str | None = None  # bool variable, True where the value was ever written; None: written everywhere
 
 
 class BlockWriter:
@@ -56,9 +57,7 @@ class BlockWriter:
         self.lines: list[str] = []
         self.values: dict[int, Value] = {}
         self.dirty: dict[int, None] = {}
-        self.shadow: dict[int, str] = {}
         self.names = 0
-        self.defined = block.defined_in
 
     # -- names and values ---------------------------------------------------------------------------------------------
     def name(self) -> str:
@@ -73,14 +72,14 @@ class BlockWriter:
     def load(self, reg: Reg) -> Value:
         value = self.values.get(reg.index)
         if value is None:
-            if reg.index in self.owner.paired:
-                low, high = (
-                    Value(32, {"u": self.let(f"R[{reg.index}][{h}][ix]")}, loaded_from=reg.index) for h in (0, 1)
-                )
-                value = Value(64, {}, (low, high), loaded_from=reg.index)
+            index = reg.index
+            shadow = self.let(f"D[{index}][ix]") if index in self.owner.checked else None
+            if index in self.owner.paired:
+                low, high = (Value(32, {"u": self.let(f"R[{index}][{h}][ix]")}, None, index, shadow) for h in (0, 1))
+                value = Value(64, {}, (low, high), index)
             else:
-                value = Value(reg.bits, {CANONICAL[reg.bits]: self.let(f"R[{reg.index}][ix]")}, loaded_from=reg.index)
-            self.values[reg.index] = value
+                value = Value(reg.bits, {CANONICAL[reg.bits]: self.let(f"R[{index}][ix]")}, None, index, shadow)
+            self.values[index] = value
         return value
 
     def form(self, value: Value, kind: str) -> str:
@@ -101,8 +100,8 @@ class BlockWriter:
         if value.halves is None:
             whole = self.form(value, "U")
             value.halves = (
-                Value(32, {"u": self.let(f"low32({whole})")}),
-                Value(32, {"u": self.let(f"high32({whole})")}),
+                Value(32, {"u": self.let(f"low32({whole})")}, shadow=value.shadow),
+                Value(32, {"u": self.let(f"high32({whole})")}, shadow=value.shadow),
             )
         return value.halves
 
@@ -125,7 +124,6 @@ class BlockWriter:
     def value_of(self, operand, instr: Instr) -> Value:
         """A move's source as a Value."""
         if isinstance(operand, Reg):
-            self.check_defined(operand, instr)
             return self.load(operand)
         if isinstance(operand, Vector):
             part = instr._replace(opcode=f"mov.b{int(instr.opcode[5:]) // len(operand.items)}")
@@ -134,7 +132,8 @@ class BlockWriter:
                 return Value(64, {}, (items[0], items[1]))
             if len(items) == 2 and items[0].bits == 16:
                 low, high = (self.form(v, "h") for v in items)
-                return Value(32, {"u": self.let(f"pack16({high}, {low})")})
+                shadow = self.both(items[0].shadow, items[1].shadow)
+                return Value(32, {"u": self.let(f"pack16({high}, {low})")}, shadow=shadow)
             raise UnsupportedInstruction(f"PTX line {instr.line}: cannot pack {instr.text!r}")
         bits = {"b16": 16, "u16": 16, "s16": 16, "b32": 32, "u32": 32, "s32": 32, "f32": 32, "pred": 1}.get(
             instr.opcode[4:], 64
@@ -187,8 +186,8 @@ class BlockWriter:
             bits = BITS[kind]
             move = instr._replace(opcode=f"mov.b{bits}")
             return self.form(self.value_of(operand, move), kind)
-        self.check_defined(operand, instr)
         value = self.load(operand)
+        self.check_defined(operand, value, instr)
         if value.bits > BITS[kind]:
             raise UnsupportedInstruction(f"PTX line {instr.line}: {operand.name} is wider than {instr.opcode} reads")
         return self.form(value, kind)
@@ -207,36 +206,41 @@ class BlockWriter:
         return self.let(f"{base} + {self.constant(Imm(operand.offset), kind)}")
 
     # -- registers that may be read before they are written ------------------------------------------------------------
-    def check_defined(self, reg: Reg, instr: Instr) -> None:
-        if reg.index in self.owner.checked and not self.defined >> reg.index & 1:
-            self.lines.append(f"m.check_register(ws, {self.shadow_of(reg)}, {reg.name!r}, {self.owner.info(instr)})")
+    def check_defined(self, reg: Reg, value: Value, instr: Instr) -> None:
+        """An instruction that is not a move uses `value`: it must have been written in every lane that runs."""
+        shadow = self.shadow_of(value)
+        if shadow is not None:
+            self.lines.append(f"m.check_register(ws, {shadow}, {reg.name!r}, {self.owner.info(instr)})")
 
-    def shadow_of(self, reg: Reg) -> str:
-        if reg.index not in self.shadow:
-            self.shadow[reg.index] = self.let(f"D[{reg.index}][ix]")
-        return self.shadow[reg.index]
+    def shadow_of(self, value: Value) -> str | None:
+        if value.halves is not None and not value.forms:
+            return self.both(value.halves[0].shadow, value.halves[1].shadow)
+        return value.shadow
+
+    def both(self, one: str | None, other: str | None) -> str | None:
+        if one is None or one == other:
+            return other
+        return one if other is None else self.let(f"{one} & {other}")
 
     def assign(self, reg, value: Value, guard: str | None) -> None:
         """Bind a destination register to a value; under a guard, merge with the old one."""
-        if reg is SINK or reg == SINK:
+        if reg == SINK:
             return
         if guard is not None:
             value = self.merge(guard, value, self.load(reg))
-        if reg.index in self.owner.checked:
-            old = self.shadow_of(reg) if guard is not None else None
-            self.shadow[reg.index] = self.let(f"{guard} | {old}") if guard is not None else "TRUE"
-        if guard is None:
-            self.defined |= 1 << reg.index
         self.values[reg.index] = value
         self.dirty[reg.index] = None
 
     def merge(self, guard: str, new: Value, old: Value) -> Value:
         if new.bits == 64 and (new.halves is not None and not new.forms or old.halves is not None and not old.forms):
-            return Value(
-                64, {}, tuple(self.merge(guard, n, o) for n, o in zip(self.halves(new), self.halves(old), strict=True))
-            )
+            pairs = zip(self.halves(new), self.halves(old), strict=True)
+            return Value(64, {}, tuple(self.merge(guard, n, o) for n, o in pairs))
         kind = CANONICAL[new.bits]
-        return Value(new.bits, {kind: self.let(f"where({guard}, {self.form(new, kind)}, {self.form(old, kind)})")})
+        shadow = None
+        if new.shadow is not None or old.shadow is not None:
+            shadow = self.let(f"where({guard}, {new.shadow or 'TRUE'}, {old.shadow or 'TRUE'})")
+        merged = self.let(f"where({guard}, {self.form(new, kind)}, {self.form(old, kind)})")
+        return Value(new.bits, {kind: merged}, shadow=shadow)
 
     # -- instructions -------------------------------------------------------------------------------------------------
     def guard(self, instr: Instr) -> str | None:
@@ -269,8 +273,8 @@ class BlockWriter:
             elif value.bits == 32 and len(dest.items) == 2:
                 whole = self.form(value, "u")
                 parts = (
-                    Value(16, {"h": self.let(f"{whole}.astype(T_h)")}),
-                    Value(16, {"h": self.let(f"({whole} >> C16).astype(T_h)")}),
+                    Value(16, {"h": self.let(f"{whole}.astype(T_h)")}, shadow=value.shadow),
+                    Value(16, {"h": self.let(f"({whole} >> C16).astype(T_h)")}, shadow=value.shadow),
                 )
             else:
                 raise UnsupportedInstruction(f"PTX line {instr.line}: cannot unpack {instr.text!r}")
@@ -329,8 +333,8 @@ class BlockWriter:
             text = self.constant(operand, "U")
             value = Value(64, {"U": text})
         else:
-            self.check_defined(operand, instr)
             value = self.load(operand)
+            self.check_defined(operand, value, instr)
         low, high = self.halves(value)
         return self.form(low, "f"), self.form(high, "f")
 
@@ -427,7 +431,7 @@ class BlockWriter:
                 name = self.form(value, CANONICAL[value.bits])
                 puts.append((f"R[{index}]", name, value.loaded_from, index))
             if index in self.owner.checked:
-                puts.append((f"D[{index}]", self.shadow[index], None, index))
+                puts.append((f"D[{index}]", self.shadow_of(value) or "TRUE", None, index))
         written = {index for _, _, _, index in puts}
         puts = [
             (s, self.let(f"{n}.copy()") if origin is not None and origin != i and origin in written else n, i)

@@ -10,7 +10,9 @@ from .parse import Address, Instr, Kernel, Not, Pair, Reg, Vector
 from .table import TABLE, Entry
 
 CONTROL = {"bra", "bra.uni", "ret", "exit"}
-MOVES = {f"mov.{t}" for t in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64", "pred")}
+MOVES = {"cvta.to.global.u64", "cvta.global.u64", "cvta.param.u64"} | {
+    f"mov.{t}" for t in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64", "pred")
+}
 PARAM_LOADS = {
     f"ld.param.{v}{t}"
     for v in ("", "v2.", "v4.")

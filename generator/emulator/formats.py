@@ -46,12 +46,16 @@ def pack16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return (high.astype(np.uint32) << np.uint32(16)) | low
 
 
-def round_toward(exact: np.ndarray, mode: str) -> np.ndarray:
-    """float64 → float32 in mode "rm" (toward -inf), "rp" (+inf) or "rz" (zero)."""
-    near = exact.astype(np.float32)
+def round_toward(near64: np.ndarray, mode: str, error=np.float64(0)) -> np.ndarray:
+    """The exact value `near64 + error` → float32 in mode "rm" (toward -inf), "rp" (+inf) or "rz" (zero).
+
+    `near64` is that value rounded to float64, `error` what the rounding lost: only its sign matters.
+    """
+    near = near64.astype(np.float32)
     back = near.astype(np.float64)
-    if mode == "rm":
-        return np.where(back > exact, np.nextafter(near, np.float32(-np.inf)), near)
-    if mode == "rp":
-        return np.where(back < exact, np.nextafter(near, np.float32(np.inf)), near)
-    return np.where(np.abs(back) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+    above = (back > near64) | ((back == near64) & (error < 0))
+    below = (back < near64) | ((back == near64) & (error > 0))
+    down, up = np.nextafter(near, np.float32(-np.inf)), np.nextafter(near, np.float32(np.inf))
+    if mode == "rz":
+        above, below = above & (near64 > 0), below & (near64 < 0)
+    return np.where(above & (mode != "rp"), down, np.where(below & (mode != "rm"), up, near))

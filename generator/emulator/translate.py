@@ -111,6 +111,19 @@ class Translator:
                 checked.update(r.index for r in uses if not defined >> r.index & 1)
                 for r in defs:
                     defined |= 1 << r.index
+        return self._spread(checked)
+
+    def _spread(self, checked: set[int]) -> set[int]:
+        """Moves hand an unwritten value on (compilers pack an unused half that way): their destinations count too."""
+        moves = [defs_and_uses(i) for i in self.kernel.instrs if i.opcode in MOVES]
+        grown = True
+        while grown:
+            grown = False
+            for defs, uses in moves:
+                if any(u.index in checked for u in uses):
+                    fresh = {d.index for d in defs} - checked
+                    checked |= fresh
+                    grown = grown or bool(fresh)
         return checked
 
     def _place_shared(self) -> tuple[int, dict[str, int]]:

@@ -157,11 +157,28 @@ def prmt(a, b, selector):
 
 
 # -- float32, §9.7.3 --------------------------------------------------------------------------------------------------
+def _sum(a, b):
+    """Two float64 arrays → their rounded sum and its exact error (Knuth's two-sum)."""
+    total = a + b
+    virtual = total - a
+    return total, (a - (total - virtual)) + (b - virtual)
+
+
 def fma(a, b, c):
-    """float32 fused multiply-add: the product is exact in float64, the sum is rounded there and once more to
-    float32.
+    """float32 fused multiply-add, rounded once.
+
+    The product is exact in float64. Rounding the sum to float64 first goes wrong only where that lands on a midpoint of
+    float32, or where the result is subnormal: there the sum is rounded to odd, which float32 then rounds rightly.
     """
-    return (np.multiply(a, b, dtype=F64) + c).astype(F32)
+    product = np.multiply(a, b, dtype=F64)
+    total = product + c
+    result = total.astype(F32)
+    midpoint = (total.view(S64) << S64(35)).min() == np.iinfo(S64).min
+    if midpoint or ((result.view(U32) << U32(1)) - U32(1)).min() < 0x00FFFFFF:
+        total, error = _sum(product, c)
+        odd = (error != 0) & (total.view(U64) & U64(1) == 0)
+        result = np.where(odd, np.nextafter(total, np.copysign(np.inf, error)), total).astype(F32)
+    return result
 
 
 def _flushed(f):
@@ -171,9 +188,24 @@ def _flushed(f):
     return run
 
 
-def _directed(f, mode):
-    def run(*args):
-        return round_toward(f(*(a.astype(F64) for a in args)), mode)
+def _directed(name, mode):
+    """A float32 operation rounded toward -inf (rm), +inf (rp) or zero (rz): from a float64 result and its exact error."""
+
+    def run(a, b, c=None):
+        a, b = a.astype(F64), b.astype(F64)
+        if name == "add" or name == "sub":
+            total, error = _sum(a, b if name == "add" else -b)
+        elif name == "mul":
+            total, error = a * b, F64(0)
+        else:
+            total, error = _sum(a * b, c.astype(F64))
+        result = round_toward(total, mode, error)
+        if (
+            mode == "rm" and name != "mul"
+        ):  # rounding down, a sum that is exactly zero is -0 unless both operands are +0
+            first, second = (a * b, c) if name == "fma" else (a, b if name == "add" else -b)
+            result = np.where((total == 0) & (np.signbit(first) | np.signbit(second)), F32(-0.0), result)
+        return result
 
     return run
 
@@ -194,8 +226,7 @@ for _name, _f, _n, _isa in (
         alu(f"{_name}{_rn}.{_suffix}", _sig, _isa)(_f)
         alu(f"{_name}{_rn}.ftz.{_suffix}", _sig, _isa)(_flushed(_f))
         for _mode in ("rm", "rp", "rz"):
-            _exact = (lambda a, b, c: a * b + c) if _name == "fma" else _f
-            alu(f"{_name}.{_mode}.{_suffix}", _sig, _isa)(_directed(_exact, _mode))
+            alu(f"{_name}.{_mode}.{_suffix}", _sig, _isa)(_directed(_name, _mode))
 
 alu("neg.f32", "f=f", "9.7.3.10")(np.negative)
 alu("abs.f32", "f=f", "9.7.3.9")(_abs)
@@ -203,33 +234,46 @@ alu("div.rn.f32", "f=f,f", "9.7.3.8")(np.divide)
 alu("sqrt.rn.f32", "f=f", "9.7.3.15")(np.sqrt)
 
 
-@alu("div.full.f32 div.approx.f32 div.{full,approx}.ftz.f32", "f=f,f", "9.7.3.8")
-def div_approx(a, b):
-    return flush(flush(a) / flush(b))
+alu("div.{full,approx}.f32", "f=f,f", "9.7.3.8")(np.divide)
+alu("div.{full,approx}.ftz.f32", "f=f,f", "9.7.3.8")(_flushed(np.divide))
+
+
+def _ordered_zeros(pick):
+    """NumPy takes either zero of two unlike ones; PTX orders -0 below +0: `pick` combines the bits of two zeros."""
+
+    def run(f, a, b):
+        r = f(a, b)
+        zero = (r == 0) & (a == b)
+        return np.where(zero, pick(a.view(U32), b.view(U32)).view(F32), r) if np.any(zero) else r
+
+    return run
+
+
+_max, _min = _ordered_zeros(np.bitwise_and), _ordered_zeros(np.bitwise_or)
 
 
 @alu("max.f32", "f=f,f,?f", "9.7.3.12")
 def max_f32(a, b, c=None):
-    r = np.fmax(a, b)
-    return r if c is None else np.fmax(r, c)
+    r = _max(np.fmax, a, b)
+    return r if c is None else _max(np.fmax, r, c)
 
 
 @alu("min.f32", "f=f,f,?f", "9.7.3.11")
 def min_f32(a, b, c=None):
-    r = np.fmin(a, b)
-    return r if c is None else np.fmin(r, c)
+    r = _min(np.fmin, a, b)
+    return r if c is None else _min(np.fmin, r, c)
 
 
 @alu("max.NaN.f32", "f=f,f,?f", "9.7.3.12")
 def max_nan_f32(a, b, c=None):
-    r = np.maximum(a, b)
-    return r if c is None else np.maximum(r, c)
+    r = _max(np.maximum, a, b)
+    return r if c is None else _max(np.maximum, r, c)
 
 
 @alu("min.NaN.f32", "f=f,f,?f", "9.7.3.11")
 def min_nan_f32(a, b, c=None):
-    r = np.minimum(a, b)
-    return r if c is None else np.minimum(r, c)
+    r = _min(np.minimum, a, b)
+    return r if c is None else _min(np.minimum, r, c)
 
 
 @alu("ex2.approx.ftz.f32", "f=f", "9.7.3.21")
@@ -242,19 +286,24 @@ def ex2(x):
     return np.exp2(x)
 
 
-@alu("lg2.approx{,.ftz}.f32", "f=f", "9.7.3.20")
+@alu("lg2.approx.f32", "f=f", "9.7.3.20")
 def lg2(x):
-    return np.log2(flush(x).astype(F64)).astype(F32)
+    return np.log2(x.astype(F64)).astype(F32)
 
 
-@alu("rcp.approx.ftz.f32 rcp.rn{,.ftz}.f32", "f=f", "9.7.3.13")
+@alu("rcp.rn.f32", "f=f", "9.7.3.13")
 def rcp(x):
-    return flush(F32(1) / flush(x))
+    return F32(1) / x
 
 
-@alu("rsqrt.approx{,.ftz}.f32", "f=f", "9.7.3.16")
+@alu("rsqrt.approx.f32", "f=f", "9.7.3.16")
 def rsqrt(x):
-    return (1.0 / np.sqrt(flush(x).astype(F64))).astype(F32)
+    return (1.0 / np.sqrt(x.astype(F64))).astype(F32)
+
+
+alu("lg2.approx.ftz.f32", "f=f", "9.7.3.20")(_flushed(lg2))
+alu("rcp.{rn,approx}.ftz.f32", "f=f", "9.7.3.13")(_flushed(rcp))
+alu("rsqrt.approx.ftz.f32", "f=f", "9.7.3.16")(_flushed(rsqrt))
 
 
 @alu("tanh.approx.f32", "f=f", "9.7.3.22")
@@ -315,6 +364,10 @@ KINDS = {
 }
 
 
+def _on_flushed(compare):
+    return lambda a, b: compare(flush(a), flush(b))
+
+
 def _combined(compare, combine):
     def run(a, b, c):
         return combine(compare(a, b), c)
@@ -326,10 +379,10 @@ for _type, _kind in KINDS.items():
     for _cmp, _f in (FLOAT_COMPARES if _kind in "fd" else INTEGER_COMPARES).items():
         if _type[0] == "b" and _cmp not in ("eq", "ne"):
             continue
-        _ftz = "{,.ftz}" if _type == "f32" else ""
-        alu(f"setp.{_cmp}{_ftz}.{_type}", f"p={_kind},{_kind}", "9.7.6.2")(_f)
-        for _bool, _g in COMBINE.items():
-            alu(f"setp.{_cmp}.{_bool}{_ftz}.{_type}", f"p={_kind},{_kind},p", "9.7.6.2")(_combined(_f, _g))
+        for _ftz, _test in (("", _f), (".ftz", _on_flushed(_f))) if _type == "f32" else (("", _f),):
+            alu(f"setp.{_cmp}{_ftz}.{_type}", f"p={_kind},{_kind}", "9.7.6.2")(_test)
+            for _bool, _g in COMBINE.items():
+                alu(f"setp.{_cmp}.{_bool}{_ftz}.{_type}", f"p={_kind},{_kind},p", "9.7.6.2")(_combined(_test, _g))
     if _type[0] != "s" or _kind in "sSi":
         alu(f"selp.{_type}", f"{_kind}={_kind},{_kind},p", "9.7.6.3")(lambda a, b, p: np.where(p, a, b))
 
@@ -353,19 +406,18 @@ alu("cvt.f32.f16", "f=h", "9.7.9.21")(f16_to_f32)
 DTYPES = {"h": np.uint16, "i": np.int16, "u": U32, "s": S32, "U": U64, "S": S64, "f": F32, "d": F64}
 
 
-def _converter(dtype):
-    return lambda x: x.astype(dtype)
-
-
-def _float_to_int(dtype, rounding):
-    low, high = float(np.iinfo(dtype).min), float(np.iinfo(dtype).max)
+def _float_to_int(dtype, rounding, ftz):
+    """Saturates; NaN becomes 0."""
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
 
     def run(x):
-        whole = rounding(x.astype(F64))
-        clipped = np.clip(np.where(np.isnan(whole), 0.0, whole), low, high)
-        return np.where(
-            whole >= high, np.iinfo(dtype).max, np.where(whole <= low, np.iinfo(dtype).min, clipped)
-        ).astype(dtype)
+        whole = rounding((flush(x) if ftz else x).astype(F64))
+        over, under = (
+            whole >= float(high),
+            whole <= float(low),
+        )  # high of 64 bits is 2^64 in float64: equal is too large
+        result = np.where(over | under | np.isnan(whole), 0.0, whole).astype(dtype)
+        return np.where(over, dtype(high), np.where(under, dtype(low), result))
 
     return run
 
@@ -373,36 +425,33 @@ def _float_to_int(dtype, rounding):
 _INTEGERS = {"u8": "h", "s8": "i", "u16": "h", "s16": "i", "u32": "u", "s32": "s", "u64": "U", "s64": "S"}
 
 
-def _narrow8(signed_target, source_dtype):
-    inner = np.int8 if signed_target else np.uint8
-    return lambda x: x.astype(inner).astype(np.int16 if signed_target else np.uint16)
+def _converter(*steps):
+    def run(x):
+        for dtype in steps:
+            x = x.astype(dtype)
+        return x
+
+    return run
+
+
+def _steps(kind):
+    """dtypes that take a register to a value of an integer type: an 8-bit one lies in the low byte of 16 bits."""
+    return (np.int8 if kind[0] == "s" else np.uint8,) if kind[1:] == "8" else ()
 
 
 for _to, _tk in _INTEGERS.items():
     for _from, _fk in _INTEGERS.items():
-        if _from[1:] == "8":  # an 8-bit source lies in the low byte of a 16-bit register
-            _inner = np.int8 if _from[0] == "s" else np.uint8
-            alu(f"cvt.{_to}.{_from}", f"{_tk}={_fk}", "9.7.9.21")(
-                lambda x, inner=_inner, d=DTYPES[_tk]: x.astype(inner).astype(d)
-            )
-        elif _to[1:] == "8":
-            alu(f"cvt.{_to}.{_from}", f"{_tk}={_fk}", "9.7.9.21")(_narrow8(_to[0] == "s", DTYPES[_fk]))
-        else:
-            alu(f"cvt.{_to}.{_from}", f"{_tk}={_fk}", "9.7.9.21")(_converter(DTYPES[_tk]))
-for _to, _tk in _INTEGERS.items():
-    if _to[1:] == "8":
-        continue
-    for _mode, _rounding in (("rzi", np.trunc), ("rni", np.rint), ("rmi", np.floor), ("rpi", np.ceil)):
-        alu(f"cvt.{_mode}{{,.ftz}}.{_to}.f32", f"{_tk}=f", "9.7.9.21")(_float_to_int(DTYPES[_tk], _rounding))
-    alu(f"cvt.rn.f32.{_to}", f"f={_tk}", "9.7.9.21")(_converter(F32))
+        _all = (*_steps(_from), *_steps(_to), DTYPES[_tk])
+        alu(f"cvt.{_to}.{_from}", f"{_tk}={_fk}", "9.7.9.21")(_converter(*_all))
+    alu(f"cvt.rn.f32.{_to}", f"f={_tk}", "9.7.9.21")(_converter(*_steps(_to), F32))
+    if _to[1:] != "8":
+        for _mode, _rounding in (("rzi", np.trunc), ("rni", np.rint), ("rmi", np.floor), ("rpi", np.ceil)):
+            for _ftz in ("", ".ftz"):
+                _convert = _float_to_int(DTYPES[_tk], _rounding, bool(_ftz))
+                alu(f"cvt.{_mode}{_ftz}.{_to}.f32", f"{_tk}=f", "9.7.9.21")(_convert)
 
 
-# -- address conversion, §9.7.9.18: the emulator's shared window is addressed by offset in both forms ------------------
-@alu("cvta.to.global.u64 cvta.global.u64 cvta.param.u64", "U=U", "9.7.9.19")
-def cvta_identity(address):
-    return address
-
-
+# -- bit fields, §9.7.1.16 to §9.7.1.19 --------------------------------------------------------------------------------
 @alu("bfe.u32", "u=u,u,u", "9.7.1.19")
 def bfe_u32(a, position, length):
     position, length = position & U32(255), length & U32(255)
