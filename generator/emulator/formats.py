@@ -46,7 +46,7 @@ def pack16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return (high.astype(np.uint32) << np.uint32(16)) | low
 
 
-def round_toward(near64: np.ndarray, mode: str, error=np.float64(0)) -> np.ndarray:
+def round_toward(near64: np.ndarray, mode: str, error: np.ndarray | float = 0.0) -> np.ndarray:
     """The exact value `near64 + error` → float32 in mode "rm" (toward -inf), "rp" (+inf) or "rz" (zero).
 
     `near64` is that value rounded to float64, `error` what the rounding lost: only its sign matters.

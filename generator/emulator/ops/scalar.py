@@ -189,7 +189,7 @@ def _flushed(f):
 
 
 def _directed(name, mode):
-    """A float32 operation rounded toward -inf (rm), +inf (rp) or zero (rz): from a float64 result and its exact error."""
+    """A float32 operation rounded toward -inf (rm), +inf (rp) or zero (rz): from float64 and its exact error."""
 
     def run(a, b, c=None):
         a, b = a.astype(F64), b.astype(F64)
