@@ -1,7 +1,6 @@
 """Hardware facts, one object an architecture; every number has its source.
 
 Sources: [PG] CUDA C++ Programming Guide, table of technical specifications by compute capability. [PTX] PTX ISA 9.1.
-[CU] cuda.h of CUDA 13.0, the text on cuTensorMapEncodeTiled.
 """
 
 from __future__ import annotations
@@ -22,12 +21,8 @@ class Arch:
     named_barriers: int
     warp_size: int
     tmem_columns: int  # 0: the architecture has no tensor memory
-    tmem_lanes: int
     tmem_alloc_min: int  # columns; an allocation is a power of two
-    tma_box_max: int  # elements a box dimension
-    mma_k_bytes: int  # K extent of one dense MMA instruction
-    mma_n_max: int
-    mma_n_step: int  # for the M that we use
+    mma_n_max: int  # columns of D that one dense MMA instruction writes
     p_stagings: tuple[str, ...]  # where the second GEMM can read P
 
 
@@ -41,12 +36,8 @@ SM100A = Arch(
     named_barriers=16,  # [PTX 9.7.13.1]
     warp_size=32,
     tmem_columns=512,  # [PTX 9.7.16.1]
-    tmem_lanes=128,  # [PTX 9.7.16.1]
     tmem_alloc_min=32,  # [PTX 9.7.16.7.1]
-    tma_box_max=256,  # [CU]
-    mma_k_bytes=32,  # [PTX Table 39]: 16 elements of 16 bits
     mma_n_max=256,  # [PTX 9.7.16.2]
-    mma_n_step=16,  # M = 128; CUTLASS asks 16 where the ISA table says 8 (facts: ptx.md section 3)
     p_stagings=("tmem", "smem"),  # tcgen05.mma reads A from tensor or shared memory [PTX 9.7.16.10]
 )
 
@@ -60,12 +51,8 @@ SM90A = Arch(
     named_barriers=16,  # [PTX 9.7.13.1]
     warp_size=32,
     tmem_columns=0,
-    tmem_lanes=0,
     tmem_alloc_min=0,
-    tma_box_max=256,  # [CU]
-    mma_k_bytes=32,  # [PTX 9.7.15.2]: 16 elements of 16 bits
     mma_n_max=256,  # [PTX 9.7.15.2]
-    mma_n_step=8,  # [PTX 9.7.15.2]
     p_stagings=("register", "smem"),  # wgmma reads A from registers or shared memory [PTX 9.7.15.5]
 )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .arch import Arch
-from .spec import KernelSpec
+from .spec import HEAD_DIM_STEP, KernelSpec
 
 ELEMENT_BYTES = 2  # bf16 and fp16
 ACCUMULATOR_BYTES = 4  # float32
@@ -304,7 +304,7 @@ def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> 
     if budget.smem_total > budget.smem_limit:
         parts = [b for b in budget.buffers if b.alias_of is None]
         reason = " + ".join(f"{b.name} {b.bytes}" for b in parts) + f", aligned to {TILE_ALIGNMENT},"
-        yield Overflow("smem", "bytes", budget.smem_total, budget.smem_limit, reason, _smem_remedy(spec, tiling))
+        yield Overflow("smem", "bytes", budget.smem_total, budget.smem_limit, reason, _smem_remedy(arch, spec, tiling))
     over_q = next((b for b in budget.buffers if b.alias_of is not None), None)
     if over_q is not None and over_q.bytes > budget.buffer(over_q.alias_of).bytes:
         limit = budget.buffer(over_q.alias_of).bytes
@@ -318,13 +318,13 @@ def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> 
         yield Overflow("registers", "registers", total, arch.registers_per_sm, reason, "a smaller tile_n")
 
 
-def _smem_remedy(spec: KernelSpec, tiling: Tiling) -> str:
-    if spec.head_dim > 256:
+def _smem_remedy(arch: Arch, spec: KernelSpec, tiling: Tiling) -> str:
+    if spec.head_dim > arch.mma_n_max:
         return "a CTA pair that shares K and V, or column passes over smaller tiles"
     options = []
     if tiling.kv_stages > 1:
         options.append("a lower kv_stage")
-    if tiling.tile_n > 16:
+    if tiling.tile_n > HEAD_DIM_STEP:
         options.append("a smaller tile_n")
     if tiling.p_staging == "smem":
         options.append("P in TMEM")
@@ -341,7 +341,7 @@ def _tmem_overflow(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling)
             f"a {tiling.tile_m} x {spec.v_dim} float32 accumulator takes all {arch.tmem_columns} columns, "
             f"so {' and '.join(rest)} {'have' if len(rest) > 1 else 'has'} no room: {reason}"
         )
-    if spec.v_dim > 256:
+    if spec.v_dim > arch.mma_n_max:
         remedy = (
             "a CTA pair (cta_group::2) that splits O's columns or rows, M = 64 tiles, or O's columns in two passes "
             "with the scores recomputed"

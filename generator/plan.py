@@ -4,7 +4,7 @@ The rule of choice. Of the candidates that fit the architecture, take the first 
   1. at least two kv stages, so that the next K and V tiles are loaded while these are multiplied;
   2. the largest tile_n: fewer barriers and fewer rescales a key;
   3. P in TMEM rather than in shared memory: it leaves the shared-memory pipe to K and V;
-  4. the most kv stages, up to three: more hides no more of a load's latency at these tile sizes;
+  4. the most kv stages, up to three; a deeper ring must be asked for;
   5. the widest o_chunk: fewer steps of the epilogue;
   6. the least reuse: sO of its own rather than over sQ.
 A field that the specification sets is not searched over.
@@ -32,8 +32,7 @@ TILE_M = 128
 TILE_NS = (128, 64, 32, 16)
 TILE_N_MAX = 128
 KV_STAGES_AUTO = 3
-HEAD_DIM_MAX = 256
-O_CHUNK_STEP = 16
+O_CHUNK_STEP = 16  # columns: 32 bytes of 16 bits, the narrowest swizzle span
 REGISTER_COLUMNS_MAX = 32
 
 
@@ -260,8 +259,9 @@ def check_implemented(spec: KernelSpec) -> None:
 
 def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
-    if spec.head_dim > HEAD_DIM_MAX:
-        yield "head_dim", f"at most {HEAD_DIM_MAX}; `bespoke budget --head-dim {spec.head_dim}` says what overflows"
+    widest = ARCHS[spec.arch].mma_n_max  # O's columns are written by one MMA instruction a step of K
+    if spec.head_dim > widest:
+        yield "head_dim", f"at most {widest}; `bespoke budget --head-dim {spec.head_dim}` says what overflows"
     if spec.v_dim != spec.head_dim:
         yield "head_dim_v", f"leave it out, or set it to head_dim ({spec.head_dim})"
     for field in ("window_left", "window_right"):

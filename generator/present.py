@@ -166,7 +166,7 @@ def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 def plan_tables(plan: Plan) -> list[Table]:
     """The plan's budget: shared memory, TMEM, mbarriers, warps."""
-    budget = plan.budget
+    budget, arch, named = plan.budget, plan.arch, len(plan.budget.named_barriers)
     smem = _table(
         *("buffer", "offset", "bytes", "stages", "holds"),
         title=f"shared memory: {budget.smem_total} of {budget.smem_limit} bytes",
@@ -181,7 +181,11 @@ def plan_tables(plan: Plan) -> list[Table]:
     )
     for region in budget.regions:
         tmem.add_row(region.name, str(region.column), str(region.columns), region.reason)
-    warps = _table(*("role", "warps", "registers", "why"), title=f"{budget.threads} threads", left=("role", "why"))
+    warps = _table(
+        *("role", "warps", "registers", "why"),
+        title=f"{budget.threads} of {arch.threads_per_cta} threads, {named} of {arch.named_barriers} named barriers",
+        left=("role", "why"),
+    )
     for role in budget.roles:
         warps.add_row(role.name, str(role.warps), str(role.registers), role.reason)
     barriers = _table(
