@@ -1,7 +1,9 @@
 """Global, shared and tensor memory of one wave of CTAs, each with a state for every cell: bounds, poison, who writes.
 
 The state of a cell says whether its value may be used. Fresh memory is UNWRITTEN; an asynchronous operation marks its
-destination from the moment it is issued, and only its completion, as late as the program's waits allow, makes it VALID.
+destination from the moment it is issued, and only its completion, as late as the program's waits allow, makes it
+VALID.
+What ordinary stores wrote is GENERIC, legal for loads, and VALID for TMA and the tensor core once a proxy fence followed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 
 from .errors import Hazard, LaunchError
 
-UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER = 0, 1, 2, 3, 4, 5
+UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER, GENERIC = range(7)
 REASONS = {
     UNWRITTEN: "it was never written (fresh memory is poison)",
     TMA_PENDING: "a TMA load into it has been issued and is not known to be complete: wait on the "
@@ -21,10 +23,13 @@ REASONS = {
     MMA_PENDING: "a tcgen05.mma that writes it is not known to be complete: wait on the mbarrier of its "
     "tcgen05.commit first",
     ST_PENDING: "a tcgen05.st into it has not been waited for: insert tcgen05.wait::st (and then signal the reader)",
+    GENERIC: "ordinary stores wrote it and no fence.proxy.async followed: insert one after them, before the signal",
     MBARRIER: "it holds an mbarrier, which only mbarrier instructions may touch",
 }
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-VALID_WORD = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
+REPEAT = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
+VALID_WORD = REPEAT  # VALID in every byte
+GENERIC_WORD = {width: GENERIC * ones for width, ones in REPEAT.items()}
 WINDOW_BASE = 1024  # the hardware keeps the first KiB of the shared window for itself; zero is not a realistic base
 PARAM_BASE = 0x7F00_0000_0000_0000  # generic address of the parameter space, outside every user address
 
@@ -41,6 +46,19 @@ class SharedMemory:
         self.flat_state = {w: self.state.reshape(-1).view(t) for w, t in UINT.items()}
         self.chunks = self.data.view(np.complex128)  # [n_cta, size / 16]: 16-byte chunks, as the one dtype of that size
         self.chunk_state = self.state.view(np.complex128)
+        self.unfenced: list[tuple[int, np.ndarray]] = []  # (width, flat indices) of stores with no proxy fence since
+
+    def fence_proxy(self, ctas: np.ndarray) -> None:
+        """fence.proxy.async in these CTAs: what their threads stored becomes visible to the asynchronous proxy."""
+        left = []
+        for width, at in self.unfenced:
+            mine = np.isin(at * width // self.stride, ctas)
+            state = self.flat_state[width]
+            done = at[mine]
+            state[done[state[done] == GENERIC_WORD[width]]] = VALID_WORD[width]
+            if not mine.all():
+                left.append((width, at[~mine]))
+        self.unfenced = left
 
     def invalid_chunk(self, ctas: np.ndarray, chunks: np.ndarray) -> tuple[int, int, int] | None:
         """(CTA, chunk, state) of the first of these 16-byte chunks that holds a byte that is not VALID, or None."""

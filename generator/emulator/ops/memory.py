@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import Hazard, UnsupportedInstruction
-from ..memory import MBARRIER, REASONS, UINT, VALID, VALID_WORD, WINDOW_BASE
+from ..memory import GENERIC, GENERIC_WORD, MBARRIER, REASONS, TMA_PENDING, UINT, VALID, VALID_WORD, WINDOW_BASE
 from ..table import effect
 
 WIDTHS = {
@@ -25,7 +25,21 @@ WIDTHS = {
     "f64": 8,
 }
 KIND = {1: "h", 2: "h", 4: "u", 8: "U"}
+SIGNED_KIND = {1: "i", 2: "i", 4: "s", 8: "S"}
 REGISTER = {1: np.uint16, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+SIGNED_REGISTER = {1: np.int16, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+def loaded_kind(kind: str) -> str:
+    """Signature letter of what a load of this type delivers; the translator extends it by its sign (§9.4.1)."""
+    return (SIGNED_KIND if kind[0] == "s" else KIND)[WIDTHS[kind]]
+
+
+def to_register(raw, instr, width: int):
+    """Bits from memory as a register's value: bytes widen to 16 bits, by sign where the type has one."""
+    if instr.opcode.split(".")[-1][0] == "s":
+        return raw.view(f"i{width}").astype(SIGNED_REGISTER[width], copy=False)
+    return raw.astype(REGISTER[width], copy=False)
 
 
 def shape_of(instr) -> tuple[int, int]:
@@ -56,17 +70,20 @@ def shared_offsets(m, ws, active, instr, address, nbytes: int) -> np.ndarray:
 
 
 def check_state(m, ws, active, instr, states, width: int, address) -> None:
-    """Raise unless every byte that is read holds a value that may be used."""
-    bad = states != VALID_WORD[width]
+    """Raise unless every byte that is loaded holds a value that may be used."""
+    if np.all((states == VALID_WORD[width]) | (states == GENERIC_WORD[width])):
+        return
+    codes = np.ascontiguousarray(ws.full(states).astype(UINT[width])).view(np.uint8).reshape(*ws.lead, 32, width)
+    illegal = (codes != VALID) & (codes != GENERIC)
     if active is not None:
-        bad = bad & active
-    if np.any(bad):
-        word = int(ws.full(states).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))])
-        code = next(b for b in word.to_bytes(width, "little") if b != VALID)
-        offset = int(ws.full(address).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))]) - WINDOW_BASE
+        illegal &= np.broadcast_to(active, illegal.shape[:-1])[..., None]
+    if illegal.any():
+        code = int(codes[illegal][0])
+        bad = illegal.any(axis=-1)
+        offset = int(ws.full(address)[bad][0]) - WINDOW_BASE
         raise Hazard(
-            f"{m.where(ws, instr, bad, address)}: reads {m.labels.shared_at(offset)}, which may not be "
-            f"read: {REASONS[code]}"
+            f"{m.where(ws, instr, bad, address)}: reads {m.labels.shared_at(offset)}, "
+            f"which may not be read: {REASONS[code]}"
         )
 
 
@@ -78,7 +95,7 @@ def ld_shared(m, ws, active, instr, address):
     results = []
     for i in range(count):
         check_state(m, ws, active, instr, state[at + i], width, address)
-        results.append(data[at + i].astype(REGISTER[width], copy=False))
+        results.append(to_register(data[at + i], instr, width))
     return tuple(results) if count > 1 else results[0]
 
 
@@ -91,23 +108,24 @@ def st_shared(m, ws, active, instr, address, values):
     at = at[chosen]
     data, state = m.smem.flat[width], m.smem.flat_state[width]
     for i, value in enumerate(values):
-        old = state[at + i]
-        if ((old & UINT[width](0xFF)) == MBARRIER).any():
-            raise Hazard(
-                f"{m.where(ws, instr, True if active is None else active, address)}: writes shared memory "
-                f"although {REASONS[MBARRIER]}"
-            )
+        for code in (MBARRIER, TMA_PENDING):
+            if (state[at + i] & UINT[width](0xFF) == code).any():
+                where = m.where(ws, instr, True if active is None else active, address)
+                raise Hazard(f"{where}: writes shared memory although {REASONS[code]}")
         data[at + i] = ws.full(value)[chosen].astype(UINT[width])
-        state[at + i] = VALID_WORD[width]
+        state[at + i] = GENERIC_WORD[width]
+        m.smem.unfenced.append((width, np.ravel(at + i)))
 
 
 for _t, _w in WIDTHS.items():
     for _space in ("shared", "shared::cta"):
-        effect(f"ld{{,.volatile,.relaxed.cta,.acquire.cta}}.{_space}.{_t}", f"{KIND[_w]}=a", "9.7.9.8")(ld_shared)
+        effect(f"ld{{,.volatile,.relaxed.cta,.acquire.cta}}.{_space}.{_t}", f"{loaded_kind(_t)}=a", "9.7.9.8")(
+            ld_shared
+        )
         effect(f"st{{,.volatile,.relaxed.cta,.release.cta}}.{_space}.{_t}", f"=a,{KIND[_w]}", "9.7.9.11")(st_shared)
         for _v in (2, 4):
             if _w * _v <= 16:
-                effect(f"ld.{_space}.v{_v}.{_t}", f"*{KIND[_w]}=a", "9.7.9.8")(ld_shared)
+                effect(f"ld.{_space}.v{_v}.{_t}", f"*{loaded_kind(_t)}=a", "9.7.9.8")(ld_shared)
                 effect(f"st.{_space}.v{_v}.{_t}", f"=a,*{KIND[_w]}", "9.7.9.11")(st_shared)
 
 
@@ -140,7 +158,7 @@ def ld_global(m, ws, active, instr, address):
     results = []
     for i in range(count):
         index = (offsets + i * width)[..., None] + np.arange(width)
-        results.append(view[index].view(UINT[width])[..., 0].astype(REGISTER[width], copy=False))
+        results.append(to_register(view[index].view(UINT[width])[..., 0], instr, width))
     return tuple(results) if count > 1 else results[0]
 
 
@@ -155,20 +173,24 @@ def st_global(m, ws, active, instr, address, values):
 _LD = "ld.global{,.nc,.L1::no_allocate,.L1::evict_last,.nc.L1::no_allocate,.nc.L1::evict_last}"
 _ST = "st.global{,.L1::no_allocate}"
 for _t, _w in WIDTHS.items():
-    effect(f"{_LD}.{_t}", f"{KIND[_w]}=a", "9.7.9.8")(ld_global)
+    effect(f"{_LD}.{_t}", f"{loaded_kind(_t)}=a", "9.7.9.8")(ld_global)
     effect(f"{_ST}.{_t}", f"=a,{KIND[_w]}", "9.7.9.11")(st_global)
     for _v in (2, 4):
         if _w * _v <= 16:
-            effect(f"{_LD}.v{_v}.{_t}", f"*{KIND[_w]}=a", "9.7.9.8")(ld_global)
+            effect(f"{_LD}.v{_v}.{_t}", f"*{loaded_kind(_t)}=a", "9.7.9.8")(ld_global)
             effect(f"{_ST}.v{_v}.{_t}", f"=a,*{KIND[_w]}", "9.7.9.11")(st_global)
 
 
-@effect(
-    "fence.proxy.async{,.shared::cta,.global} fence.mbarrier_init.release.cluster "
-    "fence.proxy.tensormap::generic.release.gpu",
-    "=",
-    "9.7.13.4",
-)
+@effect("fence.proxy.async{,.shared::cta}", "=", "9.7.13.4")
+def fence_proxy_async(m, ws, active, instr):
+    """Ordinary stores before it are visible to TMA and the tensor core after it. Any thread's fence serves its CTA: one
+    by the issuing thread, after a barrier, is as good as one by the writers.
+    """
+    m.smem.fence_proxy(np.unique(ws.cta))
+
+
+@effect("fence.proxy.async.global fence.mbarrier_init.release.cluster", "=", "9.7.13.4")
+@effect("fence.proxy.tensormap::generic.release.gpu", "=", "9.7.13.4")
 @effect("fence.{acq_rel,sc}.{cta,cluster,gpu,sys} membar.{cta,gl,sys}", "=", "9.7.13.4")
 def fence(m, ws, active, instr):
     """Orders proxies and scopes. Lanes of the emulator see each other's stores at once, so nothing is left to do."""
