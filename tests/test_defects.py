@@ -17,7 +17,11 @@ WAIT_STORED = "    cute.arch.fence_view_async_tmem_store()\n"
 DEFECTS = {
     "K extent of QK fixed at 64": ("range_constexpr(HEAD_DIM // MMA_K)", "range_constexpr(64 // MMA_K)", "rel_err"),
     "no wait after the P store": (P_STORED + WAIT_STORED, P_STORED, "tcgen05.wait::st"),
-    "P operand one TMEM column off": ("recast_ptr(tmem + P_COLUMN,", "recast_ptr(tmem + P_COLUMN + 1,", "rel_err"),
+    "P operand one TMEM column off": (
+        "recast_ptr(tmem + P_COLUMN,",
+        "recast_ptr(tmem + P_COLUMN + 1,",
+        "A operand at TMEM",
+    ),
     "P store one TMEM column off": (
         "make_tensor(tmem + P_COLUMN, s_tmem",
         "make_tensor(tmem + P_COLUMN + 1, s_tmem",
@@ -31,6 +35,16 @@ DEFECTS = {
     "V_FULL's phase flipped": ("V_FULL + stage, phase)", "V_FULL + stage, phase ^ 1)", "TMA load"),
     "a ring's empty phase flipped": ("empty + stage, phase ^ 1)", "empty + stage, phase)", "Deadlock"),
     "O rescaled while PV runs": ("    wait_tmem(bars + O_FULL, (j + 1) & 1)", "    # no wait", "tcgen05.mma"),
+    "S overwritten while the softmax warps read it": (
+        "    wait_tmem(bars + S_EMPTY, (j + 1) & 1)",
+        "    # no wait",
+        "TMEM column 0 (S), which may not be read",
+    ),
+    "no proxy fence before O leaves": (
+        "    cute.arch.fence_view_async_shared()",
+        "    # no fence",
+        "no fence.proxy.async followed",
+    ),
     "TMEM kept": ("cute.arch.dealloc_tmem(tmem, TMEM_COLUMNS)", "pass", "dealloc is missing"),
 }
 

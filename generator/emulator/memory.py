@@ -2,8 +2,8 @@
 
 The state of a cell says whether its value may be used. Fresh memory is UNWRITTEN; an asynchronous operation marks its
 destination from the moment it is issued, and only its completion, as late as the program's waits allow, makes it
-VALID.
-What ordinary stores wrote is GENERIC, legal for loads, and VALID for TMA and the tensor core once a proxy fence followed.
+VALID. What ordinary stores wrote is GENERIC, legal for loads, and VALID for TMA and the tensor core once a proxy fence
+followed.
 """
 
 from __future__ import annotations

@@ -292,7 +292,8 @@ def _number(text: str) -> Imm | None:
         if text[0] in "0123456789-":
             if "." in text:
                 return Imm(float(text), True)
-            return Imm(int(text.rstrip("U"), 0))
+            digits = text.rstrip("U")
+            return Imm(int(digits, 8 if re.fullmatch(r"-?0[0-7]+", digits) else 0))
     except ValueError:
         return None
     return None

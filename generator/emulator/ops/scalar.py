@@ -35,6 +35,30 @@ def mul_hi_s32(a, b):
     return (np.multiply(a, b, dtype=S64) >> S64(32)).astype(S32)
 
 
+@alu("mul.hi.u16", "h=h,h", "9.7.1.3")
+def mul_hi_u16(a, b):
+    return (np.multiply(a, b, dtype=U32) >> U32(16)).astype(U16)
+
+
+@alu("mul.hi.s16", "i=i,i", "9.7.1.3")
+def mul_hi_s16(a, b):
+    return (np.multiply(a, b, dtype=S32) >> S32(16)).astype(np.int16)
+
+
+@alu("mul.hi.u64", "U=U,U", "9.7.1.3")
+def mul_hi_u64(a, b):
+    low = U64(0xFFFFFFFF)
+    a0, a1, b0, b1 = a & low, a >> U64(32), b & low, b >> U64(32)
+    middle = a1 * b0 + (a0 * b0 >> U64(32))
+    return a1 * b1 + (middle >> U64(32)) + ((middle & low) + a0 * b1 >> U64(32))
+
+
+@alu("mul.hi.s64", "S=S,S", "9.7.1.3")
+def mul_hi_s64(a, b):
+    unsigned = mul_hi_u64(a.view(U64), b.view(U64)).view(S64)
+    return unsigned - np.where(a < 0, b, S64(0)) - np.where(b < 0, a, S64(0))
+
+
 @alu("mul.wide.u16", "u=h,h", "9.7.1.3")
 def mul_wide_u16(a, b):
     return np.multiply(a, b, dtype=U32)

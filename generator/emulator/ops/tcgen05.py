@@ -395,7 +395,7 @@ def _issue(m, ctas, a_kind, d, a, b, idesc, accumulate, where, line) -> None:
         if a >> 16 or shape.a_mn:
             raise Hazard(f"{where}: A in TMEM must start at lane 0 and cannot be transposed")
         _check_columns(m, ctas, a, 8, "A operand", where)
-        _require_tmem(m, ctas, a, 8, where, (VALID, MMA_PENDING))
+        _require_tmem(m, ctas, a, 8, where, (VALID,))
         operand_a: Operand | int = a
     else:
         operand_a = shared_operand(a, shape.m, shape.a_mn, where)
@@ -442,11 +442,19 @@ class TensorCore:
     def __init__(self, machine):
         self.machine = machine
         self.waiting: list[Mma] = []
+        self.issued: list[tuple[Mma, np.ndarray]] = []  # not executed yet, with the CTAs (bool) where that is so
 
     def issue(self, op: Mma, line: int) -> None:
+        remaining = np.zeros(self.machine.n_cta, bool)
+        remaining[op.ctas] = True
+        self.issued.append((op, remaining))
         self.machine.queue.add(op.ctas, -1, lambda ctas: self._take(op, ctas), line, fifo=True)
 
     def _take(self, op: Mma, ctas: np.ndarray) -> None:
+        for issued, remaining in self.issued:
+            if issued is op:
+                remaining[ctas] = False
+        self.issued = [(issued, remaining) for issued, remaining in self.issued if remaining.any()]
         if len(ctas) != len(op.ctas):
             op = Mma(ctas, op.d, op.shape, op.a, op.b, op.accumulate, op.where)
         if self.waiting and not self.waiting[-1].fuses_with(op):
@@ -478,6 +486,13 @@ class TensorCore:
             rows = rows + view[span, :, ctas]
         view[span, :, ctas] = rows
         m.tmem.state[span, :, :, ctas] = VALID
+        for (
+            later,
+            remaining,
+        ) in self.issued:  # an MMA further back in the queue will overwrite it: still not for reading
+            still = ctas[remaining[ctas]]
+            if len(still) and later.d < span.stop and span.start < later.d + later.shape.n:
+                m.tmem.state[later.d : later.d + later.shape.n, :, :, still] = MMA_PENDING
 
     def _a(self, ops: list[Mma], ctas: np.ndarray) -> np.ndarray:
         """A transposed: float32 [n, K, M]."""
