@@ -7,6 +7,7 @@ import numpy as np
 from ..errors import Hazard
 from ..memory import MBARRIER, UNWRITTEN
 from ..table import effect
+from ..warps import LANES
 from .memory import shared_offsets
 
 SHARED = "{.shared,.shared::cta}"
@@ -131,7 +132,8 @@ def _wait_each(m, ws, instr, offsets, parity):
 
 def _barrier(blocking):
     def bar(m, ws, active, instr, barrier, count=None):
-        if active is not None:
+        exists = ws.warp * 32 + LANES < m.threads  # the last warp may lack lanes; the barrier counts it as a whole
+        if active is not None and (exists & ~active).any():
             raise Hazard(
                 f"{m.where(ws, instr, active)}: an aligned barrier is executed by part of a warp; make all "
                 "lanes converge on it"
