@@ -96,7 +96,8 @@ def test_a_store_of_bytes_leaves_their_neighbours():
 def test_static_shared_variables_have_their_places():
     y = np.zeros(32, np.uint32)
     run(
-        """mov.u32 %r1, a; mov.u32 %r2, b; sub.u32 %r3, %r2, %r1; mad.lo.u32 %r4, %tid, 4, %r2; st.shared.b32 [%r4], %tid;
+        """mov.u32 %r1, a; mov.u32 %r2, b; sub.u32 %r3, %r2, %r1;
+        mad.lo.u32 %r4, %tid, 4, %r2; st.shared.b32 [%r4], %tid;
         mov.u32 %r5, 3; st.shared.b32 [a+4], %r5; ld.shared.b32 %r6, [%r4]; ld.shared.b32 %r7, [a+4];
         mad.lo.u32 %r6, %r7, 1000, %r6; mad.lo.u32 %r6, %r3, 1000000, %r6; st.global.b32 [%y_g], %r6;""",
         declare=".shared .align 4 .b8 a[12]; .shared .align 16 .b32 b[32];",
@@ -107,7 +108,8 @@ def test_static_shared_variables_have_their_places():
 
 @pytest.mark.parametrize(
     "access, nbytes",
-    [("ld.shared.b32 %r1, [%s+2]", 4), ("ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%s+8]", 16), ("ld.shared.b64 %d1, [%s+4]", 8),
+    [("ld.shared.b32 %r1, [%s+2]", 4), ("ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%s+8]", 16),
+     ("ld.shared.b64 %d1, [%s+4]", 8),
      ("st.shared.b32 [%s+1], %tid", 4), ("st.shared.v2.b64 [%s+8], {%d1, %d1}", 16), ("st.shared.b16 [%s+3], %h1", 2)],
 )  # fmt: skip
 def test_misaligned_shared_access(access, nbytes):
@@ -183,8 +185,11 @@ def test_global_address_between_two_arrays_and_null():
     fails(Hazard, "mov.b64 %d1, 0;\nld.global.b32 %r1, [%d1]; // HERE\n", "[0x0, 0x4) is out of bounds", y=raw)
 
 
-@pytest.mark.parametrize("access, multiple", [("ld.global.b32 %r1, [%y+2]", 4), ("st.global.v2.b32 [%y+4], {%tid, %tid}", 8),
-                                              ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%y+8]", 16)])  # fmt: skip
+@pytest.mark.parametrize(
+    "access, multiple",
+    [("ld.global.b32 %r1, [%y+2]", 4), ("st.global.v2.b32 [%y+4], {%tid, %tid}", 8),
+     ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%y+8]", 16)],
+)  # fmt: skip
 def test_misaligned_global_access(access, multiple):
     y = aligned(64, np.uint32)
     fails(Hazard, f"{access}; // HERE\n", f"misaligned: it must be a multiple of {multiple}", "lane 0", y=y)
