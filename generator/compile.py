@@ -96,7 +96,8 @@ def emit_to_cache(plan: Plan) -> Path:
     text = emit_kernel(plan)
     folder = cache_dir() / "sources" / hashlib.sha256(text.encode()).hexdigest()[:16]
     path = kernel_path(plan, folder)
-    return path if path.is_file() else write_text(path, text)
+    current = path.is_file() and path.read_bytes() == text.encode()
+    return path if current else write_text(path, text)
 
 
 def check_budget(binary: Binary) -> None:

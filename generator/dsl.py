@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import linecache
 import platform
 import sys
 import tempfile
@@ -113,11 +114,16 @@ def trace_kernel(source: Path, spec: KernelSpec) -> Traced:
 
 
 def _import_file(source: Path, module_name: str) -> Any:
-    """The DSL reads functions' source through inspect, so the module must be a file's and be registered."""
+    """The DSL reads functions' source through inspect, so the module must be a file's and be registered.
+
+    Its code is compiled here and now: the interpreter's byte code cache tells files apart by second and size only.
+    """
     spec = importlib.util.spec_from_file_location(module_name, source)
     module = importlib.util.module_from_spec(spec)
+    code = compile(source.read_bytes(), str(source), "exec")
+    linecache.checkcache(str(source))
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    exec(code, module.__dict__)
     return module
 
 

@@ -6,11 +6,12 @@ it is linked with and in where the arrays are.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -102,8 +103,8 @@ def _check_scale(binary: Binary, scale: float | None) -> float:
     limit = "must be a positive finite number (the row maximum is taken before scaling)"
     remedy = "leave it out for 1/sqrt(head_dim)"
     try:
-        value = float(scale)
-    except (TypeError, ValueError):
+        value = ctypes.c_float(scale).value  # as the kernel will see it
+    except TypeError:
         raise CallError("scale", scale, limit, remedy) from None
     if not (0 < value < math.inf):
         raise CallError("scale", scale, limit, remedy)
@@ -182,6 +183,7 @@ def _error_name(status: int) -> str:
     return runtime.cudaError_t(status).name
 
 
+@cache  # a device does not change; refusals are not kept
 def check_device(arch: str, device: int = 0) -> None:
     """Raise RunError unless CUDA device `device` exists and can execute code for `arch`."""
     from cuda.bindings import runtime

@@ -84,6 +84,25 @@ def test_every_figure_that_differs_is_named(binary):
         check_budget(wrong)
 
 
+def test_an_edit_of_the_same_size_in_the_same_second_is_seen(plan, edited):
+    total = plan.budget.smem_total
+    path = edited(f"SMEM_BYTES = {total}", f"SMEM_BYTES = {total + 1024}")
+    wrong, stamp = path.read_text(), path.stat().st_mtime_ns
+    with pytest.raises(CompileError, match="dynamic shared memory"):
+        compile_kernel(plan, path, use_cache=False)
+    path.write_text(wrong.replace(f"SMEM_BYTES = {total + 1024}", f"SMEM_BYTES = {total}"))
+    os.utime(path, ns=(stamp, stamp))
+    assert compile_kernel(plan, path, use_cache=False).smem_bytes == total
+
+
+def test_an_edited_source_in_the_cache_is_written_again(plan, own_cache):
+    path = emit_to_cache(plan)
+    text = path.read_text()
+    path.write_text(text + "# edited\n")
+    assert emit_to_cache(plan) == path
+    assert path.read_text() == text
+
+
 def test_a_kernel_that_does_not_trace_is_an_error_with_its_file(plan, edited):
     with pytest.raises(CompileError, match=r"edited.py: \w+.*no_such_name"):
         compile_kernel(plan, edited("KV_STAGES = 1", "KV_STAGES = no_such_name"))

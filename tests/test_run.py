@@ -196,7 +196,7 @@ def test_refused_arrays(message):
     assert error.field and error.limit and error.remedy
 
 
-@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), "large"])
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), 1e300, 1e-60, "large"])
 def test_refused_scale(kernel, inputs, scale):
     with pytest.raises(CallError, match=r"^scale = .*: must be a positive finite number .*1/sqrt\(head_dim\)"):
         kernel(*inputs, scale=scale)
