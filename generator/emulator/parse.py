@@ -128,11 +128,18 @@ _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _LABEL = re.compile(r"\s*([$%\w]+)\s*:(?!:)")
 _REG_RANGE = re.compile(r"([%$\w]+)<(\d+)>$")
 _PARAM = re.compile(
-    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\b[^,\s]*\s*(?:\.\w+\s*)*(?:\.align\s+\d+\s+)?)?([$\w]+)(?:\[(\d+)\])?"
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.[a-z]+\s+)??(?:\.align\s+\d+\s+)?)?([$\w]+)(?:\[(\d+)\])?"
 )
 _VARIABLE = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([$\w]+)(?:\[(\d*)\])?")
 _INSTR = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _ENTRY = re.compile(r"\.entry\s+([$\w]+)\s*(?:\((.*?)\))?([^{;]*)\{", re.S)
+
+
+_SYMBOL = re.compile(r"[$\w]+$")
+_SPECIAL = re.compile(  # §10
+    r"%(?:(?:n?tid|n?ctaid|n?clusterid|cluster_n?ctaid)(?:\.[xyz])?|laneid|n?warpid|n?smid|gridid|cluster_n?ctarank"
+    r"|is_explicit_cluster|lanemask_\w+|clock\w*|globaltimer\w*|pm\d+\w*|envreg\d+|\w+_smem_\w+|current_graph_exec)$"
+)
 
 
 def _blank(match: re.Match) -> str:
@@ -207,8 +214,10 @@ class _KernelParser:
         reg = self.lookup(text, line)
         if reg is not None:
             return reg
-        if text[0] == "%":
+        if _SPECIAL.match(text):
             return Special(text)
+        if text[0] == "%" or not _SYMBOL.match(text):
+            raise PtxSyntaxError(f"PTX line {line}: register or operand {text!r} is not declared")
         return Symbol(text)
 
     def _register(self, text: str, line: int) -> Reg:
@@ -231,7 +240,7 @@ class _KernelParser:
             self.declare(text, line)
         elif text.startswith(".shared"):
             self.variable(text, line)
-        elif text.startswith((".pragma", ".loc")):
+        elif text.startswith(".pragma"):
             pass
         elif text.startswith("."):
             raise PtxSyntaxError(f"PTX line {line}: directive {text.split()[0]} is not supported inside a kernel")
@@ -316,7 +325,7 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-_EVENT = re.compile(r"[;{}]|^[ \t]*\.loc[^\n;]*\n", re.M)
+_EVENT = re.compile(r"[;{}]|^[ \t]*\.loc\s[^\n;]*\n", re.M)
 
 
 def _parse_body(parser: _KernelParser, text: str, start: int, line: int) -> int:
@@ -403,6 +412,6 @@ def parse_ptx(text: str) -> Module:
         _parse_body(parser, text, match.end(), text.count("\n", 0, match.end()) + 1)
         parser.finish()
         kernels[kernel.name] = kernel
-    if not kernels:
-        raise PtxSyntaxError("the PTX text holds no complete .entry")
+    if not kernels or len(kernels) != len(re.findall(r"\.entry\b", text)):
+        raise PtxSyntaxError("the PTX text holds no complete .entry, or one that was cut off before its body")
     return Module(target[1], version[1], kernels, files)
