@@ -26,6 +26,7 @@ import importlib.machinery
 import itertools
 import re
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,6 +98,9 @@ class Session:
     launches: list[Launch] = field(default_factory=list)
 
 
+# Undefined symbols of a host object that are the linker's or the C library's (a compiler may copy with a call).
+_NOT_OF_THE_RUNTIME = {"_GLOBAL_OFFSET_TABLE_", "memcpy", "memmove", "memset"}
+
 # Handles outlive a session: the compiled host function keeps them in its own static memory.
 _libraries: dict[int, str] = {}
 _kernels: dict[int, _Kernel] = {}
@@ -160,7 +164,7 @@ def redirect(host_object: bytes) -> bytes:
     for at in range(symbols + 24, symbols + symbols_size, 24):  # the first symbol is a null entry
         name_at, section = struct.unpack_from("<IxxH", image, at)
         name = table[name_at : table.index(0, name_at)].decode()
-        if section != 0 or name == "_GLOBAL_OFFSET_TABLE_":
+        if section != 0 or name in _NOT_OF_THE_RUNTIME:
             continue
         if name not in _exported:
             raise HostError(f"the host function needs {name!r}, which the emulated CUDA runtime does not export")
@@ -193,15 +197,15 @@ def _answers(*symbols: str) -> Callable[[Callable[[Session, Any], None]], Callab
 
 @ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(ctypes.c_uint64))
 def _dispatch(symbol: int, arguments: Any) -> int:
-    name = _symbols[symbol]
     sessions = _thread.__dict__.get("sessions")
-    if not sessions:
-        # Nothing to keep an exception in: the error code is all that the caller gets, ctypes prints the traceback.
-        return _refuse_without_session(name)
+    if not sessions:  # nothing to keep an exception in: an error code is all that the caller can get
+        print(f"bespoke host: {_symbols[symbol]} called outside of emulator.host.attached", file=sys.stderr)
+        return CUDA_ERROR_UNKNOWN
     session = sessions[-1]
-    if session.error is not None:
-        return CUDA_ERROR_UNKNOWN  # as in CUDA, an error sticks
     try:
+        if session.error is not None:
+            return CUDA_ERROR_UNKNOWN  # as in CUDA, an error sticks
+        name = _symbols[symbol]
         handler = _HANDLERS.get(name)
         if handler is None:
             raise HostError(f"the host function called {name}, which the emulated CUDA runtime does not implement")
@@ -210,13 +214,6 @@ def _dispatch(symbol: int, arguments: Any) -> int:
         session.error = error
         return CUDA_ERROR_UNKNOWN
     return CUDA_SUCCESS
-
-
-def _refuse_without_session(name: str) -> int:
-    import sys
-
-    print(f"bespoke host: {name} called outside of emulator.host.attached", file=sys.stderr)
-    return CUDA_ERROR_UNKNOWN
 
 
 _symbols: list[str] = []  # by index, as host.c numbers them
