@@ -32,10 +32,12 @@ def by_address(m, ws, active, instr, address):
 
 @effect(f"mbarrier.init{SHARED}.b64", "=a,u", "9.7.13.15.9")
 def mbarrier_init(m, ws, active, instr, address, count):
-    counts = ws.full(count)
-    value = int(counts.reshape(-1)[0] if active is None else counts[ws.full(active)][0])
+    offsets = ws.full(shared_offsets(m, ws, active, instr, address, 8))
+    lanes = np.ones(offsets.shape, bool) if active is None else ws.full(active)
     for offset, ctas, _ in by_address(m, ws, active, instr, address):
-        m.mbarriers.init(offset, ctas, value, m.where(ws, instr, True if active is None else active))
+        where = m.where(ws, instr, lanes & (offsets == offset))
+        value = _uniform(ws, lanes & (offsets == offset), count, where)
+        m.mbarriers.init(offset, ctas, value, where)
         m.smem.state[ctas, offset : offset + 8] = MBARRIER
 
 
@@ -64,7 +66,7 @@ def _uniform(ws, active, value, where) -> int:
     values = values.reshape(-1) if active is None else values[ws.full(active)]
     if values.min() != values.max():
         raise Hazard(
-            f"{where}: lanes arrive with different counts on one mbarrier, which the emulator does not support"
+            f"{where}: lanes give different counts to one mbarrier, which the emulator does not support"
         )
     return int(values[0])
 
