@@ -104,20 +104,22 @@ def activemask(m, ws, active, instr):
     return np.bitwise_or.reduce(np.where(lanes, np.uint32(1) << LANES, np.uint32(0)), axis=-1, keepdims=True)
 
 
+# operation, value that a lane outside the member mask contributes
+_REDUCE = {
+    "add": (np.add, lambda dtype: dtype(0)),
+    "min": (np.minimum, lambda dtype: np.iinfo(dtype).max),
+    "max": (np.maximum, lambda dtype: np.iinfo(dtype).min),
+    "and": (np.bitwise_and, lambda dtype: np.iinfo(dtype).max),
+    "or": (np.bitwise_or, lambda dtype: dtype(0)),
+    "xor": (np.bitwise_xor, lambda dtype: dtype(0)),
+}
+
+
 @effect("redux.sync.{add,min,max}.{u32,s32} redux.sync.{and,or,xor}.b32", "u=u,u", "9.7.13.10")
 def redux(m, ws, active, instr, value, mask):
     _check_converged(m, ws, active, instr)
-    parts = instr.opcode.split(".")
-    values = ws.full(value)
-    if parts[3] == "s32":
-        values = values.view(np.int32)
-    reduce = {
-        "add": np.add,
-        "min": np.minimum,
-        "max": np.maximum,
-        "and": np.bitwise_and,
-        "or": np.bitwise_or,
-        "xor": np.bitwise_xor,
-    }[parts[2]]
-    result = reduce.reduce(values, axis=-1, keepdims=True, dtype=values.dtype)
-    return result.view(np.uint32)
+    _, _, name, kind = instr.opcode.split(".")
+    dtype = np.int32 if kind == "s32" else np.uint32
+    operation, outside = _REDUCE[name]
+    members = np.where(_member(ws, active, mask), ws.full(value).view(dtype), dtype(outside(dtype)))
+    return operation.reduce(members, axis=-1, keepdims=True, dtype=dtype).view(np.uint32)
