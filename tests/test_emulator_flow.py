@@ -249,7 +249,6 @@ def test_an_unwritten_branch_condition():
 GUARDED = "a guarded write counts as a full definition (flow.solve_liveness, translate._find_checked)"
 
 
-@pytest.mark.xfail(strict=True, reason=GUARDED)
 def test_a_register_written_in_some_lanes_only():
     start = "setp.lt.u32 %p1, %tid, 11; @%p1 mov.u32 %r1, 4;"
     y = np.zeros(32, np.uint32)
@@ -276,7 +275,6 @@ def test_a_loop_carried_register_without_a_first_value():
     fails(Hazard, body, "reads register %r1")
 
 
-@pytest.mark.xfail(strict=True, reason=GUARDED)
 def test_a_wide_register_written_in_one_branch():
     body = "setp.eq.u32 %p1, %cta, 0; @%p1 mov.b64 %d1, {%tid, %tid};\nadd.u64 %d2, %d1, 1; // HERE\n"
     run(body)
@@ -305,6 +303,5 @@ def test_operands_that_do_not_fit_name_their_line(statement):
     fails(UnsupportedInstruction, f"{start}\n{statement}; // HERE\n")
 
 
-@pytest.mark.xfail(strict=True, reason="block.py: the message of a register that is too narrow has no PTX line")
 def test_a_register_that_is_too_narrow_names_its_line():
     fails(UnsupportedInstruction, "mov.b16 %h1, 0;\nadd.u32 %r1, %tid, %h1; // HERE\n")

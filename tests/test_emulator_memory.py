@@ -53,7 +53,6 @@ def test_a_narrow_load_extends_by_its_type(space, kind):
     assert (z.view(np.int64) == x.astype(np.int64)).all()
 
 
-@pytest.mark.xfail(strict=True, reason="block writer: a store's source register may be wider than its type (ISA 9.4.1)")
 def test_a_narrow_store_takes_the_low_bits_of_a_wider_register():
     y = np.zeros(32, np.uint8)
     run("add.u32 %r1, %tid, 0x1200; st.global.b8 [%y_g], %r1;", y=y)

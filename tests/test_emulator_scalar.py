@@ -251,7 +251,6 @@ def test_setp_writes_the_complement_too():
     assert (y == (x < 7)).all() and (z == (x >= 7)).all()
 
 
-@pytest.mark.xfail(strict=True, reason="translate.py writes q = !p")
 def test_the_complement_of_a_combined_setp_combines_the_complement():
     """setp.lt.and p|q, a, b, c: p = (a < b) and c, q = !(a < b) and c (ISA 9.7.6.2)."""
     x, y, z = np.arange(32, dtype=np.uint32), np.zeros(32, np.uint32), np.zeros(32, np.uint32)

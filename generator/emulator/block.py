@@ -58,6 +58,8 @@ class BlockWriter:
         self.values: dict[int, Value] = {}
         self.dirty: dict[int, None] = {}
         self.names = 0
+        self.line = 0  # of the instruction being written
+        self.active_guard: str | None = None  # its guard, once evaluated
 
     # -- names and values ---------------------------------------------------------------------------------------------
     def name(self) -> str:
@@ -92,7 +94,7 @@ class BlockWriter:
             return self.form(value, kind)
         source = next(iter(value.forms.values()))
         if BITS[kind] != value.bits:
-            raise UnsupportedInstruction(f"operand of {value.bits} bits used as type {kind!r}")
+            raise UnsupportedInstruction(f"PTX line {self.line}: operand of {value.bits} bits used as type {kind!r}")
         value.forms[kind] = self.let(f"{source}.view(T_{kind})")
         return value.forms[kind]
 
@@ -188,6 +190,10 @@ class BlockWriter:
             return self.form(self.value_of(operand, move), kind)
         value = self.load(operand)
         self.check_defined(operand, value, instr)
+        if value.bits > BITS[kind] and instr.opcode.startswith(("st.", "cvt.")):  # ISA 9.4.1: the low bits count
+            return self.let(
+                f"{self.form(value, CANONICAL[value.bits])}.astype(T_{CANONICAL[BITS[kind]]}).view(T_{kind})"
+            )
         if value.bits > BITS[kind]:
             raise UnsupportedInstruction(f"PTX line {instr.line}: {operand.name} is wider than {instr.opcode} reads")
         return self.form(value, kind)
@@ -210,7 +216,8 @@ class BlockWriter:
         """An instruction that is not a move uses `value`: it must have been written in every lane that runs."""
         shadow = self.shadow_of(value)
         if shadow is not None:
-            self.lines.append(f"m.check_register(ws, {shadow}, {reg.name!r}, {self.owner.info(instr)})")
+            needed = shadow if self.active_guard is None else f"{shadow} | ~{self.active_guard}"
+            self.lines.append(f"m.check_register(ws, {needed}, {reg.name!r}, {self.owner.info(instr)})")
 
     def shadow_of(self, value: Value) -> str | None:
         if value.halves is not None and not value.forms:
@@ -247,9 +254,11 @@ class BlockWriter:
         if instr.guard is None:
             return None
         name = self.read(instr.guard, "p", instr)
-        return self.let(f"~{name}") if instr.guard_negated else name
+        self.active_guard = self.let(f"~{name}") if instr.guard_negated else name
+        return self.active_guard
 
     def instruction(self, instr: Instr) -> None:
+        self.line, self.active_guard = instr.line, None
         if instr.opcode in MOVES:
             self.move(instr)
         elif instr.opcode in PARAM_LOADS:
@@ -313,9 +322,11 @@ class BlockWriter:
         arguments = ", ".join(self.read(o, k, instr) for o, k in zip(operands, kinds, strict=False))
         result = self.let(f"{function}({arguments})")
         dest = dests[0]
-        if isinstance(dest, Pair):  # setp p|q: q is the complement
+        if isinstance(dest, Pair):  # setp p|q: q is made from the complement of the comparison
+            combined = hasattr(entry.run, "complement")
+            other = self.let(f"{function}.complement({arguments})" if combined else f"~{result}")
             self.assign(dest.first, Value(1, {"p": result}), guard)
-            self.assign(dest.second, Value(1, {"p": self.let(f"~{result}")}), guard)
+            self.assign(dest.second, Value(1, {"p": other}), guard)
             return
         bits = BITS[kind]
         if isinstance(dest, Reg) and dest.bits != bits:  # ISA 9.4.1: a destination may be wider (zero or sign extended)

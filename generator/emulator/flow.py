@@ -130,8 +130,8 @@ def solve_liveness(kernel: Kernel, blocks: list[Block]) -> None:
                 used |= (1 << r.index) & ~defined
             for r in defs:
                 bit = 1 << r.index
-                wrote |= bit
                 if instr.guard is None:
+                    wrote |= bit
                     defined |= bit
                 else:
                     used |= bit & ~defined

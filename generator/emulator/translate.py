@@ -109,8 +109,9 @@ class Translator:
             for instr in self.kernel.instrs[block.start : block.stop]:
                 defs, uses = defs_and_uses(instr)
                 checked.update(r.index for r in uses if not defined >> r.index & 1)
-                for r in defs:
-                    defined |= 1 << r.index
+                if instr.guard is None:
+                    for r in defs:
+                        defined |= 1 << r.index
         return self._spread(checked)
 
     def _spread(self, checked: set[int]) -> set[int]:

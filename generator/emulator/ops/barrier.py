@@ -65,9 +65,7 @@ def _uniform(ws, active, value, where) -> int:
     values = ws.full(value)
     values = values.reshape(-1) if active is None else values[ws.full(active)]
     if values.min() != values.max():
-        raise Hazard(
-            f"{where}: lanes give different counts to one mbarrier, which the emulator does not support"
-        )
+        raise Hazard(f"{where}: lanes give different counts to one mbarrier, which the emulator does not support")
     return int(values[0])
 
 

@@ -398,6 +398,7 @@ def _combined(compare, combine):
     def run(a, b, c):
         return combine(compare(a, b), c)
 
+    run.complement = lambda a, b, c: combine(~compare(a, b), c)  # the second destination, p|q
     return run
 
 
