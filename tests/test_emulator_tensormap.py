@@ -1,0 +1,134 @@
+"""emulator/tensormap: the 128 bytes of a tensor map, decoded strictly."""
+
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from ptx_kernels import aligned, fails, tensor_map
+
+from generator.emulator import Hazard, UnsupportedInstruction
+from generator.emulator.tensormap import decode_tensor_map
+
+DTYPES = [np.uint8, np.uint32, np.float16, np.float32, ml_dtypes.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64,), (3, 32), (2, 5, 16), (2, 3, 4, 64), (2, 1, 3, 5, 16)])
+def test_sizes_strides_and_boxes_of_every_rank(dtype, shape):
+    array = aligned(shape, dtype)
+    box = (16, *(min(n, 4) for n in shape[-2::-1]))
+    found = decode_tensor_map(tensor_map(array, box))
+    assert found.address == array.ctypes.data and found.element_bytes == array.itemsize and found.rank == len(shape)
+    assert found.sizes == shape[::-1] and found.box == box and found.swizzle == 0
+    assert found.strides == array.strides[::-1]
+    assert found.box_bytes == np.prod(box) * array.itemsize
+    assert found.extent == array.nbytes
+
+
+@pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
+def test_swizzles(swizzle):
+    array = aligned((8, 64), np.float16)
+    assert decode_tensor_map(tensor_map(array, (8, 8), swizzle)).swizzle == swizzle
+
+
+def test_strides_beyond_32_bits():
+    array = aligned((2, 2, 2, 16), np.float16)
+    raw = tensor_map(array, (16, 1, 1, 1), words={3: 0xFFFFFFFF, 4: 5, 5: 0, 7: 0xF0A})
+    assert decode_tensor_map(raw).strides == (2, 0xAFFFFFFFF << 4, 5 << 4, 0xF << 36)
+
+
+def test_the_largest_sizes_and_boxes():
+    array = aligned((2, 16), np.uint8)
+    found = decode_tensor_map(tensor_map(array, (256, 256), words={8: 0xFFFFFFFF, 9: 0xFFFFFFFF}))
+    assert found.sizes == (2**32, 2**32) and found.box == (256, 256)
+
+
+def test_tf32_and_the_bits_without_meaning():
+    array = aligned((2, 16), np.float32)
+    plain = struct.unpack("<32I", tensor_map(array, (16, 2)))
+    expected = decode_tensor_map(tensor_map(array, (16, 2)))
+    for word in (plain[2] | 1 << 16, plain[2] | 1 << 21, plain[2] & ~(1 << 18)):
+        assert decode_tensor_map(tensor_map(array, (16, 2), words={2: word})) == expected
+    junk = {i: 0xDEADBEEF for i in range(15, 32)}
+    assert decode_tensor_map(tensor_map(array, (16, 2), words=junk)) == expected
+
+
+@pytest.mark.parametrize("bit", [0, 1, 2, 3, 12, 15, 17, 19, 20, *range(22, 32)])
+def test_unknown_bits_of_word_2_raise(bit):
+    array = aligned((2, 16), np.float16)
+    word = struct.unpack("<32I", tensor_map(array, (16, 2)))[2] ^ 1 << bit
+    with pytest.raises(UnsupportedInstruction, match=f"word 2 is {word:#010x}"):
+        decode_tensor_map(tensor_map(array, (16, 2), words={2: word}))
+
+
+@pytest.mark.parametrize("kind", [k for k in range(32) if k not in (0, 2, 6, 7, 10)])
+def test_unknown_element_types_raise(kind):
+    array = aligned((2, 16), np.uint8)
+    with pytest.raises(UnsupportedInstruction, match=f"element type {kind}"):
+        decode_tensor_map(tensor_map(array, (16, 2), words={2: 2 | 1 << 4 | kind << 7 | 1 << 18}))
+
+
+@pytest.mark.parametrize("rank", [6, 7, 8])
+def test_ranks_beyond_five_raise(rank):
+    array = aligned((2, 16), np.uint8)
+    with pytest.raises(UnsupportedInstruction, match=f"rank {rank}"):
+        decode_tensor_map(tensor_map(array, (16, 2), words={2: 2 | rank - 1 << 4 | 1 << 18}))
+
+
+@pytest.mark.parametrize("bit", range(24))
+def test_element_strides_raise(bit):
+    array = aligned((2, 16), np.uint8)
+    with pytest.raises(UnsupportedInstruction, match="element strides"):
+        decode_tensor_map(tensor_map(array, (16, 2), words={13: 15 << 24 | 1 << bit}))
+
+
+@pytest.mark.parametrize("inner, swizzle, nbytes", [(4, 0, 8), (17, 0, 34), (24, 1, 48), (64, 2, 128), (128, 3, 256)])
+def test_illegal_inner_boxes_raise(inner, swizzle, nbytes):
+    array = aligned((2, 256), np.float16)
+    with pytest.raises(UnsupportedInstruction, match=f"inner box of {nbytes} bytes"):
+        decode_tensor_map(tensor_map(array, (inner, 2), swizzle))
+
+
+# -- maps that a kernel cannot use -------------------------------------------------------------------------------------
+LOAD = (
+    "cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%s], [{map}, {{%r1, %r1}}], [%s+512]"
+)
+BODY = (
+    "setp.eq.u32 %p1, %tid, 0; mov.u32 %r1, 0; @%p1 mbarrier.init.shared.b64 [%s+512], 1;\n@%p1 " + LOAD + ";// HERE\n"
+)
+
+
+def test_a_tensor_that_reaches_outside_its_array():
+    array = aligned((8, 64), np.float16)
+    long = tensor_map(array, (8, 8), sizes=(64, 9))
+    fails(Hazard, BODY.format(map="%m"), "out of bounds", "sizes (64, 9)", m=long, known={"q": array})
+
+
+def test_a_map_that_is_not_a_parameter():
+    array = aligned((8, 64), np.float16)
+    fails(Hazard, BODY.format(map="%array"), "which is not a kernel parameter", array=array)
+    fails(Hazard, BODY.format(map="%m+64"), "which is not a kernel parameter", m=tensor_map(array, (8, 8)), array=array)
+
+
+def test_a_map_that_is_not_aligned():
+    array = aligned((8, 64), np.float16)
+    raw = tensor_map(array, (8, 8))
+    fails(
+        Hazard,
+        BODY.format(map="%m+32"),
+        "parameter offset 32, which is not a multiple of 64",
+        m=bytes(32) + raw + bytes(32),
+        known={"q": array},
+    )
+
+
+def test_coordinates_must_match_the_rank():
+    array = aligned((2, 8, 64), np.float16)
+    fails(
+        Hazard,
+        BODY.format(map="%m"),
+        "2 coordinates for a tensor map of rank 3",
+        m=tensor_map(array, (8, 8, 2)),
+        known={"q": array},
+    )
