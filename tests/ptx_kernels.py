@@ -148,3 +148,50 @@ def instruction_descriptor(
     kind = 1 if bf16 else 0
     flags = negate_a << 13 | negate_b << 14 | a_mn << 15 | b_mn << 16
     return 1 << 4 | kind << 7 | kind << 10 | flags | (n >> 3) << 17 | (m >> 4) << 24
+
+
+ALLOC = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32"
+DEALLOC = "tcgen05.dealloc.cta_group::1.sync.aligned.b32"
+
+
+def with_tmem(body: str, columns: int = 512, slot: int = 0, free: bool = True) -> str:
+    """`body` between an allocation by warp 0 (its base in %r150, this warp's lanes in %r151) and its end."""
+    end = f"bar.sync 0; @%p14 bra END; {DEALLOC} %r150, {columns}; END:" if free else ""
+    return f"""setp.ge.u32 %p14, %tid, 32; @%p14 bra ALLOCATED; {ALLOC} [%s+{slot}], {columns};
+ALLOCATED: bar.sync 0; ld.shared.b32 %r150, [%s+{slot}]; shr.u32 %r151, %tid, 5; and.b32 %r151, %r151, 3;
+shl.b32 %r151, %r151, 21; add.u32 %r151, %r150, %r151;
+{body}
+{end}"""
+
+
+def operand_layout(rows: int, k: int, mn_major: bool, swizzle: int):
+    """Canonical layout of a 16-bit operand [rows, k] at a 1024-aligned base (facts/ptx.md §3.3).
+
+    Returns the byte offset of every element, the size of the image, LBO, SBO, and the start of each step of 16 k.
+    """
+    mn, kk = np.meshgrid(np.arange(rows), np.arange(k), indexing="ij")
+    span = 16 << swizzle
+    steps = np.arange(0, k, 16)
+    if not mn_major and swizzle == 0:
+        sbo, lbo = 128, rows * 16
+        linear, starts = mn % 8 * 16 + mn // 8 * sbo + kk // 8 * lbo + kk % 8 * 2, steps // 8 * lbo
+    elif not mn_major:
+        sbo, lbo, wide = 8 * span, 16, span // 2
+        linear = mn % 8 * span + mn // 8 * sbo + kk % wide * 2 + kk // wide * rows * span
+        starts = steps % wide * 2 + steps // wide * rows * span
+    elif swizzle == 0:
+        sbo, lbo = 128, rows * 16
+        linear, starts = mn % 8 * 2 + mn // 8 * sbo + kk % 8 * 16 + kk // 8 * lbo, steps // 8 * lbo
+    else:
+        sbo, lbo, wide = 8 * span, k * span, span // 2
+        linear, starts = mn % wide * 2 + mn // wide * lbo + kk % 8 * span + kk // 8 * sbo, steps // 8 * sbo
+    nbytes = -(-(int(linear.max()) + 2) // 1024) * 1024
+    return swizzle_address(linear, swizzle), nbytes, lbo, sbo, starts.tolist()
+
+
+def operand_image(values: np.ndarray, mn_major: bool, swizzle: int) -> np.ndarray:
+    """Bytes in shared memory of a 16-bit operand [rows, k]."""
+    offsets, nbytes, *_ = operand_layout(*values.shape, mn_major, swizzle)
+    image = np.zeros(nbytes // 2, np.uint16)
+    image[offsets // 2] = values.view(np.uint16)
+    return image.view(np.uint8)

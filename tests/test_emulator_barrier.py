@@ -105,6 +105,47 @@ def test_ctas_have_barriers_of_their_own():
     assert y.reshape(4, 32).all(axis=1).tolist() == [False, False, True, True]
 
 
+def test_one_elected_lane_waits_while_the_others_go_on():
+    """A load or MMA warp as the compiler writes it: one lane spins, the rest wait for it at the join."""
+    y = np.zeros(64, np.uint32)
+    run(
+        f"""{INIT.format(count=1)} setp.ge.u32 %p2, %tid, 32; @%p2 bra PRODUCE; elect.sync _|%p3, -1; @!%p3 bra JOIN;
+        {wait(0)} ld.shared.b32 %r1, [%s+16]; add.u32 %r1, %r1, 1; st.shared.b32 [%s+20], %r1;
+        JOIN: bar.warp.sync -1; ld.shared.b32 %r2, [%s+20]; st.global.b32 [%y_g], %r2; bra END;
+        PRODUCE: setp.eq.u32 %p4, %tid, 32; mov.u32 %r3, 41; @%p4 st.shared.b32 [%s+16], %r3;
+        @%p4 mbarrier.arrive.shared.b64 _, [%s]; END: bar.sync 0;""",
+        block=64,
+        y=y,
+    )
+    assert (y[:32] == 42).all() and (y[32:] == 0).all()
+
+
+def test_a_probe_whose_result_is_used_later():
+    y = np.zeros(32, np.uint32)
+    run(
+        f"""{INIT.format(count=1)} mbarrier.try_wait.parity.shared.b64 %p2, [%s], 0; selp.u32 %r1, 1, 0, %p2; @%p1
+        mbarrier.arrive.shared.b64 _, [%s]; @%p2 bra DONE; {wait(0)} add.u32 %r1, %r1, 2;
+        DONE: mbarrier.try_wait.parity.shared.b64 %p3, [%s], 0; @%p3 add.u32 %r1, %r1, 4; st.global.b32 [%y_g], %r1;""",
+        y=y,
+    )
+    assert (y == 6).all()
+
+
+def test_warps_wait_for_different_barriers_at_one_instruction():
+    """Warp w waits for mbarrier w, which warp w - 1 completes after its own wait: a chain through one spin loop."""
+    y = np.zeros(128, np.uint32)
+    run(
+        f"""shr.u32 %r1, %tid, 5; mad.lo.u32 %r2, %r1, 8, %s; and.b32 %r3, %tid, 31; setp.eq.u32 %p1, %r3, 0;
+        @%p1 mbarrier.init.shared.b64 [%r2], 1; @%p1 st.shared.b32 [%r2+64], %r1; bar.sync 0; setp.ne.u32 %p2, %r1, 0;
+        @!%p2 bra GO; {wait(0, "[%r2]")} GO: ld.shared.b32 %r4, [%s+64]; bar.warp.sync -1; add.u32 %r4, %r4, 1;
+        @%p1 st.shared.b32 [%s+64], %r4; setp.lt.u32 %p3, %r1, 3; and.pred %p4, %p1, %p3;
+        @%p4 mbarrier.arrive.shared.b64 _, [%r2+8]; st.global.b32 [%y_g], %r4;""",
+        block=128,
+        y=y,
+    )
+    assert (y == np.arange(128) // 32 + 1).all()
+
+
 # -- misuse ------------------------------------------------------------------------------------------------------------
 def test_too_many_arrivals():
     body = INIT.format(count=3) + "\nmbarrier.arrive.shared.b64 _, [%s]; // HERE\n"
