@@ -378,13 +378,11 @@ def test_an_operand_that_tma_overwrites_before_the_mma_is_done():
 RESERVED = "reserved bits of descriptors are not checked (ops/tcgen05.py: decode_idesc, shared_operand)"
 
 
-@pytest.mark.xfail(strict=True, reason=RESERVED)
 @pytest.mark.parametrize("bit", [3, 6, 23, 29])
 def test_reserved_bits_of_the_instruction_descriptor(bit):
     broken((Hazard, UnsupportedInstruction), issue(0, A, B, ONE.idesc | 1 << bit, False), "instruction descriptor")
 
 
-@pytest.mark.xfail(strict=True, reason=RESERVED)
 @pytest.mark.parametrize("bit", [14, 15, 30, 31, 53, 60])
 def test_reserved_bits_of_the_shared_memory_descriptor(bit):
     broken((Hazard, UnsupportedInstruction), issue(0, A | 1 << bit, B, ONE.idesc, False), "shared-memory descriptor")

@@ -191,7 +191,6 @@ def test_another_warps_wait_does_not_count():
     fails(Hazard, with_tmem(body), "tcgen05.wait::st", block=256)
 
 
-@pytest.mark.xfail(strict=True, reason="the hazard names the first warp of the batch, not the one that reads")
 def test_each_warp_waits_for_its_own_store():
     """Warp 0 stores and waits; warp 1 stores only."""
     body = f"{ST}.x1.b32 [%r151], {{%tid}}; setp.ge.u32 %p1, %tid, 32; @%p1 bra JOIN; {WAIT}"

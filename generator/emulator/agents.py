@@ -12,23 +12,39 @@ from collections.abc import Callable
 import numpy as np
 
 
-class Entry:
-    """One asynchronous operation of several CTAs.
+class CtaSets:
+    """Sets of CTAs as bits of an int, and back to index arrays; both directions are remembered."""
 
-    `slots` int [n_cta]: the mbarrier slot it signals on completion, -1 for none; `remaining` bool [n_cta];
-    `complete(ctas)` takes effect in those CTAs; `fifo` marks tensor-core work, which completes in issue order.
+    def __init__(self):
+        self._arrays: dict[int, np.ndarray] = {}
+
+    def bits(self, ctas: np.ndarray) -> int:
+        """Index array, ascending → bits."""
+        found = 0
+        for cta in ctas.tolist():
+            found |= 1 << cta
+        self._arrays.setdefault(found, ctas)
+        return found
+
+    def array(self, bits: int) -> np.ndarray:
+        """Bits → index array, ascending."""
+        found = self._arrays.get(bits)
+        if found is None:
+            found = self._arrays[bits] = np.array([i for i in range(bits.bit_length()) if bits >> i & 1])
+        return found
+
+
+class Entry:
+    """One asynchronous operation of several CTAs, each set of them a CtaSets int.
+
+    `remaining`: where it is not complete; `signals`: mbarrier slot → CTAs where completing it signals that mbarrier;
+    `complete(bits)` takes effect there; `fifo` marks tensor-core work, which completes in issue order.
     """
 
-    __slots__ = ("remaining", "slots", "complete", "fifo", "line")
+    __slots__ = ("remaining", "signals", "complete", "fifo")
 
-    def __init__(
-        self, n_cta: int, ctas: np.ndarray, slots, complete: Callable[[np.ndarray], None], fifo: bool, line: int
-    ):
-        self.remaining = np.zeros(n_cta, bool)
-        self.remaining[ctas] = True
-        self.slots = np.full(n_cta, -1, np.int64)
-        self.slots[ctas] = slots
-        self.complete, self.fifo, self.line = complete, fifo, line
+    def __init__(self, ctas: int, signals: dict[int, int], complete: Callable[[int], None], fifo: bool):
+        self.remaining, self.signals, self.complete, self.fifo = ctas, signals, complete, fifo
 
 
 class AsyncQueue:
@@ -36,65 +52,55 @@ class AsyncQueue:
 
     def __init__(self, machine):
         self.machine = machine
+        self.sets = CtaSets()
         self.entries: list[Entry] = []
 
-    def add(
-        self, ctas: np.ndarray, slots, complete: Callable[[np.ndarray], None], line: int, fifo: bool = False
-    ) -> None:
-        self.entries.append(Entry(self.machine.n_cta, ctas, slots, complete, fifo, line))
+    def add(self, ctas: int, signals: dict[int, int], complete: Callable[[int], None], fifo: bool = False) -> None:
+        self.entries.append(Entry(ctas, signals, complete, fifo))
 
     def advance(self) -> bool:
         """Complete one entry a CTA; False when nothing is left to complete."""
         if not self.entries:
             return False
-        wanted = self._wanted_slots()
-        progressed = self._complete_where(
-            lambda entry: wanted[entry.slots, np.arange(len(entry.slots))] & (entry.slots >= 0), None
-        )
-        if not progressed.all():  # CTAs where nobody waits for an entry of theirs: their oldest one
-            self._complete_where(lambda entry: ~progressed, progressed)
-        self.entries = [e for e in self.entries if e.remaining.any()]
+        wanted = self._wanted()
+        done = 0
+        for position, entry in enumerate(self.entries):
+            awaited = 0
+            for slot, ctas in entry.signals.items():
+                awaited |= ctas & wanted.get(slot, 0)
+            done |= self._complete(position, entry.remaining & awaited & ~done)
+        for position, entry in enumerate(
+            self.entries
+        ):  # CTAs where nobody waits for an entry of theirs: the oldest one
+            done |= self._complete(position, entry.remaining & ~done)
+        self.entries = [entry for entry in self.entries if entry.remaining]
         return True
 
-    def _wanted_slots(self) -> np.ndarray:
-        """bool [slot + 1, n_cta]: some sleeping warp of the CTA waits for that mbarrier."""
+    def _wanted(self) -> dict[int, int]:
+        """mbarrier slot → CTAs where a sleeping warp waits for it."""
         m = self.machine
-        wanted = np.zeros((len(m.mbarriers.offsets) + 1, m.n_cta), bool)
         asleep = (m.pc != len(m.program.blocks)) & ~m.barred & (m.stalled == m.pc)
         warps, ctas = np.nonzero(asleep)
-        wanted[m.wait_slot[warps, ctas], ctas] = True
+        wanted: dict[int, int] = {}
+        for slot, cta in set(zip(m.wait_slot[warps, ctas].tolist(), ctas.tolist(), strict=True)):
+            wanted[slot] = wanted.get(slot, 0) | 1 << cta
         return wanted
 
-    def _complete_where(self, condition, done: np.ndarray | None) -> np.ndarray:
-        done = np.zeros(self.machine.n_cta, bool) if done is None else done.copy()
-        for position, entry in enumerate(self.entries):
-            chosen = entry.remaining & ~done & condition(entry)
-            if not chosen.any():
-                continue
-            if entry.fifo:
-                self._complete_fifo(position, chosen)
-            else:
-                entry.remaining &= ~chosen
-                entry.complete(np.nonzero(chosen)[0])
-            done |= chosen
-        return done
-
-    def _complete_fifo(self, position: int, chosen: np.ndarray) -> None:
-        """Complete tensor-core work up to and including `position`; runs of MMAs go together so that they can be
-        fused.
-        """
-        for entry in self.entries[: position + 1]:
-            if entry.fifo:
+    def _complete(self, position: int, chosen: int) -> int:
+        """Complete an entry in `chosen` CTAs, and tensor-core work before it if it is such work; returns `chosen`."""
+        if chosen:
+            last = self.entries[position]
+            for entry in self.entries[: position + 1] if last.fifo else (last,):
                 now = entry.remaining & chosen
-                if now.any():
+                if now and entry.fifo == last.fifo:
                     entry.remaining &= ~now
-                    entry.complete(np.nonzero(now)[0])
+                    entry.complete(now)
+        return chosen
 
     def drain(self) -> None:
         """Every warp has exited: what is left completes in issue order."""
         for entry in self.entries:
-            if entry.remaining.any():
-                left = np.nonzero(entry.remaining)[0]
-                entry.remaining[:] = False
+            if entry.remaining:
+                left, entry.remaining = entry.remaining, 0
                 entry.complete(left)
         self.entries = []

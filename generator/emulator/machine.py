@@ -16,9 +16,9 @@ from .barriers import Mbarriers, NamedBarriers
 from .errors import Deadlock, Hazard
 from .labels import Labels
 from .memory import GlobalMemory, SharedMemory, TensorMemory
-from .ops.tcgen05 import TensorCore
 from .ops.tma import check_bulk_at_exit
 from .parse import Instr
+from .tensorcore import TensorCore
 from .translate import Program
 from .warps import LANES, Warps
 
@@ -28,10 +28,11 @@ REGISTER_DTYPE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 class Where:
     """Formats as "PTX line 12 (st.shared.b32), CTA (0, 1, 0), warp 3, lane 5, address 0x440"."""
 
-    __slots__ = ("machine", "ws", "instr", "lanes", "address")
+    __slots__ = ("machine", "ws", "instr", "lanes", "address", "phase")
 
-    def __init__(self, machine: Machine, ws: Warps, instr: Instr, lanes, address):
+    def __init__(self, machine: Machine, ws: Warps, instr: Instr, lanes, address, phase: str = ""):
         self.machine, self.ws, self.instr, self.lanes, self.address = machine, ws, instr, lanes, address
+        self.phase = phase
 
     def __str__(self) -> str:
         lanes = np.asarray(self.lanes)
@@ -41,10 +42,10 @@ class Where:
         if self.address is not None:
             at = int(np.argmax(self.ws.full(lanes).reshape(-1)))
             text += f", address {int(self.ws.full(self.address).reshape(-1)[at]):#x}"
-        return text
+        return text + self.phase
 
-    def during(self, phase: str) -> str:
-        return f"{self}, {phase}"
+    def during(self, phase: str) -> Where:
+        return Where(self.machine, self.ws, self.instr, self.lanes, self.address, f", {phase}")
 
 
 class Machine:

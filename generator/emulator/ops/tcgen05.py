@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..descriptors import Operand, decode_idesc, shared_operand
 from ..errors import Hazard, UnsupportedInstruction
-from ..formats import bf16_to_f32, f16_to_f32
-from ..memory import MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD, WINDOW_BASE, take_chunks
+from ..memory import MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD
 from ..table import effect
+from ..tensorcore import Mma, check_columns, require_shared, require_tmem
 from .barrier import by_address
 from .memory import shared_offsets
 
@@ -82,8 +83,9 @@ def _cells(m, ws, active, instr, address, columns: int):
         )
     values = np.asarray(address)
     per_warp = ws.full(values).reshape(-1, 32)
-    if (per_warp != per_warp[:, :1]).any():
-        raise Hazard(f"{m.where(ws, instr)}: the lanes of a warp give different TMEM addresses")
+    uneven = (per_warp != per_warp[:, :1]).any(axis=1)
+    if uneven.any():
+        raise Hazard(f"{_at_warps(m, ws, instr, uneven)}: the lanes of a warp give different TMEM addresses")
     taddr = per_warp[:, 0].astype(np.int64)
     warps, ctas = ws.flat_pairs()
     quarter, column, lane = warps % 4, taddr & 0xFFFF, taddr >> 16
@@ -91,24 +93,38 @@ def _cells(m, ws, active, instr, address, columns: int):
     if foreign.any():
         at = int(np.argmax(foreign))
         raise Hazard(
-            f"{m.where(ws, instr, True)}: warp {warps[at]} of CTA {m.name_cta(ctas[at])} addresses TMEM "
-            f"lane {lane[at]} (column {column[at]}), "
+            f"{_at_warps(m, ws, instr, foreign)}: the warp addresses TMEM lane {lane[at]} (column {column[at]}), "
             f"but may touch only lanes {quarter[at] * 32} to {quarter[at] * 32 + 31}"
         )
-    if (column + columns > COLUMNS).any():
+    outside = column + columns > COLUMNS
+    if outside.any():
         raise Hazard(
-            f"{m.where(ws, instr)}: TMEM columns {int(column.max())} to {int(column.max()) + columns - 1} "
-            "are out of bounds (512 columns)"
+            f"{_at_warps(m, ws, instr, outside)}: TMEM columns {int(column.max())} to "
+            f"{int(column.max()) + columns - 1} are out of bounds (512 columns)"
         )
     wide = column[:, None] + np.arange(columns)
     free = ~m.tmem.allocated[wide, ctas[:, None]]
     if free.any():
         at = np.argwhere(free)[0]
-        raise Hazard(
-            f"{m.where(ws, instr)}: TMEM column {int(wide[tuple(at)])} is not allocated in CTA "
-            f"{m.name_cta(ctas[at[0]])}"
-        )
+        place = f"{m.labels.column_at(int(wide[tuple(at)]))} is not allocated in CTA {m.name_cta(ctas[at[0]])}"
+        raise Hazard(f"{_at_warps(m, ws, instr, free.any(axis=1))}: {place}")
     return quarter, ctas, column
+
+
+def _at_warps(m, ws, instr, bad: np.ndarray):
+    """Where the first warp in `bad` (bool, one a warp of the batch) stands."""
+    return m.where(ws, instr, bad.reshape(*ws.lead, 1))
+
+
+def _require_cells(m, ws, instr, states, column, illegal: np.ndarray, what: tuple[str, str]) -> None:
+    """Raise if any cell is in an illegal state; `states` u8 [columns, …] with the batch in two of the other axes."""
+    if illegal.any():
+        bad = illegal.any(axis=(0, 2))
+        first = int(np.argmax(bad.reshape(-1)))
+        which = int(np.argmax(np.moveaxis(illegal, 2, -1).any(axis=-1).reshape(len(illegal), -1)[:, first]))
+        code = int(states[illegal][0])
+        place = m.labels.column_at(int(column[first]) + which)
+        raise Hazard(f"{_at_warps(m, ws, instr, bad)}: {what[0]} {place}, which may not be {what[1]}: {REASONS[code]}")
 
 
 def _block(ws, quarter, column):
@@ -135,13 +151,7 @@ def ld_32x32b(m, ws, active, instr, address):
         wide = (column[:, None] + np.arange(columns)).T
         values = m.tmem.data[wide, quarter, ctas].reshape(columns, *ws.lead, 32)
         states = m.tmem.state[wide, quarter, :, ctas]
-    if (states != VALID).any():
-        code = int(states[states != VALID][0])
-        bad = int(np.argwhere((states != VALID).reshape(columns, -1).any(axis=1))[0, 0])
-        raise Hazard(
-            f"{m.where(ws, instr)}: reads {m.labels.column_at(int(column[0]) + bad)}, which may not be "
-            f"read: {REASONS[code]}"
-        )
+    _require_cells(m, ws, instr, states, column, states != VALID, ("reads", "read"))
     return tuple(values)
 
 
@@ -159,11 +169,7 @@ def st_32x32b(m, ws, active, instr, address, values):
         for i, value in enumerate(values):
             m.tmem.data[wide[i], quarter, ctas] = ws.full(value).reshape(-1, 32)
         old = m.tmem.state[wide, quarter, :, ctas]
-    if (old == MMA_PENDING).any():
-        raise Hazard(
-            f"{m.where(ws, instr)}: tcgen05.st writes {columns} columns from "
-            f"{m.labels.column_at(int(column[0]))} on although {REASONS[MMA_PENDING]}"
-        )
+    _require_cells(m, ws, instr, old, column, old == MMA_PENDING, ("writes", "written"))
     _mark(m, quarter, ctas, column, columns, ST_PENDING)
     m.stores.append((ws, quarter, ctas, column, columns))
 
@@ -219,129 +225,6 @@ def fence(m, ws, active, instr):
 
 
 # -- tcgen05.mma and commit, §9.7.16.10 --------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Operand:
-    """An MMA operand in shared memory: indices of its 16-byte chunks.
-
-    K-major: `chunks` [rows, 2] of eight k each; MN-major: [16 k, rows / 8] of eight rows each.
-    """
-
-    chunks: np.ndarray
-    mn_major: bool
-    low: int  # shared offsets that the tile spans, in bytes
-    high: int
-
-
-_operands: dict[tuple[int, int, bool], Operand] = {}
-
-
-def shared_operand(descriptor: int, rows: int, mn_major: bool, where: str) -> Operand:
-    """Decode a shared-memory descriptor (§9.7.16.4.1, Table 40) of a 16-bit operand of `rows` rows and 16 k."""
-    key = (descriptor, rows, mn_major)
-    if key in _operands:
-        return _operands[key]
-    start, lbo, sbo = (descriptor & 0x3FFF) << 4, (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
-    if descriptor >> 46 & 7 != 1:
-        raise Hazard(f"{where}: shared-memory descriptor {descriptor:#018x}: bits 46-48 must be 0b001")
-    if descriptor >> 49 & 7:
-        raise UnsupportedInstruction(
-            f"{where}: shared-memory descriptor {descriptor:#018x}: a base offset other than 0 is not supported"
-        )
-    if descriptor >> 52 & 1:
-        raise UnsupportedInstruction(
-            f"{where}: shared-memory descriptor {descriptor:#018x}: absolute leading-dimension mode is not supported"
-        )
-    bits = {0: 0, 2: 3, 4: 2, 6: 1}.get(descriptor >> 61)
-    if bits is None:
-        raise UnsupportedInstruction(
-            f"{where}: shared-memory descriptor {descriptor:#018x}: swizzle mode {descriptor >> 61} is not supported"
-        )
-    span = 16 << bits
-    if not mn_major:
-        row, chunk = np.arange(rows)[:, None], np.arange(2)[None]
-        linear = start + row % 8 * (span if bits else 16) + row // 8 * sbo + chunk * (16 if bits else lbo)
-    else:
-        k, group = np.arange(16)[:, None], np.arange(rows // 8)[None]
-        if bits:
-            wide = span // 2 // 8
-            linear = start + group % wide * 16 + group // wide * lbo + k % 8 * span + k // 8 * sbo
-        else:
-            linear = start + group * sbo + k % 8 * 16 + k // 8 * lbo
-    address = linear ^ ((linear >> 3) & (((1 << bits) - 1) << 4))
-    chunks = (address - WINDOW_BASE) >> 4
-    found = _operands[key] = Operand(chunks, mn_major, int(chunks.min()) * 16, int(chunks.max() + 1) * 16)
-    return found
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What an instruction descriptor (§9.7.16.4.2, Table 42) says."""
-
-    m: int
-    n: int
-    a_bf16: bool
-    b_bf16: bool
-    a_mn: bool
-    b_mn: bool
-    a_sign: int
-    b_sign: int
-
-
-_shapes: dict[int, Shape] = {}
-
-
-def decode_idesc(idesc: int, where: str) -> Shape:
-    """Decode the instruction descriptor of kind::f16 with float32 accumulation."""
-    if idesc in _shapes:
-        return _shapes[idesc]
-    if idesc & 7 or idesc >> 4 & 3 != 1 or idesc >> 30:
-        raise UnsupportedInstruction(
-            f"{where}: instruction descriptor {idesc:#010x}: only dense float32 accumulation is supported"
-        )
-    if (idesc >> 7 & 7) > 1 or (idesc >> 10 & 7) > 1:
-        raise Hazard(f"{where}: instruction descriptor {idesc:#010x}: kind::f16 takes f16 or bf16 operands")
-    shape = Shape(
-        (idesc >> 24 & 31) << 4,
-        (idesc >> 17 & 63) << 3,
-        bool(idesc >> 7 & 1),
-        bool(idesc >> 10 & 1),
-        bool(idesc >> 15 & 1),
-        bool(idesc >> 16 & 1),
-        -1 if idesc >> 13 & 1 else 1,
-        -1 if idesc >> 14 & 1 else 1,
-    )
-    if shape.m != 128:
-        raise UnsupportedInstruction(f"{where}: M = {shape.m}: only M = 128 is supported with cta_group::1 so far")
-    if not 16 <= shape.n <= 256 or shape.n % 16:
-        raise Hazard(f"{where}: N = {shape.n} with M = 128: N must be a multiple of 16 from 16 to 256")
-    _shapes[idesc] = shape
-    return shape
-
-
-@dataclass
-class Mma:
-    """One tcgen05.mma in one set of CTAs that agree on every operand."""
-
-    ctas: np.ndarray
-    d: int
-    shape: Shape
-    a: Operand | int  # shared chunks, or the first TMEM column
-    b: Operand
-    accumulate: bool
-    where: object
-
-    def fuses_with(self, later: Mma) -> bool:
-        """Same accumulator and kind of operands, and `later` adds to it: their k extents may be concatenated."""
-        return (
-            later.accumulate
-            and later.d == self.d
-            and later.shape == self.shape
-            and isinstance(later.a, int) == isinstance(self.a, int)
-            and len(later.ctas) == len(self.ctas)
-            and bool((later.ctas == self.ctas).all())
-        )
-
-
 @effect(
     "tcgen05.mma.cta_group::1.kind::f16"
     "{,.collector::a::discard,.collector::a::lastuse,.collector::a::fill,.collector::a::use}",
@@ -374,15 +257,15 @@ def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=None, sc
     chosen = ctas[rows]
     for key in dict.fromkeys(columns):
         same = np.array([c == key for c in columns])
-        _issue(m, chosen[same], a[0], *key, where, instr.line)
+        _issue(m, chosen[same], a[0], *key, where)
 
 
-def _issue(m, ctas, a_kind, d, a, b, idesc, accumulate, where, line) -> None:
+def _issue(m, ctas, a_kind, d, a, b, idesc, accumulate, where) -> None:
     shape = decode_idesc(idesc, where)
     if d >> 16:
         raise Hazard(f"{where}: the accumulator's TMEM address {d:#x} must start at lane 0")
     ctas = np.sort(ctas)
-    _check_columns(m, ctas, d, shape.n, "accumulator", where)
+    check_columns(m, ctas, d, shape.n, "accumulator", where)
     state = m.tmem.state[d : d + shape.n, :, :, ctas]
     if (state == ST_PENDING).any():
         raise Hazard(f"{where}: the accumulator may not be used: {REASONS[ST_PENDING]}")
@@ -394,124 +277,17 @@ def _issue(m, ctas, a_kind, d, a, b, idesc, accumulate, where, line) -> None:
     if a_kind == "tmem":
         if a >> 16 or shape.a_mn:
             raise Hazard(f"{where}: A in TMEM must start at lane 0 and cannot be transposed")
-        _check_columns(m, ctas, a, 8, "A operand", where)
-        _require_tmem(m, ctas, a, 8, where, (VALID,))
+        check_columns(m, ctas, a, 8, "A operand", where)
+        require_tmem(m, ctas, a, 8, where, (VALID,))
         operand_a: Operand | int = a
     else:
         operand_a = shared_operand(a, shape.m, shape.a_mn, where)
-        _require_shared(m, ctas, operand_a, "A", where)
+        require_shared(m, ctas, operand_a, "A", where)
     operand_b = shared_operand(b, shape.n, shape.b_mn, where)
-    _require_shared(m, ctas, operand_b, "B", where)
+    require_shared(m, ctas, operand_b, "B", where)
     m.tmem.state[d : d + shape.n, :, :, ctas] = MMA_PENDING
-    m.tensor_core.issue(Mma(ctas, d, shape, operand_a, operand_b, bool(accumulate), where), line)
-
-
-def _check_columns(m, ctas, start, count, what, where) -> None:
-    if start + count > COLUMNS or not m.tmem.allocated[start : start + count, ctas].all():
-        raise Hazard(f"{where}: {what} in TMEM columns {start} to {start + count - 1}, which are not all allocated")
-
-
-def _require_tmem(m, ctas, start, count, where, legal) -> None:
-    state = m.tmem.state[start : start + count, :, :, ctas]
-    bad = ~np.isin(state, legal)
-    if bad.any():
-        raise Hazard(
-            f"{where}: the A operand at {m.labels.column_at(start + int(np.argwhere(bad)[0, 0]))} may not "
-            f"be read: {REASONS[int(state[bad][0])]}"
-        )
-
-
-def _require_shared(m, ctas, operand: Operand, name: str, where: str) -> None:
-    if operand.low < 0 or operand.high > m.smem.size:
-        raise Hazard(
-            f"{where}: the descriptor of {name} reaches shared offsets {operand.low} to "
-            f"{operand.high - 1}, the CTA has {m.smem.size} bytes"
-        )
-    found = m.smem.invalid_chunk(ctas, operand.chunks)
-    if found is not None:
-        cta, chunk, state = found
-        raise Hazard(
-            f"{where}: operand {name} of CTA {m.name_cta(cta)} at {m.labels.shared_at(chunk * 16)} may not "
-            f"be read: {REASONS[state]}"
-        )
-
-
-class TensorCore:
-    """Runs queued MMAs in issue order; neighbours that accumulate onto each other become one matrix product."""
-
-    def __init__(self, machine):
-        self.machine = machine
-        self.waiting: list[Mma] = []
-        self.issued: list[tuple[Mma, np.ndarray]] = []  # not executed yet, with the CTAs (bool) where that is so
-
-    def issue(self, op: Mma, line: int) -> None:
-        remaining = np.zeros(self.machine.n_cta, bool)
-        remaining[op.ctas] = True
-        self.issued.append((op, remaining))
-        self.machine.queue.add(op.ctas, -1, lambda ctas: self._take(op, ctas), line, fifo=True)
-
-    def _take(self, op: Mma, ctas: np.ndarray) -> None:
-        for issued, remaining in self.issued:
-            if issued is op:
-                remaining[ctas] = False
-        self.issued = [(issued, remaining) for issued, remaining in self.issued if remaining.any()]
-        if len(ctas) != len(op.ctas):
-            op = Mma(ctas, op.d, op.shape, op.a, op.b, op.accumulate, op.where)
-        if self.waiting and not self.waiting[-1].fuses_with(op):
-            self.flush()
-        self.waiting.append(op)
-
-    def flush(self) -> None:
-        """Execute what has been collected."""
-        if not self.waiting:
-            return
-        ops, self.waiting = self.waiting, []
-        m, first = self.machine, ops[0]
-        shape, ctas, n = first.shape, first.ctas, len(first.ctas)
-        for op in ops:
-            if isinstance(op.a, int):
-                _require_tmem(m, ctas, op.a, 8, op.where.during("when it executes"), (VALID, MMA_PENDING))
-            else:
-                _require_shared(m, ctas, op.a, "A", op.where.during("when it executes"))
-            _require_shared(m, ctas, op.b, "B", op.where.during("when it executes"))
-        a = self._a(ops, ctas) * np.float32(shape.a_sign) if shape.a_sign < 0 else self._a(ops, ctas)
-        b = self._shared([op.b for op in ops], ctas, shape.b_bf16)
-        if shape.b_sign < 0:
-            b = -b
-        product = np.matmul(b, a)  # [n, N, M]: the transpose of D
-        span = slice(first.d, first.d + shape.n)
-        rows = product.reshape(n, shape.n, 4, 32).transpose(1, 2, 0, 3)
-        view = m.tmem.data.view(np.float32)
-        if first.accumulate:
-            rows = rows + view[span, :, ctas]
-        view[span, :, ctas] = rows
-        m.tmem.state[span, :, :, ctas] = VALID
-        for (
-            later,
-            remaining,
-        ) in self.issued:  # an MMA further back in the queue will overwrite it: still not for reading
-            still = ctas[remaining[ctas]]
-            if len(still) and later.d < span.stop and span.start < later.d + later.shape.n:
-                m.tmem.state[later.d : later.d + later.shape.n, :, :, still] = MMA_PENDING
-
-    def _a(self, ops: list[Mma], ctas: np.ndarray) -> np.ndarray:
-        """A transposed: float32 [n, K, M]."""
-        shape = ops[0].shape
-        if isinstance(ops[0].a, int):
-            columns = np.concatenate([np.arange(op.a, op.a + 8) for op in ops])
-            packed = self.machine.tmem.data[columns][:, :, ctas]  # [8·steps, 4, n, 32]
-            halves = packed.view(np.uint16).reshape(*packed.shape, 2)
-            bits = halves.transpose(2, 0, 4, 1, 3).reshape(len(ctas), -1, 128)
-            return (bf16_to_f32 if shape.a_bf16 else f16_to_f32)(np.ascontiguousarray(bits))
-        return self._shared([op.a for op in ops], ctas, shape.a_bf16).swapaxes(1, 2)
-
-    def _shared(self, operands: list[Operand], ctas: np.ndarray, bf16: bool) -> np.ndarray:
-        """A shared operand: float32 [n, rows, K]."""
-        mn_major = operands[0].mn_major
-        chunks = np.concatenate([o.chunks for o in operands], axis=0 if mn_major else 1)
-        bits = take_chunks(self.machine.smem.chunks, ctas, chunks).view(np.uint16)  # [n, rows or K, the other]
-        values = (bf16_to_f32 if bf16 else f16_to_f32)(bits)
-        return values.swapaxes(1, 2) if mn_major else values
+    bits = m.queue.sets.bits(ctas)
+    m.tensor_core.issue(Mma(ctas, bits, d, shape, operand_a, operand_b, bool(accumulate), where))
 
 
 @effect("tcgen05.commit.cta_group::1.mbarrier::arrive::one{,.shared::cluster,.shared::cta}.b64", "=a", "9.7.16.10.10")
@@ -526,6 +302,7 @@ def commit(m, ws, active, instr, address):
 
         def complete(done, slot=slot):
             m.tensor_core.flush()
-            m.wake(m.mbarriers.arrive(slot, done, 1, where))
+            m.wake(m.mbarriers.arrive(slot, m.queue.sets.array(done), 1, where))
 
-        m.queue.add(ctas, slot, complete, instr.line, fifo=True)
+        bits = m.queue.sets.bits(ctas)
+        m.queue.add(bits, {slot: bits}, complete, fifo=True)

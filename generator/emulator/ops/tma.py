@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import Hazard
+from ..errors import Hazard, UnsupportedInstruction
 from ..memory import MBARRIER, PARAM_BASE, REASONS, TMA_PENDING, VALID, WINDOW_BASE
 from ..table import effect
 from ..tensormap import TensorMap, decode_tensor_map, read_box, swizzled_chunks, write_box
@@ -52,8 +52,15 @@ def _check_place(m, tensor: TensorMap, offset: int, where: str) -> None:
         )
 
 
-def _chunks(offset: int, tensor: TensorMap) -> np.ndarray:
-    return swizzled_chunks(offset + WINDOW_BASE, tensor.box_bytes, tensor.swizzle) - WINDOW_BASE // 16
+def _chunks(offset: int, tensor: TensorMap, where) -> np.ndarray:
+    """Shared-memory chunk of each 16 bytes of the box, in order."""
+    chunks = swizzled_chunks(offset + WINDOW_BASE, tensor.box_bytes, tensor.swizzle) - WINDOW_BASE // 16
+    if int(chunks.max() + 1) * 16 > offset + tensor.box_bytes:
+        raise UnsupportedInstruction(
+            f"{where}: a box of {tensor.box_bytes} bytes does not fill its {16 << tensor.swizzle}-byte swizzle rows: "
+            "what the hardware does then is not known; make it a multiple of 128 bytes"
+        )
+    return chunks
 
 
 def load(m, ws, active, instr, destination, source, barrier, policy=None):
@@ -65,32 +72,32 @@ def load(m, ws, active, instr, destination, source, barrier, policy=None):
     _, ctas, _, (dsts, mbars, addresses, *coordinates) = _lanes(m, ws, active, (dst, mbar, address, *coords))
     points = np.stack(coordinates, axis=1)
     jobs = {}
-    slots = np.empty(len(ctas), np.int64)
+    signals: dict[int, int] = {}
     for i, cta in enumerate(ctas):
         tensor = tensor_map(m, int(addresses[i]), where)
         if tensor.rank != len(coords):
             raise Hazard(f"{where}: {len(coords)} coordinates for a tensor map of rank {tensor.rank}")
         offset = int(dsts[i])
         _check_place(m, tensor, offset, where)
-        slots[i] = m.mbarriers.slot(int(mbars[i]))
-        chunks = _chunks(offset, tensor)
+        slot = m.mbarriers.slot(int(mbars[i]))
+        signals[slot] = signals.get(slot, 0) | 1 << int(cta)
+        chunks = _chunks(offset, tensor, where)
         state = m.smem.state[cta].reshape(-1, 16)
         if (m.smem.state[cta, offset : offset + tensor.box_bytes] == MBARRIER).any():
             raise Hazard(f"{where}: a TMA load overwrites shared memory although {REASONS[MBARRIER]}")
         state[chunks] = TMA_PENDING
-        jobs.setdefault(int(cta), []).append((tensor, tuple(int(c) for c in points[i]), chunks, int(slots[i])))
+        jobs.setdefault(int(cta), []).append((tensor, tuple(int(c) for c in points[i]), chunks, slot))
 
-    def complete(done: np.ndarray) -> None:
-        for cta in done:
-            for tensor, point, chunks, slot in jobs[int(cta)]:
+    def complete(done: int) -> None:
+        for cta in m.queue.sets.array(done).tolist():
+            for tensor, point, chunks, slot in jobs[cta]:
                 start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
                 box = read_box(view, start, tensor, point)
                 m.smem.chunks[cta, chunks] = box.view(np.complex128)
                 m.smem.state[cta].reshape(-1, 16)[chunks] = VALID
                 m.wake(m.mbarriers.complete_tx(slot, np.array([cta]), tensor.box_bytes, where))
 
-    unique, first = np.unique(ctas, return_index=True)
-    m.queue.add(unique, slots[first], complete, instr.line)
+    m.queue.add(m.queue.sets.bits(np.unique(ctas)), signals, complete)
 
 
 for _rank in range(1, 6):
@@ -117,7 +124,7 @@ def store(m, ws, active, instr, destination, source, policy=None):
         if min(point) < 0:
             raise Hazard(f"{where}: a store starts at coordinates {point}: they must not be negative (§9.7.9.27.1.1)")
         _check_place(m, tensor, int(sources[i]), where)
-        chunks = _chunks(int(sources[i]), tensor)
+        chunks = _chunks(int(sources[i]), tensor, where)
         _require_valid(m, cta, chunks, where)
         key = (int(warps[i]), int(cta), int(lanes[i]))
         m.bulk.setdefault(key, [[]])[-1].append((tensor, point, chunks, where))

@@ -1,0 +1,139 @@
+"""The tensor core of each CTA: a FIFO of MMAs that read their operands and write D when a commit completes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .descriptors import Operand, Shape
+from .errors import Hazard
+from .formats import bf16_to_f32, f16_to_f32
+from .memory import MMA_PENDING, REASONS, VALID, TensorMemory, take_chunks
+
+
+@dataclass
+class Mma:
+    """One tcgen05.mma in one set of CTAs that agree on every operand."""
+
+    ctas: np.ndarray
+    bits: int  # the same CTAs as a CtaSets int
+    d: int
+    shape: Shape
+    a: Operand | int  # shared chunks, or the first TMEM column
+    b: Operand
+    accumulate: bool
+    where: object
+    remaining: int = 0  # CTAs where it is not executed yet
+
+    def fuses_with(self, later: Mma) -> bool:
+        """Same accumulator and kind of operands, and `later` adds to it: their k extents may be concatenated."""
+        return (
+            later.accumulate
+            and later.d == self.d
+            and later.shape == self.shape
+            and isinstance(later.a, int) == isinstance(self.a, int)
+            and later.bits == self.bits
+        )
+
+
+def check_columns(m, ctas, start, count, what, where) -> None:
+    if start + count > TensorMemory.COLUMNS or not m.tmem.allocated[start : start + count, ctas].all():
+        raise Hazard(f"{where}: {what} in TMEM columns {start} to {start + count - 1}, which are not all allocated")
+
+
+def require_tmem(m, ctas, start, count, where, legal) -> None:
+    state = m.tmem.state[start : start + count, :, :, ctas]
+    bad = ~np.isin(state, legal)
+    if bad.any():
+        raise Hazard(
+            f"{where}: the A operand at {m.labels.column_at(start + int(np.argwhere(bad)[0, 0]))} may not "
+            f"be read: {REASONS[int(state[bad][0])]}"
+        )
+
+
+def require_shared(m, ctas, operand: Operand, name: str, where: str) -> None:
+    if operand.low < 0 or operand.high > m.smem.size:
+        raise Hazard(
+            f"{where}: the descriptor of {name} reaches shared offsets {operand.low} to "
+            f"{operand.high - 1}, the CTA has {m.smem.size} bytes"
+        )
+    found = m.smem.invalid_chunk(ctas, operand.chunks)
+    if found is not None:
+        cta, chunk, state = found
+        raise Hazard(
+            f"{where}: operand {name} of CTA {m.name_cta(cta)} at {m.labels.shared_at(chunk * 16)} may not "
+            f"be read: {REASONS[state]}"
+        )
+
+
+class TensorCore:
+    """Runs queued MMAs in issue order; neighbours that accumulate onto each other become one matrix product."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.waiting: list[Mma] = []
+        self.issued: list[Mma] = []  # not executed everywhere yet, in issue order
+
+    def issue(self, op: Mma) -> None:
+        op.remaining = op.bits
+        self.issued.append(op)
+        self.machine.queue.add(op.bits, {}, lambda bits: self._take(op, bits), fifo=True)
+
+    def _take(self, op: Mma, bits: int) -> None:
+        op.remaining &= ~bits
+        if bits != op.bits:
+            op = replace(op, ctas=self.machine.queue.sets.array(bits), bits=bits, remaining=0)
+        if self.waiting and not self.waiting[-1].fuses_with(op):
+            self.flush()
+        self.waiting.append(op)
+
+    def flush(self) -> None:
+        """Execute what has been collected."""
+        if not self.waiting:
+            return
+        ops, self.waiting = self.waiting, []
+        m, first = self.machine, ops[0]
+        shape, ctas, n = first.shape, first.ctas, len(first.ctas)
+        for op in ops:
+            if isinstance(op.a, int):
+                require_tmem(m, ctas, op.a, 8, op.where.during("when it executes"), (VALID, MMA_PENDING))
+            else:
+                require_shared(m, ctas, op.a, "A", op.where.during("when it executes"))
+            require_shared(m, ctas, op.b, "B", op.where.during("when it executes"))
+        a = self._a(ops, ctas) * np.float32(shape.a_sign) if shape.a_sign < 0 else self._a(ops, ctas)
+        b = self._shared([op.b for op in ops], ctas, shape.b_bf16)
+        if shape.b_sign < 0:
+            b = -b
+        product = np.matmul(b, a)  # [n, N, M]: the transpose of D
+        span = slice(first.d, first.d + shape.n)
+        rows = product.reshape(n, shape.n, 4, 32).transpose(1, 2, 0, 3)
+        view = m.tmem.data.view(np.float32)
+        if first.accumulate:
+            rows = rows + view[span, :, ctas]
+        view[span, :, ctas] = rows
+        m.tmem.state[span, :, :, ctas] = VALID
+        self.issued = [op for op in self.issued if op.remaining]
+        for later in self.issued:  # an MMA further back in the queue will overwrite it: still not for reading
+            still = later.remaining & first.bits
+            if still and later.d < span.stop and span.start < later.d + later.shape.n:
+                m.tmem.state[later.d : later.d + later.shape.n, :, :, m.queue.sets.array(still)] = MMA_PENDING
+
+    def _a(self, ops: list[Mma], ctas: np.ndarray) -> np.ndarray:
+        """A transposed: float32 [n, K, M]."""
+        shape = ops[0].shape
+        if isinstance(ops[0].a, int):
+            columns = np.concatenate([np.arange(op.a, op.a + 8) for op in ops])
+            packed = self.machine.tmem.data[columns][:, :, ctas]  # [8·steps, 4, n, 32]
+            halves = packed.view(np.uint16).reshape(*packed.shape, 2)
+            bits = halves.transpose(2, 0, 4, 1, 3).reshape(len(ctas), -1, 128)
+            return (bf16_to_f32 if shape.a_bf16 else f16_to_f32)(np.ascontiguousarray(bits))
+        return self._shared([op.a for op in ops], ctas, shape.a_bf16).swapaxes(1, 2)
+
+    def _shared(self, operands: list[Operand], ctas: np.ndarray, bf16: bool) -> np.ndarray:
+        """A shared operand: float32 [n, rows, K]."""
+        mn_major = operands[0].mn_major
+        chunks = np.concatenate([o.chunks for o in operands], axis=0 if mn_major else 1)
+        bits = take_chunks(self.machine.smem.chunks, ctas, chunks).view(np.uint16)  # [n, rows or K, the other]
+        values = (bf16_to_f32 if bf16 else f16_to_f32)(bits)
+        return values.swapaxes(1, 2) if mn_major else values
