@@ -177,6 +177,8 @@ class _KernelParser:
             family = _REG_RANGE.match(name)
             expanded = [f"{family[1]}{i}" for i in range(int(family[2]))] if family else [name]
             for one in expanded:
+                if one in self.scope.names:
+                    raise PtxSyntaxError(f"PTX line {line}: register {one!r} is declared twice in one scope")
                 reg = Reg(len(self.kernel.regs), one, bits)
                 self.kernel.regs.append(reg)
                 self.scope.names[one] = reg
