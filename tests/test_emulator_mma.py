@@ -320,6 +320,22 @@ def test_operands_outside_shared_memory():
     broken(Hazard, issue(0, A, below, ONE.idesc, False), "descriptor of B reaches shared offsets -1024")
 
 
+def test_an_operand_whose_load_was_not_waited_for():
+    source = aligned((8, 64), BF16)
+    load = "cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes"
+    text = f"@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%s+{MBAR}], 1024;"
+    text += f"@%p1 {load} [%s], [%m, {{%r149, %r149}}], [%s+{MBAR}];"
+    options = {"m": tensor_map(source, (64, 8), 3), "known": {"source": source}}
+    broken(Hazard, text + ISSUE, "operand A of CTA (0, 0, 0)", "a TMA load into it has been issued", **options)
+
+
+def test_an_operand_that_threads_overwrite_too_soon():
+    """The MMA reads as late as it may, so zeros stored into A (and fenced) before the wait arrive in the product."""
+    zero = "mov.u32 %r9, 0;" + "".join(f"st.shared.b32 [%s4+{i}], %r9;" for i in range(0, 16384, 512)) + FENCE
+    y = multiply(ONE, ISSUE + zero)
+    assert (y == 0).all() and (multiply(ONE) == ONE.product()).all()
+
+
 def test_operands_need_the_proxy_fence():
     operands = Operands(32, 16)
     text = INIT + operands.fill.replace("fence.proxy.async.shared::cta;", "") + ISSUE

@@ -195,7 +195,9 @@ def test_a_cut_in_a_later_kernel_raises_too(start):
 # -- text that is wrong ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "statement, words",
-    [(".local .b8 depot[16];", ".local"), (".frob 3;", ".frob"), (".reg .b7 %x;", ".b7"), ("@%p9 mov.u32 %r1, 0;",
+    [(".local .b8 depot[16];", ".local"), (".frob 3;", ".frob"), (".reg .b7 %x;", ".b7"),
+     (".reg .b32 %new, %r3;", "'%r3' is declared twice"),
+     ("@%p9 mov.u32 %r1, 0;",
         "'%p9'"),
      ("bra NOWHERE;", "NOWHERE"), ("A: mov.u32 %r1, 0; A: ret;", "label A"), ("selp.b32 %r1, %r2, %r3, !%q;", "'%q'"),
      ("MOV.u32 %r1, 0;", "'MOV"), (".shared .b8 open[];", "open"), ("mov.u32 %r1, 0", "ret")],
