@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .errors import UnsupportedInstruction
 from .parse import Address, Instr, Kernel, Not, Pair, Reg, Vector
 from .table import TABLE, Entry
@@ -83,6 +85,7 @@ class Block:
     start: int
     stop: int
     successors: list[int] = field(default_factory=list)
+    exits: bool = False  # some lanes may leave the kernel here
     live_in: int = 0
     live_out: int = 0
     defined_in: int = 0
@@ -115,6 +118,9 @@ def find_blocks(kernel: Kernel) -> list[Block]:
         block.waits = first is not None and first.starts_block
         blocks.append(block)
     for block in blocks:
+        last = instrs[block.stop - 1]
+        leaves = last.opcode in ("ret", "exit") or any(s >= len(blocks) for s in block.successors)
+        block.exits = leaves or not block.successors
         block.successors = [s for s in block.successors if s < len(blocks)]
     return blocks
 
@@ -163,3 +169,28 @@ def solve_liveness(kernel: Kernel, blocks: list[Block]) -> None:
                 known &= blocks[p].defined_in | written[p]
             if known != block.defined_in:
                 block.defined_in, changed = known, True
+
+
+def solve_joins(blocks: list[Block]) -> np.ndarray:
+    """bool [n + 1, n + 1]: block p lies on every path from block q to the exit (p postdominates q, p ≠ q).
+
+    Lanes of a diverged warp that stand at p wait there for lanes that stand at q. Row and column n are the exit.
+    """
+    n = len(blocks)
+    everything = (1 << n) - 1
+    after = [1 << block.number if block.exits else everything for block in blocks]
+    changed = True
+    while changed:
+        changed = False
+        for block in reversed(blocks):
+            if not block.exits:
+                common = everything
+                for s in block.successors:
+                    common &= after[s]
+                new = common | 1 << block.number
+                if new != after[block.number]:
+                    after[block.number], changed = new, True
+    joins = np.zeros((n + 1, n + 1), bool)
+    for q, bits in enumerate(after):
+        joins[[p for p in range(n) if bits >> p & 1 and p != q], q] = True
+    return joins

@@ -167,26 +167,29 @@ class Machine:
             return
         taken, every = c.any(axis=-1), c.all(axis=-1)
         self.pc[ws.index] = np.where(every, target, after)
-        if (taken != every).any():
-            split = np.broadcast_to(taken != every, ws.lead)
-            lanes = np.where(ws.full(c), target, after)
-            if ws.sliced:
-                self.lane_pc[ws.index][split] = lanes[split]
-                self.diverged[ws.index][split] = True
-                self.pc[ws.index][split] = min(target, after)
-            else:
-                warps, ctas = ws.index
-                at = (warps[split], ctas[split])
-                self.lane_pc[at] = lanes[split]
-                self.diverged[at] = True
-                self.pc[at] = min(target, after)
+        split = np.broadcast_to(taken != every, ws.lead)
+        if split.any():
+            warps, ctas = ws.flat_pairs()
+            at = (warps[split.reshape(-1)], ctas[split.reshape(-1)])
+            self.lane_pc[at] = np.where(ws.full(c), target, after)[split]
+            self.diverged[at] = True
+            low, high = min(target, after), max(target, after)
+            self.pc[at] = high if self.program.joins[low, high] else low
 
     def _move_lanes(self, ws: Warps, target) -> None:
+        """Lanes of diverged warps go on; the next block of each warp is one that no other lane still leads to."""
         ws.put(self.lane_pc, target)
         lanes = self.lane_pc[ws.index]
-        low = lanes.min(axis=-1)
-        self.pc[ws.index] = low
-        self.diverged[ws.index] = low != lanes.max(axis=-1)
+        low, high = lanes.min(axis=-1), lanes.max(axis=-1)
+        self.pc[ws.index] = np.where(self.program.joins[low, high], high, low)
+        self.diverged[ws.index] = low != high
+        several = ((lanes != low[..., None]) & (lanes != high[..., None])).any(axis=-1)
+        if several.any():
+            warps, ctas = ws.flat_pairs()
+            for warp, cta in zip(warps[several.reshape(-1)], ctas[several.reshape(-1)], strict=True):
+                places = np.unique(self.lane_pc[warp, cta])
+                waits = self.program.joins[np.ix_(places, places)].any(axis=1)
+                self.pc[warp, cta] = places[~waits][0]
 
     # -- waiting -------------------------------------------------------------------------------------------------------
     def stall(self, ws: Warps, failed: np.ndarray, slot, parity, instr: Instr) -> None:

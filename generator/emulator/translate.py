@@ -11,7 +11,7 @@ import numpy as np
 from . import ops  # noqa: F401  (fills the instruction table)
 from .block import DTYPE, BlockWriter
 from .errors import UnsupportedInstruction
-from .flow import MOVES, Block, defs_and_uses, entry_of, find_blocks, solve_liveness
+from .flow import MOVES, Block, defs_and_uses, entry_of, find_blocks, solve_joins, solve_liveness
 from .formats import pack16
 from .memory import PARAM_BASE, WINDOW_BASE
 from .parse import Instr, Kernel, Reg, Vector
@@ -49,6 +49,7 @@ class Program:
     paired: set[int]  # 64-bit registers that are stored as two halves
     checked: set[int]  # registers with a shadow bit: some read may come before any write
     params: list[tuple[int, str]]  # parameter loads: offset, NumPy type
+    joins: np.ndarray  # bool [block, block], see flow.solve_joins
     opcode_counts: list[Counter]  # by block
     sizes: list[int]  # instructions by block
     static_shared: int
@@ -226,6 +227,7 @@ class Translator:
             self.paired,
             self.checked,
             self.params,
+            solve_joins(self.blocks),
             [Counter(i.opcode for i in instrs[b.start : b.stop]) for b in self.blocks],
             [b.stop - b.start for b in self.blocks],
             self.static_shared,
