@@ -1,4 +1,4 @@
-"""emulator/ops/scalar: every elementwise instruction of the table against exact integers and fractions."""
+"""emulator/ops integer, floating, select, convert: every elementwise entry against exact integers and fractions."""
 
 import math
 from collections import defaultdict

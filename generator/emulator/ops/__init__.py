@@ -1,5 +1,5 @@
 """Instruction families; importing this package fills the instruction table."""
 
-from . import barrier, memory, scalar, tcgen05, tma, warp
+from . import barrier, convert, floating, integer, memory, select, tcgen05, tma, warp
 
-__all__ = ["barrier", "memory", "scalar", "tcgen05", "tma", "warp"]
+__all__ = ["barrier", "convert", "floating", "integer", "memory", "select", "tcgen05", "tma", "warp"]

@@ -1,0 +1,172 @@
+"""float32 arithmetic and its approximations, lane by lane (PTX ISA 9.1 §9.7.3)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..formats import F32_TINY, flush, round_toward
+from ..table import alu
+
+U32, U64 = np.uint32, np.uint64
+S64, F32, F64 = np.int64, np.float32, np.float64
+
+
+def _sum(a, b):
+    """Two float64 arrays → their rounded sum and its exact error (Knuth's two-sum)."""
+    total = a + b
+    virtual = total - a
+    return total, (a - (total - virtual)) + (b - virtual)
+
+
+def fma(a, b, c):
+    """float32 fused multiply-add, rounded once.
+
+    The product is exact in float64. Rounding the sum to float64 first goes wrong only where that lands on a midpoint of
+    float32, or where the result is subnormal: there the sum is rounded to odd, which float32 then rounds rightly.
+    """
+    product = np.multiply(a, b, dtype=F64)
+    total = product + c
+    result = total.astype(F32)
+    midpoint = (total.view(S64) << S64(35)).min() == np.iinfo(S64).min
+    if midpoint or ((result.view(U32) << U32(1)) - U32(1)).min() < 0x00FFFFFF:
+        total, error = _sum(product, c)
+        odd = (error != 0) & (total.view(U64) & U64(1) == 0)
+        result = np.where(odd, np.nextafter(total, np.copysign(np.inf, error)), total).astype(F32)
+    return result
+
+
+def _flushed(f):
+    def run(*args):
+        return flush(f(*(flush(a) for a in args)))
+
+    return run
+
+
+def _directed(name, mode):
+    """A float32 operation rounded toward -inf (rm), +inf (rp) or zero (rz): from float64 and its exact error."""
+
+    def run(a, b, c=None):
+        a, b = a.astype(F64), b.astype(F64)
+        if name == "add" or name == "sub":
+            total, error = _sum(a, b if name == "add" else -b)
+        elif name == "mul":
+            total, error = a * b, F64(0)
+        else:
+            total, error = _sum(a * b, c.astype(F64))
+        result = round_toward(total, mode, error)
+        if (
+            mode == "rm" and name != "mul"
+        ):  # rounding down, a sum that is exactly zero is -0 unless both operands are +0
+            first, second = (a * b, c) if name == "fma" else (a, b if name == "add" else -b)
+            result = np.where((total == 0) & (np.signbit(first) | np.signbit(second)), F32(-0.0), result)
+        return result
+
+    return run
+
+
+def _abs(x):
+    return np.abs(x)
+
+
+for _name, _f, _n, _isa in (
+    ("add", np.add, 2, "9.7.3.3"),
+    ("sub", np.subtract, 2, "9.7.3.4"),
+    ("mul", np.multiply, 2, "9.7.3.5"),
+    ("fma", fma, 3, "9.7.3.6"),
+):
+    for _suffix, _kind in (("f32", "f"), ("f32x2", "2")):
+        _sig = f"{_kind}={','.join(_kind * _n)}"
+        _rn = "{,.rn}" if _name != "fma" and _kind == "f" else ".rn"
+        alu(f"{_name}{_rn}.{_suffix}", _sig, _isa)(_f)
+        alu(f"{_name}{_rn}.ftz.{_suffix}", _sig, _isa)(_flushed(_f))
+        for _mode in ("rm", "rp", "rz"):
+            alu(f"{_name}.{_mode}.{_suffix}", _sig, _isa)(_directed(_name, _mode))
+
+alu("neg.f32", "f=f", "9.7.3.10")(np.negative)
+alu("abs.f32", "f=f", "9.7.3.9")(_abs)
+alu("div.rn.f32", "f=f,f", "9.7.3.8")(np.divide)
+alu("sqrt.rn.f32", "f=f", "9.7.3.15")(np.sqrt)
+
+
+alu("div.{full,approx}.f32", "f=f,f", "9.7.3.8")(np.divide)
+alu("div.{full,approx}.ftz.f32", "f=f,f", "9.7.3.8")(_flushed(np.divide))
+
+
+def _ordered_zeros(pick):
+    """NumPy takes either zero of two unlike ones; PTX orders -0 below +0: `pick` combines the bits of two zeros."""
+
+    def run(f, a, b):
+        r = f(a, b)
+        zero = (r == 0) & (a == b)
+        return np.where(zero, pick(a.view(U32), b.view(U32)).view(F32), r) if np.any(zero) else r
+
+    return run
+
+
+_max, _min = _ordered_zeros(np.bitwise_and), _ordered_zeros(np.bitwise_or)
+
+
+@alu("max.f32", "f=f,f,?f", "9.7.3.12")
+def max_f32(a, b, c=None):
+    r = _max(np.fmax, a, b)
+    return r if c is None else _max(np.fmax, r, c)
+
+
+@alu("min.f32", "f=f,f,?f", "9.7.3.11")
+def min_f32(a, b, c=None):
+    r = _min(np.fmin, a, b)
+    return r if c is None else _min(np.fmin, r, c)
+
+
+@alu("max.NaN.f32", "f=f,f,?f", "9.7.3.12")
+def max_nan_f32(a, b, c=None):
+    r = _max(np.maximum, a, b)
+    return r if c is None else _max(np.maximum, r, c)
+
+
+@alu("min.NaN.f32", "f=f,f,?f", "9.7.3.11")
+def min_nan_f32(a, b, c=None):
+    r = _min(np.minimum, a, b)
+    return r if c is None else _min(np.minimum, r, c)
+
+
+@alu("ex2.approx.ftz.f32", "f=f", "9.7.3.21")
+def ex2_ftz(x):
+    result = np.exp2(x)  # a subnormal input gives 1 either way
+    small = result < F32_TINY
+    return np.where(small, F32(0), result) if small.any() else result
+
+
+@alu("ex2.approx.f32", "f=f", "9.7.3.21")
+def ex2(x):
+    return np.exp2(x)
+
+
+@alu("lg2.approx.f32", "f=f", "9.7.3.20")
+def lg2(x):
+    return np.log2(x.astype(F64)).astype(F32)
+
+
+@alu("rcp.rn.f32", "f=f", "9.7.3.13")
+def rcp(x):
+    return F32(1) / x
+
+
+@alu("rsqrt.approx.f32", "f=f", "9.7.3.16")
+def rsqrt(x):
+    return (1.0 / np.sqrt(x.astype(F64))).astype(F32)
+
+
+alu("lg2.approx.ftz.f32", "f=f", "9.7.3.20")(_flushed(lg2))
+alu("rcp.{rn,approx}.ftz.f32", "f=f", "9.7.3.13")(_flushed(rcp))
+alu("rsqrt.approx.ftz.f32", "f=f", "9.7.3.16")(_flushed(rsqrt))
+
+
+@alu("tanh.approx.f32", "f=f", "9.7.3.22")
+def tanh(x):
+    return np.tanh(x)
+
+
+@alu("copysign.f32", "f=f,f", "9.7.3.2")
+def copysign(a, b):
+    return np.copysign(b, a)
