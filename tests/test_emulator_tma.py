@@ -270,8 +270,8 @@ def test_a_store_that_is_not_waited_for_at_exit(finish):
           m=tensor_map(array, (16, 8)), known={"array": array})  # fmt: skip
 
 
-def test_a_store_reads_its_source_as_late_as_the_wait():
-    """Overwriting the source before the wait changes what arrives; after it, it does not."""
+def test_a_source_that_is_overwritten_before_the_wait():
+    """Before the wait the store may still have to read it, which is a race; after it, it may be reused."""
     for early in (True, False):
         array, x = filled((8, 16), np.float16), filled(256, np.uint8, seed=3)
         overwrite = (
@@ -286,8 +286,19 @@ def test_a_store_reads_its_source_as_late_as_the_wait():
             + parts[0]
             + (overwrite + parts[1] if early else parts[1] + overwrite)
         )
-        run(body, smem=SMEM, x=x, m=tensor_map(array, (16, 8)), known={"array": array})
-        assert (array.reshape(-1).view(np.uint8) == (0 if early else x)).all()
+        options = {"smem": SMEM, "x": x, "m": tensor_map(array, (16, 8)), "known": {"array": array}}
+        if early:
+            body = body.replace("// HERE", "")  # the store is right, overwriting is wrong
+            fails(
+                Hazard,
+                body,
+                "st.shared.b32",
+                "shared offset 0x0, the source of a bulk store that may not have been read",
+                **options,
+            )
+        else:
+            run(body, **options)
+            assert (array.reshape(-1).view(np.uint8) == x).all()
 
 
 def test_groups_complete_in_order():

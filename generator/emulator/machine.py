@@ -8,6 +8,7 @@ of the program allow.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 
@@ -75,6 +76,7 @@ class Machine:
         self.tensor_core = TensorCore(self)
         self.stores: list[tuple] = []  # tcgen05.st that no wait::st has covered yet
         self.bulk: dict[tuple[int, int, int], list[list]] = {}  # bulk groups by (warp, CTA, lane); the last is open
+        self.sources: Counter[tuple[int, int, int]] = Counter()  # (CTA, first, end) chunk of bulk stores under way
         self.params_maps: dict[int, object] = {}
         self.param_bytes = params["bytes"]
         self.params = params["values"]
@@ -142,6 +144,16 @@ class Machine:
 
     def name_cta(self, cta: int) -> str:
         return "(" + ", ".join(str(int(i)) for i in self.block_ids[cta]) + ")"
+
+    def check_overwrite(self, ctas: np.ndarray, chunks: np.ndarray, where) -> None:
+        """Somebody writes these 16-byte chunks of shared memory: nothing asynchronous may still have to read them."""
+        self.tensor_core.check_overwrite(ctas, chunks, where)
+        for (cta, first, end), count in self.sources.items():
+            if count and ((ctas == cta) & (chunks >= first) & (chunks < end)).any():
+                raise Hazard(
+                    f"{where}: overwrites {self.labels.shared_at(first * 16)}, the source of a bulk store that may not "
+                    "have been read: commit it and wait (cp.async.bulk.wait_group.read) first"
+                )
 
     def check_register(self, ws: Warps, shadow, name: str, instr: Instr) -> None:
         bad = ~np.asarray(shadow)

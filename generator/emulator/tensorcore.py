@@ -80,6 +80,39 @@ class TensorCore:
         self.issued.append(op)
         self.machine.queue.add(op.bits, {}, lambda bits: self._take(op, bits), fifo=True)
 
+    def check_overwrite(self, ctas: np.ndarray, chunks: np.ndarray, where) -> None:
+        """Somebody writes these 16-byte chunks of shared memory: no MMA under way may still have to read them.
+
+        `ctas`, `chunks`: int arrays of one shape.
+        """
+        if not self.issued:
+            return
+        low, high = int(chunks.min()) * 16, int(chunks.max() + 1) * 16
+        for op in self.issued:
+            for name, operand in (("A", op.a), ("B", op.b)):
+                if isinstance(operand, int) or operand.high <= low or high <= operand.low:
+                    continue
+                hit = np.isin(ctas, self.machine.queue.sets.array(op.remaining)) & np.isin(chunks, operand.chunks)
+                if hit.any():
+                    place = self.machine.labels.shared_at(int(chunks[hit][0]) * 16)
+                    raise Hazard(
+                        f"{where}: overwrites {place}, which is operand {name} of a tcgen05.mma that is not known to "
+                        f"be complete ({op.where}): wait on the mbarrier of its tcgen05.commit first"
+                    )
+
+    def check_a_columns(self, ctas: np.ndarray, column: np.ndarray, columns: int, where) -> None:
+        """A tcgen05.st writes `columns` columns from `column[i]` on in CTA `ctas[i]`: likewise for A in TMEM."""
+        for op in self.issued:
+            if isinstance(op.a, int):
+                hit = (column < op.a + 8) & (op.a < column + columns)
+                hit &= np.isin(ctas, self.machine.queue.sets.array(op.remaining))
+                if hit.any():
+                    place = self.machine.labels.column_at(op.a)
+                    raise Hazard(
+                        f"{where}: overwrites {place}, which is operand A of a tcgen05.mma that is not known to be "
+                        f"complete ({op.where}): wait on the mbarrier of its tcgen05.commit first"
+                    )
+
     def _take(self, op: Mma, bits: int) -> None:
         op.remaining &= ~bits
         if bits != op.bits:

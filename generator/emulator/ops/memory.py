@@ -107,6 +107,9 @@ def st_shared(m, ws, active, instr, address, values):
     chosen = slice(None) if active is None else np.broadcast_to(active, at.shape)
     at = at[chosen]
     data, state = m.smem.flat[width], m.smem.flat_state[width]
+    if m.tensor_core.issued or m.sources:
+        ctas, chunks = np.divmod(np.ravel(at) * width, m.smem.stride)
+        m.check_overwrite(ctas, chunks // 16, m.where(ws, instr, True if active is None else active, address))
     for i, value in enumerate(values):
         for code in (MBARRIER, TMA_PENDING):
             if (state[at + i] & UINT[width](0xFF) == code).any():

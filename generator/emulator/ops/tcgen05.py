@@ -170,6 +170,7 @@ def st_32x32b(m, ws, active, instr, address, values):
             m.tmem.data[wide[i], quarter, ctas] = ws.full(value).reshape(-1, 32)
         old = m.tmem.state[wide, quarter, :, ctas]
     _require_cells(m, ws, instr, old, column, old == MMA_PENDING, ("writes", "written"))
+    m.tensor_core.check_a_columns(ctas, column, columns, m.where(ws, instr))
     _mark(m, quarter, ctas, column, columns, ST_PENDING)
     m.stores.append((ws, quarter, ctas, column, columns))
 

@@ -85,6 +85,7 @@ def load(m, ws, active, instr, destination, source, barrier, policy=None):
         state = m.smem.state[cta].reshape(-1, 16)
         if (m.smem.state[cta, offset : offset + tensor.box_bytes] == MBARRIER).any():
             raise Hazard(f"{where}: a TMA load overwrites shared memory although {REASONS[MBARRIER]}")
+        m.check_overwrite(np.full(len(chunks), cta), chunks, where)
         state[chunks] = TMA_PENDING
         jobs.setdefault(int(cta), []).append((tensor, tuple(int(c) for c in points[i]), chunks, slot))
 
@@ -128,6 +129,7 @@ def store(m, ws, active, instr, destination, source, policy=None):
         _require_valid(m, cta, chunks, where)
         key = (int(warps[i]), int(cta), int(lanes[i]))
         m.bulk.setdefault(key, [[]])[-1].append((tensor, point, chunks, where))
+        m.sources[_span(int(cta), chunks)] += 1
 
 
 def _require_valid(m, cta, chunks, where) -> None:
@@ -138,10 +140,15 @@ def _require_valid(m, cta, chunks, where) -> None:
         )
 
 
+def _span(cta: int, chunks: np.ndarray) -> tuple[int, int, int]:
+    return cta, int(chunks.min()), int(chunks.max()) + 1
+
+
 def finish_store(m, cta: int, jobs) -> None:
     """A store takes effect."""
     for tensor, point, chunks, where in jobs:
         _require_valid(m, cta, chunks, where)
+        m.sources[_span(cta, chunks)] -= 1
         start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
         write_box(view, start, tensor, point, m.smem.chunks[cta, chunks].view(np.uint8))
 
