@@ -315,13 +315,9 @@ def test_a_register_that_is_too_narrow_names_its_line():
     fails(UnsupportedInstruction, "mov.b16 %h1, 0;\nadd.u32 %r1, %tid, %h1; // HERE\n")
 
 
-UNCHECKED = (
-    "block.py: vector lengths, immediates, operand forms and parameter bounds are not checked against the opcode"
-)
 START = "mov.b64 %d1, 0; st.shared.v4.b32 [%s16], {%tid, %tid, %tid, %tid};"
 
 
-@pytest.mark.xfail(strict=True, reason=UNCHECKED)
 @pytest.mark.parametrize(
     "statement",
     ["ld.shared.v2.b32 {%r1}, [%s]", "ld.shared.v2.b32 {%r1, %r2, %r3}, [%s]", "ld.shared.v2.b32 %r1, [%s]",

@@ -7,6 +7,7 @@ block boundary are stored in the machine's arrays, at the end of the block, in t
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -163,7 +164,7 @@ class BlockWriter:
     def read(self, operand, kind: str, instr: Instr) -> str:
         """Expression for a source operand of type `kind`."""
         if kind[0] == "*":
-            items = operand.items if isinstance(operand, Vector) else (operand,)
+            items = self.vector(operand, instr)
             return "(" + "".join(self.read(item, kind[1:], instr) + ", " for item in items) + ")"
         if kind == "k":
             if not isinstance(operand, Imm):
@@ -181,7 +182,12 @@ class BlockWriter:
                 return f"('tmem', {self.address(operand, instr)})"
             return f"('desc', {self.read(operand, 'U', instr)})"
         if isinstance(operand, Imm):
+            typed = instr.opcode.rsplit(".", 1)[-1][0] in "us"  # an untyped (.b32) operand may be spelled as a float
+            if kind in "fd" and not operand.is_float or kind in "husiUS" and operand.is_float and typed:
+                raise UnsupportedInstruction(f"PTX line {instr.line}: immediate {operand.value} in {instr.text!r}")
             return self.constant(operand, kind)
+        if isinstance(operand, (Vector, Address)):
+            raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} takes no {operand!r}")
         if isinstance(operand, Not):
             return self.let(f"~{self.read(operand.reg, 'p', instr)}")
         if isinstance(operand, (Special, Symbol)):
@@ -197,6 +203,16 @@ class BlockWriter:
         if value.bits > BITS[kind]:
             raise UnsupportedInstruction(f"PTX line {instr.line}: {operand.name} is wider than {instr.opcode} reads")
         return self.form(value, kind)
+
+    def vector(self, operand, instr: Instr) -> tuple:
+        """The items of a vector operand; their number must be the one that the opcode says (.v4, .x16)."""
+        items = operand.items if isinstance(operand, Vector) else (operand,)
+        said = re.search(r"\.[vx](\d+)(?=\.|$)", instr.opcode)
+        if said and len(items) != int(said[1]):
+            raise UnsupportedInstruction(
+                f"PTX line {instr.line}: {instr.opcode} with {len(items)} registers: {instr.text!r}"
+            )
+        return items
 
     def address(self, operand: Address, instr: Instr) -> str:
         if not isinstance(operand, Address) or operand.more:
@@ -296,9 +312,10 @@ class BlockWriter:
         dest, source = instr.operands
         kind = PARAM_TYPES[instr.opcode.split(".")[-1]]
         width = int(kind[1])
-        offset = self.owner.param_offset(source.base.name, instr) + source.offset
+        regs = dest.items if isinstance(dest, Vector) else (dest,)
+        offset = self.owner.param_offset(source.base.name, instr, source.offset, width * len(regs))
         guard = self.guard(instr)
-        for i, reg in enumerate(dest.items if isinstance(dest, Vector) else (dest,)):
+        for i, reg in enumerate(regs):
             slot = self.owner.param_slot(offset + i * width, kind)
             canonical = CANONICAL[reg.bits]
             self.assign(reg, Value(reg.bits, {canonical: self.let(f"P[{slot}].astype(T_{canonical})")}), guard)
@@ -367,7 +384,9 @@ class BlockWriter:
         call = f"{self.owner.function(entry)}(m, ws, {{active}}, {self.owner.info(instr)}{rest})"
         slots: list[tuple[Reg, str]] = []
         for dest, kind in zip(dests, entry.dests, strict=True):
-            for item in dest.items if isinstance(dest, Vector) else (dest,):
+            if isinstance(dest, Vector) and kind[0] != "*":
+                raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} takes no vector: {instr.text!r}")
+            for item in self.vector(dest, instr) if kind[0] == "*" else (dest,):
                 if isinstance(item, Pair):
                     raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} with a predicate destination")
                 slots.append((item, kind.lstrip("*")))

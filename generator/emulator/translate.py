@@ -170,10 +170,15 @@ class Translator:
     def keep(self, index: int) -> None:
         self.stored[index] = self.kernel.regs[index]
 
-    def param_offset(self, name: str, instr: Instr) -> int:
+    def param_offset(self, name: str, instr: Instr, offset: int = 0, nbytes: int = 0) -> int:
+        """Offset in the parameter space of `nbytes` bytes from `offset` on in parameter `name`."""
         for param in self.kernel.params:
             if param.name == name:
-                return param.offset
+                if not 0 <= offset <= param.size - nbytes:
+                    raise UnsupportedInstruction(
+                        f"PTX line {instr.line}: {nbytes} bytes at offset {offset} of {name}, which has {param.size}"
+                    )
+                return param.offset + offset
         raise UnsupportedInstruction(f"PTX line {instr.line}: {name} is not a parameter of {self.kernel.name}")
 
     def param_slot(self, offset: int, kind: str) -> int:
