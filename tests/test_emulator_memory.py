@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from ptx_kernels import aligned, fails, run
+from ptx_kernels import aligned, fails, ptx, run
 
-from generator.emulator import Hazard
+from generator.emulator import Gpu, Hazard
 from generator.emulator.ops.memory import WIDTHS
 
 REGISTER = {1: "h", 2: "h", 4: "r", 8: "d"}
@@ -216,3 +216,21 @@ def test_parameter_vectors_offsets_and_signs():
         map=bytes([0, 1, 2, 3, 4, 5, 0xFE, 7] * 16),
     )
     assert (y == [4, 5, 0xFE, 5]).all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_an_output_may_not_be_read_before_it_is_written(width):
+    array = np.zeros(32, f"u{width}")
+    reg, kind = {1: "%h1", 2: "%h1", 4: "%r1", 8: "%d1"}[width], f"b{8 * width}"
+    zero = {1: "mov.b16 %h1, 0;", 2: "mov.b16 %h1, 0;", 4: "mov.b32 %r1, 0;", 8: "mov.b64 %d1, 0;"}[width]
+    load, store = f"ld.global.{kind} {reg}, [%y_g];", f"{zero} st.global.{kind} [%y_g], {reg};"
+    for body, legal in ((load, False), (store + load, True)):
+        gpu = Gpu("sm_100a")
+        gpu.add_array(array, "y", initialized=False)
+        module = gpu.load_ptx(ptx(body, y=array))
+        arguments = (module, "k", (1, 1, 1), (32, 1, 1), (1, 1, 1), 0, [array.ctypes.data.to_bytes(8, "little")])
+        if legal:
+            gpu.launch(*arguments)
+        else:
+            with pytest.raises(Hazard, match=r"ld\.global.* lane 0.*never written"):
+                gpu.launch(*arguments)

@@ -23,7 +23,9 @@ WAVE = 32  # CTAs that run together: wide enough to amortize NumPy's cost a call
 
 @dataclass(frozen=True)
 class LaunchReport:
-    """What one launch did. `opcodes` counts warp-instructions by opcode; `tmem_columns` is the peak a CTA."""
+    """What one launch did. `opcodes` counts warp-instructions by opcode; `tmem_columns` is the peak a CTA; `hazards`
+    are messages: a launch that was cut short has the one that ended it, and no counts.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
@@ -33,6 +35,8 @@ class LaunchReport:
     warp_instructions: int
     opcodes: Counter
     tmem_columns: int
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    hazards: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1)
@@ -72,8 +76,9 @@ class Gpu:
         self._keep: list[object] = []
 
     def add_array(self, array, name: str = "array", initialized: bool = True) -> None:
-        """Make an array legal for kernels to touch: a NumPy array, or (address, bytes). It must outlive the
-        launches.
+        """Make an array legal for kernels to touch: a NumPy array, or (address, bytes). It must outlive the launches.
+
+        An array that is not `initialized` (an output) may not be read before a kernel has written it.
         """
         if isinstance(array, tuple):
             address, nbytes = array
@@ -81,7 +86,7 @@ class Gpu:
             low, high = np.lib.array_utils.byte_bounds(array)
             address, nbytes = low, high - low
             self._keep.append(array)
-        self.gmem.add(address, nbytes, name)
+        self.gmem.add(address, nbytes, name, initialized)
 
     def load_ptx(self, text: str) -> Module:
         """Parse a module (once a text)."""
@@ -128,7 +133,8 @@ class Gpu:
             for opcode, n in counts.items():
                 opcodes[opcode] += n * times
         report = LaunchReport(
-            kernel, grid, block, smem_bytes, time.perf_counter() - start, sum(opcodes.values()), opcodes, columns
+            *(kernel, grid, block, smem_bytes, time.perf_counter() - start, sum(opcodes.values()), opcodes, columns),
+            cluster=cluster,
         )
         self.launches.append(report)
         return report

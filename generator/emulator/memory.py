@@ -116,11 +116,18 @@ class GlobalMemory:
     def __init__(self):
         self.starts: list[int] = []
         self.regions: list[tuple[int, int, str, np.ndarray]] = []
+        self.written: dict[int, np.ndarray] = {}  # start of an array that came uninitialized → 1 where written
 
-    def add(self, address: int, nbytes: int, name: str) -> None:
-        """Make `nbytes` bytes from `address` on legal. The memory stays the caller's and must outlive the launch."""
+    def add(self, address: int, nbytes: int, name: str, initialized: bool = True) -> None:
+        """Make `nbytes` bytes from `address` on legal. The memory stays the caller's and must outlive the launch.
+
+        Reading a byte of an array that came uninitialized, and that no kernel has written, is a Hazard.
+        """
         if nbytes == 0:
             return
+        self.written.pop(address, None)
+        if not initialized:
+            self.written[address] = np.zeros(nbytes, np.uint8)
         view = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
         at = bisect.bisect(self.starts, address)
         for other in self.regions[max(0, at - 1) : at + 1]:
@@ -138,6 +145,7 @@ class GlobalMemory:
         """Forget the array that starts at `address`."""
         at = self.starts.index(address)
         del self.starts[at], self.regions[at]
+        self.written.pop(address, None)
 
     def find(self, low: int, high: int) -> tuple[int, np.ndarray] | None:
         """The region that holds all bytes in [low, high): its start and its bytes, or None."""

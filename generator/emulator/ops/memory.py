@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import Hazard, UnsupportedInstruction
-from ..memory import GENERIC, GENERIC_WORD, MBARRIER, REASONS, TMA_PENDING, UINT, VALID, VALID_WORD, WINDOW_BASE
+from ..memory import (
+    GENERIC,
+    GENERIC_WORD,
+    MBARRIER,
+    REASONS,
+    TMA_PENDING,
+    UINT,
+    UNWRITTEN,
+    VALID,
+    VALID_WORD,
+    WINDOW_BASE,
+)
 from ..table import effect
 
 WIDTHS = {
@@ -133,7 +144,10 @@ for _t, _w in WIDTHS.items():
 
 
 def global_view(m, ws, active, instr, address, nbytes: int):
-    """Addresses → (bytes of the array, offsets int64, active lanes as a bool array); checks bounds and alignment."""
+    """Addresses → (bytes of the array, offsets int64, active lanes bool, written bytes); checks bounds and alignment.
+
+    The last is None for an array that came initialized.
+    """
     addresses = ws.full(address)
     lanes = np.ones(addresses.shape, bool) if active is None else np.broadcast_to(active, addresses.shape)
     chosen = addresses[lanes]
@@ -151,13 +165,17 @@ def global_view(m, ws, active, instr, address, nbytes: int):
             f"{m.where(ws, instr, lanes)}: one instruction that touches several arrays is not supported yet"
         )
     start, view = found
-    return view, addresses.astype(np.int64) - start, lanes
+    return view, addresses.astype(np.int64) - start, lanes, m.gmem.written.get(start)
 
 
 def ld_global(m, ws, active, instr, address):
     width, count = shape_of(instr)
-    view, offsets, lanes = global_view(m, ws, active, instr, address, width * count)
+    view, offsets, lanes, written = global_view(m, ws, active, instr, address, width * count)
     offsets = np.where(lanes, offsets, offsets[lanes][0])
+    if written is not None:
+        fresh = (written[offsets[..., None] + np.arange(width * count)] == 0).any(axis=-1)
+        if fresh.any():
+            raise Hazard(f"{m.where(ws, instr, fresh, address)}: reads global memory although {REASONS[UNWRITTEN]}")
     results = []
     for i in range(count):
         index = (offsets + i * width)[..., None] + np.arange(width)
@@ -167,7 +185,9 @@ def ld_global(m, ws, active, instr, address):
 
 def st_global(m, ws, active, instr, address, values):
     width, count = shape_of(instr)
-    view, offsets, lanes = global_view(m, ws, active, instr, address, width * count)
+    view, offsets, lanes, written = global_view(m, ws, active, instr, address, width * count)
+    if written is not None:
+        written[offsets[lanes][:, None] + np.arange(width * count)] = 1
     for i, value in enumerate(values if count > 1 else (values,)):
         raw = np.ascontiguousarray(ws.full(value)[lanes].astype(UINT[width])).view(np.uint8).reshape(-1, width)
         view[(offsets[lanes] + i * width)[:, None] + np.arange(width)] = raw

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import Hazard, UnsupportedInstruction
-from ..memory import MBARRIER, PARAM_BASE, REASONS, TMA_PENDING, VALID, WINDOW_BASE
+from ..memory import MBARRIER, PARAM_BASE, REASONS, TMA_PENDING, UNWRITTEN, VALID, WINDOW_BASE
 from ..table import effect
 from ..tensormap import TensorMap, decode_tensor_map, read_box, swizzled_chunks, write_box
 from .memory import shared_offsets
@@ -94,6 +94,9 @@ def load(m, ws, active, instr, destination, source, barrier, policy=None):
             for tensor, point, chunks, slot in jobs[cta]:
                 start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
                 box = read_box(view, start, tensor, point)
+                written = m.gmem.written.get(start)
+                if written is not None and not _covered(written, start, tensor, point):
+                    raise Hazard(f"{where}: loads global memory although {REASONS[UNWRITTEN]}")
                 m.smem.chunks[cta, chunks] = box.view(np.complex128)
                 m.smem.state[cta].reshape(-1, 16)[chunks] = VALID
                 m.wake(m.mbarriers.complete_tx(slot, np.array([cta]), tensor.box_bytes, where))
@@ -140,6 +143,12 @@ def _require_valid(m, cta, chunks, where) -> None:
         )
 
 
+def _covered(written: np.ndarray, start: int, tensor: TensorMap, point) -> bool:
+    """Every element of the box that lies inside the tensor has been written."""
+    inside = read_box(np.ones_like(written), start, tensor, point)
+    return bool((read_box(written, start, tensor, point) == inside).all())
+
+
 def _span(cta: int, chunks: np.ndarray) -> tuple[int, int, int]:
     return cta, int(chunks.min()), int(chunks.max()) + 1
 
@@ -151,6 +160,8 @@ def finish_store(m, cta: int, jobs) -> None:
         m.sources[_span(cta, chunks)] -= 1
         start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
         write_box(view, start, tensor, point, m.smem.chunks[cta, chunks].view(np.uint8))
+        if start in m.gmem.written:
+            write_box(m.gmem.written[start], start, tensor, point, np.ones(tensor.box_bytes, np.uint8))
 
 
 for _rank in range(1, 6):
