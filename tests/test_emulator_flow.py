@@ -292,7 +292,7 @@ def test_a_wide_register_written_in_one_branch():
 # -- what cannot be translated -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "statement",
-    ["frobnicate.b32 %r1, %r2", "add.sat.s32 %r1, %tid, 1", "mov.b128 %r1, %r2", "wgmma.fence.sync.aligned", "call foo",
+    ["frobnicate.b32 %r1, %r2", "add.sat.u32 %r1, %tid, 1", "mov.b128 %r1, %r2", "wgmma.fence.sync", "call foo",
      "cp.async.bulk.tensor.2d.shared::cta.global.im2col.mbarrier::complete_tx::bytes [%s], [%d1, {%r1, %r2}], [%s]",
      "tcgen05.ld.sync.aligned.16x64b.x1.b32 {%r1}, [%r2]", "mbarrier.arrive.noComplete.shared.b64 %d1, [%s], 1"],
 )  # fmt: skip

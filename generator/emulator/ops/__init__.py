@@ -1,5 +1,19 @@
 """Instruction families; importing this package fills the instruction table."""
 
-from . import barrier, convert, floating, integer, memory, select, tcgen05, tma, warp
+from . import barrier, bits, carry, convert, double, floating, half, integer, memory, select, tcgen05, tma, warp
 
-__all__ = ["barrier", "convert", "floating", "integer", "memory", "select", "tcgen05", "tma", "warp"]
+__all__ = [
+    "barrier",
+    "bits",
+    "carry",
+    "convert",
+    "double",
+    "floating",
+    "half",
+    "integer",
+    "memory",
+    "select",
+    "tcgen05",
+    "tma",
+    "warp",
+]

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..formats import F32_TINY, flush, round_toward
+from ..formats import F32_TINY, flush, round_toward, saturate, sum_exact
 from ..table import alu
 
 U32, U64 = np.uint32, np.uint64
 S64, F32, F64 = np.int64, np.float32, np.float64
-
-
-def _sum(a, b):
-    """Two float64 arrays → their rounded sum and its exact error (Knuth's two-sum)."""
-    total = a + b
-    virtual = total - a
-    return total, (a - (total - virtual)) + (b - virtual)
 
 
 def fma(a, b, c):
@@ -29,7 +22,7 @@ def fma(a, b, c):
     result = total.astype(F32)
     midpoint = (total.view(S64) << S64(35)).min() == np.iinfo(S64).min
     if midpoint or ((result.view(U32) << U32(1)) - U32(1)).min() < 0x00FFFFFF:
-        total, error = _sum(product, c)
+        total, error = sum_exact(product, c)
         odd = (error != 0) & (total.view(U64) & U64(1) == 0)
         result = np.where(odd, np.nextafter(total, np.copysign(np.inf, error)), total).astype(F32)
     return result
@@ -48,11 +41,11 @@ def _directed(name, mode):
     def run(a, b, c=None):
         a, b = a.astype(F64), b.astype(F64)
         if name == "add" or name == "sub":
-            total, error = _sum(a, b if name == "add" else -b)
+            total, error = sum_exact(a, b if name == "add" else -b)
         elif name == "mul":
             total, error = a * b, F64(0)
         else:
-            total, error = _sum(a * b, c.astype(F64))
+            total, error = sum_exact(a * b, c.astype(F64))
         result = round_toward(total, mode, error)
         if (
             mode == "rm" and name != "mul"
@@ -68,6 +61,20 @@ def _abs(x):
     return np.abs(x)
 
 
+MODES = ("rn", "rm", "rp", "rz")
+_NEAREST = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fma}
+
+
+def rounded(name, mode):
+    """The float32 operation in one rounding mode."""
+    return _NEAREST[name] if mode == "rn" else _directed(name, mode)
+
+
+def saturated(f):
+    """.sat: the result in [0, 1]."""
+    return lambda *args: saturate(f(*args))
+
+
 for _name, _f, _n, _isa in (
     ("add", np.add, 2, "9.7.3.3"),
     ("sub", np.subtract, 2, "9.7.3.4"),
@@ -79,14 +86,50 @@ for _name, _f, _n, _isa in (
         _rn = "{,.rn}" if _name != "fma" and _kind == "f" else ".rn"
         alu(f"{_name}{_rn}.{_suffix}", _sig, _isa)(_f)
         alu(f"{_name}{_rn}.ftz.{_suffix}", _sig, _isa)(_flushed(_f))
-        for _mode in ("rm", "rp", "rz"):
+        for _mode in MODES[1:]:
             alu(f"{_name}.{_mode}.{_suffix}", _sig, _isa)(_directed(_name, _mode))
+            alu(f"{_name}.{_mode}.ftz.{_suffix}", _sig, _isa)(_flushed(_directed(_name, _mode)))
+    for _mode in MODES:
+        _rnd = "{,.rn}" if _mode == "rn" and _name != "fma" else f".{_mode}"
+        for _head in (_name, "mad") if _name == "fma" else (_name,):
+            _sig, _f = f"f={','.join('f' * _n)}", rounded(_name, _mode)
+            alu(f"{_head}{_rnd}.sat.f32", _sig, _isa)(saturated(_f))
+            alu(f"{_head}{_rnd}.ftz.sat.f32", _sig, _isa)(saturated(_flushed(_f)))
+            if _head == "mad":
+                alu(f"mad{_rnd}.f32", _sig, "9.7.3.7")(_f)
+                alu(f"mad{_rnd}.ftz.f32", _sig, "9.7.3.7")(_flushed(_f))
 
 alu("neg.f32", "f=f", "9.7.3.10")(np.negative)
 alu("abs.f32", "f=f", "9.7.3.9")(_abs)
-alu("div.rn.f32", "f=f,f", "9.7.3.8")(np.divide)
-alu("sqrt.rn.f32", "f=f", "9.7.3.15")(np.sqrt)
+alu("neg.ftz.f32", "f=f", "9.7.3.10")(_flushed(np.negative))
+alu("abs.ftz.f32", "f=f", "9.7.3.9")(_flushed(_abs))
 
+
+def _quotient(f, mode):
+    """A quotient or root in float64, rounded to float32 in `mode`: the exact value is never so close to a float32 that
+    the float64 hides on which side it lies (the operands have 24 bits, the residual is a multiple of 2^-48)."""
+    if mode == "rn":
+        return f
+    return lambda *args: round_toward(f(*(np.asarray(a).astype(F64) for a in args)), mode)
+
+
+def _reciprocal(x):
+    return x.dtype.type(1) / x
+
+
+for _name, _f, _sig, _isa in (
+    ("div", np.divide, "f=f,f", "9.7.3.8"),
+    ("rcp", _reciprocal, "f=f", "9.7.3.13"),
+    ("sqrt", np.sqrt, "f=f", "9.7.3.15"),
+):
+    for _mode in MODES:
+        alu(f"{_name}.{_mode}.f32", _sig, _isa)(_quotient(_f, _mode))
+        alu(f"{_name}.{_mode}.ftz.f32", _sig, _isa)(_flushed(_quotient(_f, _mode)))
+
+alu("rcp.approx.f32", "f=f", "9.7.3.13")(_reciprocal)
+alu("rcp.approx.ftz.f32", "f=f", "9.7.3.13")(_flushed(_reciprocal))
+alu("sqrt.approx.f32", "f=f", "9.7.3.15")(np.sqrt)
+alu("sqrt.approx.ftz.f32", "f=f", "9.7.3.15")(_flushed(np.sqrt))
 
 alu("div.{full,approx}.f32", "f=f,f", "9.7.3.8")(np.divide)
 alu("div.{full,approx}.ftz.f32", "f=f,f", "9.7.3.8")(_flushed(np.divide))
@@ -130,6 +173,29 @@ def min_nan_f32(a, b, c=None):
     return r if c is None else _min(np.minimum, r, c)
 
 
+def _sign_product(f):
+    """.xorsign.abs: `f` of the magnitudes, negative where the signs of the operands differ."""
+
+    def run(a, b):
+        sign = (a.view(U32) ^ b.view(U32)) & U32(0x80000000)
+        return (f(np.abs(a), np.abs(b)).view(U32) | sign).view(F32)
+
+    return run
+
+
+for _name, _f, _isa in (
+    ("max", max_f32, "9.7.3.12"),
+    ("min", min_f32, "9.7.3.11"),
+    ("max.NaN", max_nan_f32, "9.7.3.12"),
+    ("min.NaN", min_nan_f32, "9.7.3.11"),
+):
+    _op, _, _nan = _name.partition(".")
+    _nan = _nan and f".{_nan}"
+    alu(f"{_op}.ftz{_nan}.f32", "f=f,f,?f", _isa)(_flushed(_f))
+    alu(f"{_op}{_nan}.xorsign.abs.f32", "f=f,f", _isa)(_sign_product(_f))
+    alu(f"{_op}.ftz{_nan}.xorsign.abs.f32", "f=f,f", _isa)(_flushed(_sign_product(_f)))
+
+
 @alu("ex2.approx.ftz.f32", "f=f", "9.7.3.21")
 def ex2_ftz(x):
     result = np.exp2(x)  # a subnormal input gives 1 either way
@@ -147,24 +213,27 @@ def lg2(x):
     return np.log2(x.astype(F64)).astype(F32)
 
 
-@alu("rcp.rn.f32", "f=f", "9.7.3.13")
-def rcp(x):
-    return F32(1) / x
-
-
 @alu("rsqrt.approx.f32", "f=f", "9.7.3.16")
 def rsqrt(x):
     return (1.0 / np.sqrt(x.astype(F64))).astype(F32)
 
 
 alu("lg2.approx.ftz.f32", "f=f", "9.7.3.20")(_flushed(lg2))
-alu("rcp.{rn,approx}.ftz.f32", "f=f", "9.7.3.13")(_flushed(rcp))
 alu("rsqrt.approx.ftz.f32", "f=f", "9.7.3.16")(_flushed(rsqrt))
 
 
 @alu("tanh.approx.f32", "f=f", "9.7.3.22")
 def tanh(x):
     return np.tanh(x)
+
+
+def _trigonometric(f):
+    return lambda x: f(x.astype(F64)).astype(F32)
+
+
+for _name, _f, _isa in (("sin", np.sin, "9.7.3.18"), ("cos", np.cos, "9.7.3.19")):
+    alu(f"{_name}.approx.f32", "f=f", _isa)(_trigonometric(_f))
+    alu(f"{_name}.approx.ftz.f32", "f=f", _isa)(_flushed(_trigonometric(_f)))
 
 
 @alu("copysign.f32", "f=f,f", "9.7.3.2")

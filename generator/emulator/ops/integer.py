@@ -113,12 +113,103 @@ for _type, _kind in (("u32", "u"), ("s32", "s"), ("u64", "U"), ("s64", "S"), ("u
         alu(f"abs.{_type}", f"{_kind}={_kind}", "9.7.1.10")(np.abs)
 
 
+# -- saturating, 24-bit and packed forms -------------------------------------------------------------------------------
+def _clamped(f):
+    """A signed 32-bit operation, computed in 64 bits, that stops at the ends of its range (.sat)."""
+    return lambda *args: np.clip(f(*(x.astype(S64) for x in args)), -(2**31), 2**31 - 1).astype(S32)
+
+
+alu("add.sat.s32", "s=s,s", "9.7.1.1")(_clamped(np.add))
+alu("sub.sat.s32", "s=s,s", "9.7.1.2")(_clamped(np.subtract))
+alu("mad.hi.sat.s32", "s=s,s,s", "9.7.1.4")(_clamped(lambda a, b, c: (a * b >> S64(32)) + c))
+
+for _type, _kind, _f in (
+    ("u16", "h", mul_hi_u16),
+    ("s16", "i", mul_hi_s16),
+    ("u32", "u", mul_hi_u32),
+    ("s32", "s", mul_hi_s32),
+    ("u64", "U", mul_hi_u64),
+    ("s64", "S", mul_hi_s64),
+):
+    alu(f"mad.hi.{_type}", f"{_kind}={_kind},{_kind},{_kind}", "9.7.1.4")(lambda a, b, c, f=_f: f(a, b) + c)
+    alu(f"sad.{_type}", f"{_kind}={_kind},{_kind},{_kind}", "9.7.1.7")(
+        lambda a, b, c: np.where(a < b, b - a, a - b) + c
+    )
+
+
+@alu("mad.wide.u16", "u=h,h,u", "9.7.1.4")
+def mad_wide_u16(a, b, c):
+    return np.multiply(a, b, dtype=U32) + c
+
+
+@alu("mad.wide.s16", "s=i,i,s", "9.7.1.4")
+def mad_wide_s16(a, b, c):
+    return np.multiply(a, b, dtype=S32) + c
+
+
+def _product24(a, b, part: str):
+    """The 48-bit product of the low 24 bits; `lo` its low 32 bits, `hi` the bits 16 to 47."""
+    if a.dtype.kind == "i":
+        a, b = ((x.astype(S64) << S64(40)) >> S64(40) for x in (a, b))
+    else:
+        a, b = (x.astype(U64) & U64(0xFFFFFF) for x in (a, b))
+    product = a * b
+    return product if part == "lo" else product >> product.dtype.type(16)
+
+
+for _type, _kind, _dtype in (("u32", "u", U32), ("s32", "s", S32)):
+    for _part in ("lo", "hi"):
+        alu(f"mul24.{_part}.{_type}", f"{_kind}={_kind},{_kind}", "9.7.1.5")(
+            lambda a, b, part=_part, dtype=_dtype: _product24(a, b, part).astype(dtype)
+        )
+        alu(f"mad24.{_part}.{_type}", f"{_kind}={_kind},{_kind},{_kind}", "9.7.1.6")(
+            lambda a, b, c, part=_part, dtype=_dtype: _product24(a, b, part).astype(dtype) + c
+        )
+alu("mad24.hi.sat.s32", "s=s,s,s", "9.7.1.6")(_clamped(lambda a, b, c: _product24(a, b, "hi") + c))
+
+
+def halves(f, dtype):
+    """A function of 16-bit values → the same on both halves of 32-bit registers."""
+
+    def run(*words):
+        low = f(*(np.asarray(w).astype(U16).view(dtype) for w in words)).view(U16)
+        high = f(*((np.asarray(w) >> U32(16)).astype(U16).view(dtype) for w in words)).view(U16)
+        return (high.astype(U32) << U32(16)) | low
+
+    return run
+
+
+def _not_negative(f):
+    """.relu"""
+    return lambda a, b: np.maximum(f(a, b), a.dtype.type(0))
+
+
+for _type, _dtype in (("u16x2", U16), ("s16x2", S16)):
+    alu(f"add.{_type}", "u=u,u", "9.7.1.1")(halves(np.add, _dtype))
+    for _name, _f, _isa in (("min", np.minimum, "9.7.1.12"), ("max", np.maximum, "9.7.1.13")):
+        alu(f"{_name}.{_type}", "u=u,u", _isa)(halves(_f, _dtype))
+        if _type == "s16x2":
+            alu(f"{_name}.relu.s16x2", "u=u,u", _isa)(halves(_not_negative(_f), S16))
+
+
+@alu("min.relu.s32", "s=s,s", "9.7.1.12")
+def min_relu_s32(a, b):
+    return np.maximum(np.minimum(a, b), S32(0))
+
+
+@alu("max.relu.s32", "s=s,s", "9.7.1.13")
+def max_relu_s32(a, b):
+    return np.maximum(np.maximum(a, b), S32(0))
+
+
 # -- logic and shifts, §9.7.8 -----------------------------------------------------------------------------------------
 for _bits, _kind in (("b16", "h"), ("b32", "u"), ("b64", "U"), ("pred", "p")):
     alu(f"and.{_bits}", f"{_kind}={_kind},{_kind}", "9.7.8.1")(np.bitwise_and)
     alu(f"or.{_bits}", f"{_kind}={_kind},{_kind}", "9.7.8.2")(np.bitwise_or)
     alu(f"xor.{_bits}", f"{_kind}={_kind},{_kind}", "9.7.8.3")(np.bitwise_xor)
     alu(f"not.{_bits}", f"{_kind}={_kind}", "9.7.8.4")(np.logical_not if _kind == "p" else np.invert)
+    if _kind != "p":
+        alu(f"cnot.{_bits}", f"{_kind}={_kind}", "9.7.8.5")(lambda a: (a == 0).astype(a.dtype))
 
 
 def _shift(operation, clamp):
@@ -146,18 +237,6 @@ for _type, _kind in (("s16", "i"), ("s32", "s"), ("s64", "S")):
     )
 
 
-@alu("shf.l.wrap.b32", "u=u,u,u", "9.7.8.7")
-def shf_l_wrap(a, b, c):
-    both = (b.astype(U64) << U64(32)) | a
-    return ((both << (c & U32(31)).astype(U64)) >> U64(32)).astype(U32)
-
-
-@alu("shf.r.wrap.b32", "u=u,u,u", "9.7.8.7")
-def shf_r_wrap(a, b, c):
-    both = (b.astype(U64) << U64(32)) | a
-    return (both >> (c & U32(31)).astype(U64)).astype(U32)
-
-
 @alu("lop3.b32", "u=u,u,u,k", "9.7.8.6")
 def lop3(a, b, c, table):
     result = U32(0)
@@ -165,51 +244,3 @@ def lop3(a, b, c, table):
         if table >> i & 1:
             result = result | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
     return result
-
-
-@alu("prmt.b32", "u=u,u,u", "9.7.9.7")
-def prmt(a, b, selector):
-    both = (b.astype(U64) << U64(32)) | a
-    result = U32(0)
-    for i in range(4):
-        code = (selector >> U32(4 * i)) & U32(15)
-        byte = ((both >> ((code & U32(7)) * U32(8)).astype(U64)) & U64(255)).astype(U32)
-        sign = np.where(byte & U32(128), U32(255), U32(0))
-        result = result | (np.where(code & U32(8), sign, byte) << U32(8 * i))
-    return result
-
-
-# -- bit fields, §9.7.1.16 to §9.7.1.19 --------------------------------------------------------------------------------
-@alu("bfe.u32", "u=u,u,u", "9.7.1.19")
-def bfe_u32(a, position, length):
-    position, length = position & U32(255), length & U32(255)
-    shifted = np.where(position > 31, U32(0), a >> np.minimum(position, U32(31)))
-    return np.where(length > 31, shifted, shifted & ((U32(1) << np.minimum(length, U32(31))) - U32(1)))
-
-
-@alu("clz.b32", "u=u", "9.7.1.17")
-def clz(a):
-    return np.where(a == 0, U32(32), U32(31) - np.log2(np.maximum(a, 1).astype(F64)).astype(U32))
-
-
-@alu("popc.b32", "u=u", "9.7.1.16")
-def popc(a):
-    return np.bitwise_count(a).astype(U32)
-
-
-@alu("brev.b32", "u=u", "9.7.1.18")
-def brev(a):
-    a = ((a >> U32(1)) & U32(0x55555555)) | ((a & U32(0x55555555)) << U32(1))
-    a = ((a >> U32(2)) & U32(0x33333333)) | ((a & U32(0x33333333)) << U32(2))
-    a = ((a >> U32(4)) & U32(0x0F0F0F0F)) | ((a & U32(0x0F0F0F0F)) << U32(4))
-    return a.byteswap()
-
-
-@alu("min.relu.s32", "s=s,s", "9.7.1.12")
-def min_relu_s32(a, b):
-    return np.maximum(np.minimum(a, b), S32(0))
-
-
-@alu("max.relu.s32", "s=s,s", "9.7.1.13")
-def max_relu_s32(a, b):
-    return np.maximum(np.maximum(a, b), S32(0))

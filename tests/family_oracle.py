@@ -1,0 +1,562 @@
+"""What the wider families of elementwise PTX instructions give, in exact Python integers and fractions.
+
+`lookup(opcode)` returns (bits of the destination, bits of each source, function from operand bits to the result), or
+None where `scalar_oracle` knows the opcode. A result is an int (exact bits), `Exact`, `Near` or `AnyNan(bits)`.
+"""
+
+import math
+import struct
+from fractions import Fraction
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from scalar_oracle import LOGIC, ROUND_INTEGER, Near, compare_floats, integer_value, permute, round_to, signed
+
+
+class AnyNan(NamedTuple):
+    """Any NaN of a format of so many bits."""
+
+    bits: int
+
+
+class Form(NamedTuple):
+    """A floating-point format: stored mantissa bits, exponent bits."""
+
+    mantissa: int
+    exponent: int
+
+    @property
+    def infinity(self) -> int:
+        return ((1 << self.exponent) - 1) << self.mantissa
+
+    @property
+    def top(self) -> int:
+        return 1 << self.mantissa + self.exponent
+
+    def nan(self, x: int) -> bool:
+        return x & (self.top - 1) > self.infinity
+
+    def inf(self, x: int) -> bool:
+        return x & (self.top - 1) == self.infinity
+
+    def sign(self, x: int) -> int:
+        return int(x & self.top != 0)
+
+    def zero(self, x: int) -> bool:
+        return x & (self.top - 1) == 0
+
+    def value(self, x: int) -> Fraction:
+        field, fraction = x >> self.mantissa & (1 << self.exponent) - 1, x & (1 << self.mantissa) - 1
+        bias = (1 << self.exponent - 1) - 1
+        magnitude = Fraction(fraction + (bool(field) << self.mantissa)) * Fraction(2) ** (
+            max(field, 1) - bias - self.mantissa
+        )
+        return -magnitude if self.sign(x) else magnitude
+
+    def real(self, x: int) -> float:
+        if self.nan(x) or self.inf(x):
+            return math.nan if self.nan(x) else -math.inf if self.sign(x) else math.inf
+        return math.copysign(float(self.value(x)), -1 if self.sign(x) else 1)
+
+    def flush(self, x: int) -> int:
+        return x & self.top if not x >> self.mantissa & (1 << self.exponent) - 1 else x
+
+    def round(self, value: Fraction, mode: str, negative_zero: bool = False) -> int:
+        if not value:
+            return self.top if negative_zero else 0
+        return round_to(value, mode, self.mantissa, self.exponent)
+
+
+FORMS = {"f16": Form(10, 5), "bf16": Form(7, 8), "f32": Form(23, 8), "f64": Form(52, 11)}
+WIDTH = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
+MODES = ("rn", "rz", "rm", "rp")
+
+
+def result_nan(form: str):
+    return 0x7FFF if WIDTH[form] == 16 else AnyNan(WIDTH[form])
+
+
+def fused(f: Form, a: int, b: int, c: int, mode: str) -> int | None:
+    """a·b + c rounded once; None for NaN."""
+    if f.nan(a) or f.nan(b) or f.nan(c):
+        return None
+    product_sign = f.sign(a) ^ f.sign(b)
+    if f.inf(a) or f.inf(b):
+        if f.zero(a) or f.zero(b) or (f.inf(c) and f.sign(c) != product_sign):
+            return None
+        return f.infinity | product_sign * f.top
+    if f.inf(c):
+        return c
+    exact = f.value(a) * f.value(b) + f.value(c)
+    if not exact and (f.zero(a) or f.zero(b)) and product_sign == f.sign(c):
+        return product_sign * f.top
+    return f.round(exact, mode, mode == "rm")
+
+
+def operate(name: str, f: Form, mode: str, x: tuple) -> int | None:
+    one = f.round(Fraction(1), "rn")
+    if name == "add":
+        return fused(f, x[0], one, x[1], mode)
+    if name == "sub":
+        return fused(f, x[0], one, x[1] if f.nan(x[1]) else x[1] ^ f.top, mode)
+    if name == "mul":
+        return fused(f, *x, (x[0] ^ x[1]) & f.top, mode)
+    if name in ("fma", "mad"):
+        return fused(f, *x, mode)
+    if name == "sqrt":
+        return root(f, x[0], mode)
+    a, b = x if name == "div" else (one, x[0])
+    if f.nan(a) or f.nan(b) or (f.inf(a) and f.inf(b)) or (f.zero(a) and f.zero(b)):
+        return None
+    negative = (a ^ b) & f.top
+    if f.inf(a) or f.zero(b):
+        return f.infinity | negative
+    return negative if f.inf(b) or f.zero(a) else f.round(f.value(a) / f.value(b), mode)
+
+
+def root(f: Form, a: int, mode: str) -> int | None:
+    if f.zero(a) or f.nan(a) or f.sign(a) or f.inf(a):
+        return a if f.zero(a) or (f.inf(a) and not f.sign(a)) else None
+    scaled = f.value(a) * Fraction(4) ** 1200
+    floor = math.isqrt(scaled.numerator // scaled.denominator)
+    return f.round((Fraction(floor) + Fraction(1, 2) * (floor * floor != scaled)) / Fraction(2) ** 1200, mode)
+
+
+def finish(form: str, bits: int | None, parts) -> int | AnyNan:
+    """.sat and .relu on a rounded result, and the NaN of the format."""
+    f = FORMS[form]
+    if "sat" in parts:
+        one = f.round(Fraction(1), "rn")
+        return 0 if bits is None or f.sign(bits) else min(bits, one)
+    if bits is None:
+        return result_nan(form)
+    return 0 if "relu" in parts and f.sign(bits) else bits
+
+
+def extreme(form: str, parts, a: int, b: int):
+    f = FORMS[form]
+    sign = (a ^ b) & f.top
+    missing = [x for x in (a, b) if f.nan(x)]
+    if len(missing) == 2 or (missing and "NaN" in parts):
+        return result_nan(form)
+    if "xorsign" in parts:
+        a, b = a & (f.top - 1), b & (f.top - 1)
+    key = lambda x: (f.real(x), -f.sign(x))  # noqa: E731
+    have = [x for x in (a, b) if not f.nan(x)]
+    return (max if parts[0] == "max" else min)(have, key=key) | (sign if "xorsign" in parts else 0)
+
+
+def float_rule(form: str, parts: list[str]):
+    """A function of operand bits for arithmetic in one format."""
+    f, name, ftz = FORMS[form], parts[0], "ftz" in parts
+    flush = f.flush if ftz else lambda x: x
+    mode = next((p for p in parts if p in MODES), "rn")
+
+    def run(*x):
+        x = [flush(v) for v in x]
+        if name in ("neg", "abs", "copysign"):
+            if name == "copysign":
+                return x[0] & f.top | x[1] & (f.top - 1)
+            result = x[0] ^ f.top if name == "neg" else x[0] & (f.top - 1)
+            return result if not f.nan(result) or WIDTH[form] == 16 else AnyNan(WIDTH[form])
+        if name in ("min", "max"):
+            return extreme(form, parts, *x)
+        if "approx" in parts:
+            return approximate(form, name, x, ftz)
+        result = operate(name, f, mode, tuple(x))
+        return finish(form, result if result is None else flush(result), parts)
+
+    return run
+
+
+FUNCTIONS = {
+    "tanh": math.tanh,
+    "ex2": lambda x: math.inf if x >= 128 else 2.0**x,
+    "sin": lambda x: math.sin(x) if math.isfinite(x) else math.nan,
+    "cos": lambda x: math.cos(x) if math.isfinite(x) else math.nan,
+    "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
+    "rcp": lambda x: math.copysign(math.inf, x) if x == 0 else 1 / x,
+}
+
+
+def approximate(form: str, name: str, x, ftz: bool):
+    """f32: within the ISA's error (sin and cos 2^-20.5 in the main range). f16, bf16: within one unit of the format."""
+    f = FORMS[form]
+    value = FUNCTIONS[name](f.real(x[0]))
+    if form == "f32":
+        return Near(value, 2, 2.0**-20 if name in ("sin", "cos") else 2.0**-126 if ftz else 2.0**-149)
+    if math.isnan(value):
+        return 0x7FFF
+    if math.isinf(value) or value == 0:
+        return (f.infinity if value else 0) | (f.top if math.copysign(1, value) < 0 else 0)
+    bits = f.round(Fraction(value), "rn", value < 0)
+    return f.flush(bits) if ftz else bits
+
+
+def halves(rule, count: int):
+    """A rule of 16-bit operands → the same on both halves."""
+
+    def run(*x):
+        parts = [rule(*(v >> shift & 0xFFFF for v in x[:count]), *x[count:]) for shift in (0, 16)]
+        return parts[0] | parts[1] << 16
+
+    return run
+
+
+# -- conversions -------------------------------------------------------------------------------------------------------
+SMALL = {
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+}
+GRID = {}
+for _name, _dtype in SMALL.items():  # every finite value that is not negative, by its bits
+    _all = np.arange(32 if _name[1] in "23" else 128, dtype=np.uint8).view(_dtype).astype(np.float64)
+    GRID[_name] = [float(v) for v in _all if np.isfinite(v)]
+
+
+def to_small(name: str, f: Form, x: int, clamp: bool) -> int:
+    """Nearest value of an 8- or 6-bit format, ties to the even code, too large becomes the largest."""
+    grid, top = GRID[name], 32 if name[1] in "23" else 128
+    if f.nan(x):
+        return 0x7F if top == 128 else 0x1F
+    negative = f.sign(x)
+    if clamp and negative:
+        return 0
+    if f.inf(x):
+        return len(grid) - 1 | negative * top
+    magnitude = abs(f.value(x))
+    best = min(range(len(grid)), key=lambda i: (abs(Fraction(grid[i]) - magnitude), i & 1))
+    return best | negative * top
+
+
+def float_conversion(to: str, source: str, parts: list[str]):
+    f, g = FORMS[source], FORMS[to]
+    whole = next((ROUND_INTEGER[p] for p in parts if p in ROUND_INTEGER), None)
+    mode = next((p for p in parts if p in MODES), "rn")
+
+    def run(x: int):
+        if "ftz" in parts and source == "f32":
+            x = f.flush(x)
+        if f.nan(x):
+            return 0 if "sat" in parts else result_nan(to)
+        if f.inf(x):
+            bits = g.infinity | f.sign(x) * g.top
+            if "satfinite" in parts:
+                bits -= 1
+        else:
+            value = Fraction(whole(f.value(x))) if whole else f.value(x)
+            bits = g.round(value, mode, bool(f.sign(x)))
+            if "satfinite" in parts and g.inf(bits):
+                bits -= 1
+        if "ftz" in parts and to == "f32":
+            bits = g.flush(bits)
+        return finish(to, bits, parts)
+
+    return run
+
+
+def to_tf32(parts: list[str]):
+    f, tf32 = FORMS["f32"], Form(10, 8)
+
+    def run(x: int):
+        if f.nan(x):
+            return 0x7FFFFFFF
+        if "relu" in parts and f.sign(x):
+            return 0
+        magnitude = x & 0x7FFFFFFF
+        if not f.inf(x):
+            if "rna" in parts:
+                magnitude = magnitude + 0x1000 & ~0x1FFF
+            elif magnitude:
+                magnitude = tf32.round(f.value(magnitude), "rn" if "rn" in parts else "rz") << 13
+        if "satfinite" in parts:
+            magnitude = min(magnitude, 0x7F7FE000)
+        return magnitude | x & 0x80000000
+
+    return run
+
+
+def conversion(parts: list[str]):
+    to, source = parts[-2:]
+    clamp = "relu" in parts
+    if parts[1] == "pack":
+        size = int(parts[3][1:])
+        low, high = limits(parts[3])
+        fit = lambda x: min(max(signed(x, 32), low), high) & (1 << size) - 1  # noqa: E731
+        under = lambda a, b, c=0: fit(a) << size | fit(b) | c << 2 * size & 0xFFFFFFFF  # noqa: E731
+        return 32, (32,) * (3 if size == 8 else 2), under
+    if to == "tf32":
+        return 32, (32,), to_tf32(parts)
+    if to[:4] in SMALL:
+        f = FORMS["f32" if source == "f32" else "f16"]
+        if source == "f32":
+            return (
+                16,
+                (32, 32),
+                lambda a, b: to_small(to[:4], f, a, clamp) << 8 | to_small(to[:4], f, b, clamp),
+            )
+        return (
+            16,
+            (32,),
+            lambda a: to_small(to[:4], f, a >> 16, clamp) << 8 | to_small(to[:4], f, a & 0xFFFF, clamp),
+        )
+    if source[:4] in SMALL:
+        mask, dtype = 63 if source[1] in "23" else 255, SMALL[source[:4]]
+
+        def half(x: int) -> int:
+            value = float(np.uint8(x & mask).view(dtype))
+            if math.isnan(value):
+                return 0x7FFF
+            bits = struct.unpack("<H", struct.pack("<e", value))[0]
+            return 0 if clamp and bits >> 15 else bits
+
+        return 32, (16,), lambda a: half(a >> 8) << 16 | half(a & 255)
+    if to.endswith("x2"):
+        one = float_conversion(to[:-2], "f32", parts)
+        return 32, (32, 32), lambda a, b: one(a) << 16 | one(b)
+    if to in FORMS and source in FORMS:
+        return WIDTH[to], (WIDTH[source],), float_conversion(to, source, parts)
+    if to in FORMS:
+        mode = next(p for p in parts if p in MODES)
+        rule = lambda x: finish(to, FORMS[to].round(Fraction(integer_value(x, source)), mode), parts)  # noqa: E731
+        return WIDTH[to], (max(int(source[1:]), 16),), rule
+    low, high = limits(to)
+    register = (1 << max(int(to[1:]), 16)) - 1
+    if source in FORMS:
+        return max(int(to[1:]), 16), (WIDTH[source],), float_to_integer(to, source, parts, register)
+    return (
+        max(int(to[1:]), 16),
+        (max(int(source[1:]), 16),),
+        lambda x: min(max(integer_value(x, source), low), high) & register,
+    )
+
+
+def limits(kind: str) -> tuple[int, int]:
+    w = int(kind[1:])
+    return (-(1 << w - 1), (1 << w - 1) - 1) if kind[0] == "s" else (0, (1 << w) - 1)
+
+
+def float_to_integer(to: str, source: str, parts, register: int):
+    f, (low, high) = FORMS[source], limits(to)
+    whole = next(ROUND_INTEGER[p] for p in parts if p in ROUND_INTEGER)
+
+    def run(x: int):
+        x = f.flush(x) if "ftz" in parts else x
+        if f.nan(x):
+            return None if int(to[1:]) == 64 else 0  # 64 bits: not compared, ISA versions differ
+        if f.inf(x):
+            return (low if f.sign(x) else high) & register
+        return min(max(whole(f.value(x)), low), high) & register
+
+    return run
+
+
+# -- integers ----------------------------------------------------------------------------------------------------------
+def field(a: int, position: int, length: int, width: int, sign: bool) -> int:
+    position, length = position & 255, length & 255
+    fill = a >> min(position + length - 1, width - 1) & 1 if sign and length else 0
+    return sum((a >> position + i & 1 if i < length and position + i < width else fill) << i for i in range(width))
+
+
+def insert(a: int, b: int, position: int, length: int, width: int) -> int:
+    position, length = position & 255, length & 255
+    for i in range(min(length, width)):
+        if position + i < width:
+            b = b & ~(1 << position + i) | (a >> i & 1) << position + i
+    return b
+
+
+def nth_set(mask: int, base: int, offset: int) -> int:
+    offset = signed(offset, 32)
+    # a base beyond 31 is undefined; the test keeps to the others
+    if offset == 0:
+        return base if mask >> base & 1 else 0xFFFFFFFF
+    where = [i for i in range(32) if mask >> i & 1]
+    side = [i for i in where if i >= base] if offset > 0 else [i for i in where if i <= base][::-1]
+    return side[abs(offset) - 1] if abs(offset) <= len(side) else 0xFFFFFFFF
+
+
+def find(a: int, w: int, sign: bool, shift: bool) -> int:
+    if sign and a >> w - 1:
+        a ^= (1 << w) - 1
+    return 0xFFFFFFFF if not a else w - a.bit_length() if shift else a.bit_length() - 1
+
+
+def dot(x: int, y: int, tx: str, ty: str, bits: int, first: int) -> int:
+    count = 4 if bits == 8 else 2
+    part = lambda v, w, i, kind: integer_value(v >> w * i & (1 << w) - 1, f"{kind[0]}{w}")  # noqa: E731
+    return sum(part(x, bits, i, tx) * part(y, 8, first + i, ty) for i in range(count))
+
+
+PRMT = {
+    "f4e": lambda i, s: s + i,
+    "b4e": lambda i, s: (s - i) % 8,
+    "rc8": lambda i, s: s,
+    "ecl": lambda i, s: max(i, s),
+    "ecr": lambda i, s: min(i, s),
+    "rc16": lambda i, s: 2 * (s & 1) + (i & 1),
+}
+
+
+def integer_rule(parts: list[str]):
+    """(destination bits, source bits, rule) of the integer families, or None."""
+    name, kind = parts[0], parts[-1]
+    if name == "prmt" and len(parts) == 3:
+        choose = PRMT[parts[2]]
+        code = lambda s: sum(choose(i, s & 3) << 4 * i for i in range(4))  # noqa: E731
+        return 32, (32, 32, 32), lambda a, b, s: permute(a, b, code(s))
+    if kind in ("s16x2", "u16x2"):
+        one = f"{kind[0]}16"
+        value = lambda x: integer_value(x, one)  # noqa: E731
+        rule = {
+            "add": lambda a, b: a + b,
+            "min": lambda a, b: min(value(a), value(b)),
+            "max": lambda a, b: max(value(a), value(b)),
+        }[name]
+        relu = "relu" in parts
+        return 32, (32, 32), halves(lambda a, b: (max(rule(a, b), 0) if relu else rule(a, b)) & 0xFFFF, 2)
+    if name in ("dp4a", "dp2a"):
+        first = 2 if "hi" in parts else 0
+        ta, tb = parts[-2:]
+        bits = 8 if name == "dp4a" else 16
+        return 32, (32, 32, 32), lambda a, b, c: dot(a, b, ta, tb, bits, first) + c & 0xFFFFFFFF
+    if not kind[1:].isdigit():
+        return None
+    w = int(kind[1:])
+    mask = (1 << w) - 1
+    value = lambda x: integer_value(x, kind)  # noqa: E731
+    low24 = lambda x: integer_value(x & 0xFFFFFF, "s24" if kind[0] == "s" else "u24")  # noqa: E731
+    low, high = limits(kind)
+    clamp = (lambda x: min(max(x, low), high)) if "sat" in parts else lambda x: x
+    wrap24 = lambda x: signed(x & mask, w) if kind[0] == "s" else x & mask  # noqa: E731
+    shift24 = 16 if "hi" in parts else 0
+    count = (lambda c: c & 31) if "wrap" in parts else lambda c: min(c, 32)
+    rules = {
+        "add": (w, (w, w), lambda a, b: clamp(value(a) + value(b))),
+        "sub": (w, (w, w), lambda a, b: clamp(value(a) - value(b))),
+        "sad": (w, (w, w, w), lambda a, b, c: abs(value(a) - value(b)) + c),
+        "mul24": (w, (w, w), lambda a, b: low24(a) * low24(b) >> shift24),
+        "mad24": (w, (w, w, w), lambda a, b, c: clamp(wrap24(low24(a) * low24(b) >> shift24) + value(c))),
+        "cnot": (w, (w,), lambda a: int(a == 0)),
+        "popc": (32, (w,), int.bit_count),
+        "clz": (32, (w,), lambda a: w - a.bit_length()),
+        "brev": (w, (w,), lambda a: int(f"{a:0{w}b}"[::-1], 2)),
+        "bfe": (w, (w, 32, 32), lambda a, p, n: field(a, p, n, w, kind[0] == "s")),
+        "bfi": (w, (w, w, 32, 32), lambda a, b, p, n: insert(a, b, p, n, w)),
+        "bmsk": (32, (32, 32), lambda a, b: (1 << count(b)) - 1 << count(a)),
+        "bfind": (32, (w,), lambda a: find(a, w, kind[0] == "s", "shiftamt" in parts)),
+        "fns": (32, (32, 32, 32), nth_set),
+        "szext": (32, (32, 32), lambda a, b: field(a, 0, count(b), 32, kind[0] == "s")),
+        "shf": (
+            32,
+            (32, 32, 32),
+            lambda a, b, n: (b << 32 | a) << count(n) >> 32 if "l" in parts else (b << 32 | a) >> count(n),
+        ),
+    }
+    if name == "mad" and "wide" in parts:
+        return 2 * w, (w, w, 2 * w), lambda a, b, c: value(a) * value(b) + c & (1 << 2 * w) - 1
+    if name == "mad" and "hi" in parts:
+        return w, (w, w, w), lambda a, b, c: clamp((value(a) * value(b) >> w) + value(c)) & mask
+    if name not in rules or (name in ("add", "sub") and "sat" not in parts):
+        return None
+    dest, sources, rule = rules[name]
+    return dest, sources, lambda *x: rule(*x) & (1 << dest) - 1
+
+
+def property_rule(parts: list[str]):
+    f = FORMS[parts[2]]
+    rules = {
+        "finite": lambda x: not (f.nan(x) or f.inf(x)),
+        "infinite": f.inf,
+        "number": lambda x: not f.nan(x),
+        "notanumber": f.nan,
+        "normal": lambda x: not (f.nan(x) or f.inf(x)) and f.flush(x) & (f.top - 1) != 0,
+        "subnormal": lambda x: not f.zero(x) and f.zero(f.flush(x)),
+    }
+    return 1, (WIDTH[parts[2]],), lambda x: int(rules[parts[1]](x))
+
+
+def width_of(kind: str) -> int:
+    return WIDTH.get(kind) or int(kind[1:])
+
+
+def comparison(parts: list[str]):
+    """setp of f16 and bf16, set of every type."""
+    kind = parts[-1]
+    combine = next((LOGIC[p] for p in parts[2:] if p in LOGIC), None)
+
+    def value(x: int):
+        if kind not in FORMS:
+            return integer_value(x, kind)
+        return FORMS[kind].real(FORMS[kind].flush(x) if "ftz" in parts else x)
+
+    def run(a, b, c=0):
+        compare = compare_floats if kind in FORMS else lambda n, x, y: compare_floats(n, x, y)
+        result = int(compare(parts[1], value(a), value(b)) if kind in FORMS else compare_integers(parts[1], a, b, kind))
+        result = result if combine is None else combine(result, c)
+        if parts[0] == "setp":
+            return result
+        return 0 if not result else 0x3F800000 if parts[-2] == "f32" else 0xFFFFFFFF
+
+    sources = (width_of(kind),) * 2
+    return 1 if parts[0] == "setp" else 32, sources if combine is None else (*sources, 1), run
+
+
+def compare_integers(name: str, a: int, b: int, kind: str) -> bool:
+    a, b = integer_value(a, kind), integer_value(b, kind)
+    return {"eq": a == b, "ne": a != b, "lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b}[name]
+
+
+def lookup(opcode: str):
+    parts = opcode.split(".")
+    name, kind = parts[0], parts[-1]
+    if name == "testp":
+        return property_rule(parts)
+    if name == "set" or (name == "setp" and kind in ("f16", "bf16")):
+        return comparison(parts)
+    if name == "slct":
+        chooser, w = FORMS["f32"], width_of(parts[-2])
+        if kind == "s32":
+            return w, (w, w, 32), lambda a, b, c: a if c < 1 << 31 else b
+        flush = chooser.flush if "ftz" in parts else lambda x: x
+        return w, (w, w, 32), lambda a, b, c: a if chooser.real(flush(c)) >= 0 else b
+    if name == "cvt" and (set(parts) & {"sat", "pack"} or parts[-1] in FORMS or parts[-2] in FORMS or "x2" in opcode):
+        return conversion(parts)
+    if opcode.endswith(".tf32.f32"):
+        return conversion(parts)
+    if name in ("setp", "selp"):
+        return None
+    if kind in ("f16", "bf16") and parts[-2] == "f32":  # mixed precision
+        narrow = 2 if name == "fma" else 1
+        rule, widen = float_rule("f32", parts), float_conversion("f32", kind, [])
+        sources = (16,) * narrow + (32,)
+
+        def mixed(*x):
+            wide = [widen(v) if i < narrow else v for i, v in enumerate(x)]
+            return rule(*(0x7FC00000 if isinstance(v, AnyNan) else v for v in wide))
+
+        return 32, sources, mixed
+    operands = {"fma": 3, "mad": 3, "neg": 1, "abs": 1, "tanh": 1, "ex2": 1, "sqrt": 1, "rcp": 1, "sin": 1, "cos": 1}
+    if kind in ("f16x2", "bf16x2"):
+        n = operands.get(name, 2)
+        return 32, (32,) * n, halves(float_rule(kind[:-2], parts), n)
+    if kind in ("f16", "bf16", "f64"):
+        return WIDTH[kind], (WIDTH[kind],) * operands.get(name, 2), float_rule(kind, parts)
+    if (
+        kind == "f32"
+        and (
+            {"sat", "rz", "rm", "rp", "xorsign"} & set(parts)
+            or name in ("sin", "cos", "mad", "sqrt", "rcp")
+            or (name in ("min", "max", "neg", "abs", "div") and "ftz" in parts)
+        )
+        and "approx" not in (parts if name in ("rcp", "div", "rsqrt") else ())
+    ):
+        if name == "div" and "full" in parts:
+            return None
+        if name in ("min", "max") and "xorsign" not in parts:
+            return None
+        return 32, (32,) * operands.get(name, 2), float_rule("f32", parts)
+    return integer_rule(parts)
