@@ -60,6 +60,8 @@ class BlockWriter:
         self.dirty: dict[int, None] = {}
         self.names = 0
         self.line = 0  # of the instruction being written
+        self.instr: Instr | None = None
+        self.touched: set[int] = set()  # registers known not to be in flight here
         self.active_guard: str | None = None  # its guard, once evaluated
 
     # -- names and values ---------------------------------------------------------------------------------------------
@@ -73,6 +75,7 @@ class BlockWriter:
         return name
 
     def load(self, reg: Reg) -> Value:
+        self.touch(reg)
         value = self.values.get(reg.index)
         if value is None:
             index = reg.index
@@ -249,6 +252,7 @@ class BlockWriter:
         """Bind a destination register to a value; under a guard, merge with the old one."""
         if reg == SINK:
             return
+        self.touch(reg)
         if guard is not None:
             value = self.merge(guard, value, self.load(reg))
         self.values[reg.index] = value
@@ -265,6 +269,61 @@ class BlockWriter:
         merged = self.let(f"where({guard}, {self.form(new, kind)}, {self.form(old, kind)})")
         return Value(new.bits, {kind: merged}, shadow=shadow)
 
+    # -- registers that a wgmma has in flight --------------------------------------------------------------------------
+    def touch(self, reg: Reg, as_a: bool = False) -> None:
+        """Something reads or writes `reg`: no wgmma may have it in flight."""
+        if reg.index not in self.owner.in_flight or reg.index in self.touched:
+            return
+        lanes = self.active_guard or "TRUE"
+        instr = self.owner.info(self.instr)
+        rest = ", True" if as_a else ""
+        self.lines.append(f"if Q[{reg.index}]: m.wgmma.touch(ws, {reg.index}, {lanes}, {instr}, {reg.name!r}{rest})")
+        if self.active_guard is None and not as_a:
+            self.touched.add(reg.index)
+
+    def wgmma(self, instr: Instr, entry) -> None:
+        """D is brought to its storage, where the wait will find and change it; A in registers is handed over."""
+        guard = self.guard(instr)
+        d, a, b, scale, *rest = instr.operands
+        arguments = [self.read(operand, kind, instr) for operand, kind in ((b, "U"), (scale, "p"))]
+        a_items = a.items if isinstance(a, Vector) else ()
+        for item in a_items:
+            self.touch(item, as_a=True)
+            self.touched.add(item.index)
+        arguments.insert(0, self.read(a, "*u" if a_items else "U", instr))
+        adds = guard is not None or scale != Imm(0)
+        for reg in d.items:
+            self.owner.keep(reg.index)
+            if adds and reg.index in self.dirty:
+                self._settle(reg)
+            if adds and reg.index in self.owner.checked:
+                needed = self.let(f"D[{reg.index}][ix] | ~{arguments[2]}")
+                needed = needed if guard is None else f"{needed} | ~{guard}"
+                self.lines.append(f"m.check_register(ws, {needed}, {reg.name!r}, {self.owner.info(instr)})")
+        indices = [tuple(r.index for r in items) for items in (d.items, a_items)]
+        arguments = [*map(str, indices), *arguments, *(self.read(operand, "k", instr) for operand in rest)]
+        active = "ws.mask" if guard is None else self.let(f"ws_active(ws, {guard})")
+        call = f"{self.owner.function(entry)}(m, ws, {active}, {self.owner.info(instr)}, {', '.join(arguments)})"
+        self.lines.append(call if guard is None else f"if {active} is not False: {call}")
+        for reg in d.items:
+            self.values.pop(reg.index, None)
+            self.dirty.pop(reg.index, None)
+            if reg.index in self.owner.checked and guard is None:
+                self.lines.append(f"put(D[{reg.index}], TRUE)")
+        self.touched.difference_update(*indices)
+
+    def _settle(self, reg: Reg) -> None:
+        """Write a register to its storage in the middle of the block; views of what was there are copied first."""
+        value = self.values[reg.index]
+        for other in self.values.values():
+            for part in (other, *(other.halves or ())):
+                if part.loaded_from == reg.index:
+                    self.lines += [f"{name} = {name}.copy()" for name in part.forms.values()]
+                    part.loaded_from = None
+        self.lines.append(f"put(R[{reg.index}], {self.form(value, CANONICAL[value.bits])})")
+        if reg.index in self.owner.checked:
+            self.lines.append(f"put(D[{reg.index}], {self.shadow_of(value) or 'TRUE'})")
+
     # -- instructions -------------------------------------------------------------------------------------------------
     def guard(self, instr: Instr) -> str | None:
         if instr.guard is None:
@@ -274,7 +333,7 @@ class BlockWriter:
         return self.active_guard
 
     def instruction(self, instr: Instr) -> None:
-        self.line, self.active_guard = instr.line, None
+        self.instr, self.line, self.active_guard = instr, instr.line, None
         if instr.opcode in MOVES:
             self.move(instr)
         elif instr.opcode in PARAM_LOADS:
@@ -283,7 +342,9 @@ class BlockWriter:
             entry = entry_of(instr)
             if entry is None:
                 return
-            if entry.pure:
+            if entry.in_flight:
+                self.wgmma(instr, entry)
+            elif entry.pure:
                 self.alu(instr, entry)
             else:
                 self.effect(instr, entry)

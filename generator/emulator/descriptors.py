@@ -54,6 +54,15 @@ def shared_operand(descriptor: int, rows: int, mn_major: bool, where: str) -> Op
         raise UnsupportedInstruction(
             f"{where}: shared-memory descriptor {descriptor:#018x}: swizzle mode {descriptor >> 61} is not supported"
         )
+    chunks = _tile(start, lbo, sbo, bits, rows, mn_major)
+    found = _operands[key] = Operand(chunks, mn_major, int(chunks.min()) * 16, int(chunks.max() + 1) * 16)
+    return found
+
+
+def _tile(start: int, lbo: int, sbo: int, bits: int, rows: int, mn_major: bool) -> np.ndarray:
+    """Chunks of a tile of `rows` rows and 32 bytes of k in a canonical layout (§9.7.16.3.3, §9.7.15.5.1.2), swizzled by
+    `bits` bits of the address.
+    """
     span = 16 << bits
     if not mn_major:
         row, chunk = np.arange(rows)[:, None], np.arange(2)[None]
@@ -66,8 +75,34 @@ def shared_operand(descriptor: int, rows: int, mn_major: bool, where: str) -> Op
         else:
             linear = start + group * sbo + k % 8 * 16 + k // 8 * lbo
     address = linear ^ ((linear >> 3) & (((1 << bits) - 1) << 4))
-    chunks = (address - WINDOW_BASE) >> 4
-    found = _operands[key] = Operand(chunks, mn_major, int(chunks.min()) * 16, int(chunks.max() + 1) * 16)
+    return (address - WINDOW_BASE) >> 4
+
+
+WGMMA_RESERVED = 3 << 14 | 3 << 30 | 7 << 46 | 0x3FF << 52
+_wgmma_operands: dict[tuple[int, int, bool, int], Operand] = {}
+
+
+def wgmma_operand(descriptor: int, rows: int, mn_major: bool, size: int, where: str) -> Operand:
+    """Decode the matrix descriptor (§9.7.15.5.1.2.2) of an operand of `rows` rows and 32 bytes of k.
+
+    Only elements of `size` 2 bytes may be MN-major.
+    """
+    key = (descriptor, rows, mn_major, size)
+    if key in _wgmma_operands:
+        return _wgmma_operands[key]
+    if descriptor & WGMMA_RESERVED:
+        raise Hazard(
+            f"{where}: matrix descriptor {descriptor:#018x}: a reserved bit (14, 15, 30, 31, 46-48, 52-61) is set"
+        )
+    if descriptor >> 49 & 7:
+        raise UnsupportedInstruction(
+            f"{where}: matrix descriptor {descriptor:#018x}: a base offset other than 0 is not supported"
+        )
+    if mn_major and size != 2:
+        raise Hazard(f"{where}: only 16-bit operands of wgmma may be MN-major")
+    start, lbo, sbo = (descriptor & 0x3FFF) << 4, (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+    chunks = _tile(start, lbo, sbo, (0, 3, 2, 1)[descriptor >> 62], rows, mn_major)
+    found = _wgmma_operands[key] = Operand(chunks, mn_major, int(chunks.min()) * 16, int(chunks.max() + 1) * 16)
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .errors import UnsupportedInstruction
-from .parse import Address, Instr, Kernel, Not, Pair, Reg, Vector
+from .parse import Address, Imm, Instr, Kernel, Not, Pair, Reg, Vector
 from .table import TABLE, Entry
 
 CONTROL = {"bra", "bra.uni", "ret", "exit"}
@@ -72,7 +72,38 @@ def defs_and_uses(instr: Instr) -> tuple[list[Reg], list[Reg]]:
     uses = [r for operand in instr.operands[n_dests:] for r in registers(operand)]
     if instr.guard is not None:
         uses.append(instr.guard)
+    if entry is not None and entry.in_flight and (instr.operands[3] != Imm(0) or instr.guard is not None):
+        uses += defs  # D is added to
     return defs, uses
+
+
+def fold_scale_d(kernel: Kernel) -> list[Instr]:
+    """The instructions, with scale-d of each wgmma an immediate where its block sets it to a constant: then it is known
+    which of them do not read D.
+    """
+    instrs, constants = [], {}
+    starts = set(kernel.labels.values())
+    for i, instr in enumerate(kernel.instrs):
+        if i in starts or instr.opcode in CONTROL:
+            constants = {}
+        entry = entry_of(instr)
+        if entry is not None and entry.in_flight and len(instr.operands) > 3:
+            scale = constants.get(instr.operands[3])
+            if scale is not None:
+                instr = instr._replace(operands=(*instr.operands[:3], Imm(scale), *instr.operands[4:]))
+        known = None
+        if instr.guard is None and len(instr.operands) >= 2 and isinstance(instr.operands[0], Reg):
+            values = [o.value if isinstance(o, Imm) else constants.get(o) for o in instr.operands[1:]]
+            if None not in values and instr.opcode in ("mov.b32", "mov.u32", "mov.s32", "mov.pred"):
+                known = values[0]
+            elif None not in values and instr.opcode in ("setp.ne.b32", "setp.ne.u32", "setp.ne.s32"):
+                known = int(values[0] != values[1])
+        for reg in defs_and_uses(instr)[0]:
+            constants.pop(reg, None)
+            if known is not None:
+                constants[reg] = known
+        instrs.append(instr)
+    return instrs
 
 
 @dataclass

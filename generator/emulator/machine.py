@@ -21,6 +21,7 @@ from .ops.tma import check_bulk_at_exit
 from .parse import Instr
 from .tensorcore import TensorCore
 from .translate import Program
+from .warpgroup import Warpgroups
 from .warps import LANES, Warps
 
 REGISTER_DTYPE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -74,6 +75,7 @@ class Machine:
         self.named = NamedBarriers(self.n_cta)
         self.queue = AsyncQueue(self)
         self.tensor_core = TensorCore(self)
+        self.wgmma = Warpgroups(self)
         self.stores: list[tuple] = []  # tcgen05.st that no wait::st has covered yet
         self.bulk: dict[tuple[int, int, int], list[list]] = {}  # bulk groups by (warp, CTA, lane); the last is open
         self.sources: Counter[tuple[int, int, int]] = Counter()  # (CTA, first, end) chunk of bulk stores under way
@@ -106,6 +108,9 @@ class Machine:
                 self.registers[index] = (np.empty(shape, np.uint32), np.empty(shape, np.uint32))
             else:
                 self.registers[index] = np.empty(shape, REGISTER_DTYPE[reg.bits])
+        self.accumulators = {d: np.empty((len(d), *shape), np.uint32) for d in self.program.accumulators}
+        for d, block in self.accumulators.items():
+            self.registers.update(zip(d, block, strict=True))
         self.defined = {index: np.zeros(shape, bool) for index in self.program.checked}
 
     def _retire_missing_lanes(self) -> None:
@@ -148,6 +153,7 @@ class Machine:
     def check_overwrite(self, ctas: np.ndarray, chunks: np.ndarray, where) -> None:
         """Somebody writes these 16-byte chunks of shared memory: nothing asynchronous may still have to read them."""
         self.tensor_core.check_overwrite(ctas, chunks, where)
+        self.wgmma.check_overwrite(ctas, chunks, where)
         for (cta, first, end), count in self.sources.items():
             if count and ((ctas == cta) & (chunks >= first) & (chunks < end)).any():
                 raise Hazard(
@@ -278,6 +284,7 @@ class Machine:
 
     def _check_exit(self) -> None:
         check_bulk_at_exit(self)
+        self.wgmma.check_exit()
         leaked = np.nonzero(self.tmem.allocated.any(axis=0))[0]
         if len(leaked):
             cta = int(leaked[0])

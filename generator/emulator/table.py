@@ -37,6 +37,7 @@ class Entry:
     pure: bool
     starts_block: bool = False  # the scheduler may stop a warp before it (a wait that can fail)
     ends_block: bool = False  # the scheduler regains control after it
+    in_flight: bool = False  # wgmma: D is also a source, and its registers are in use until a wait
 
 
 TABLE: dict[str, Entry] = {}

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from . import ops  # noqa: F401  (fills the instruction table)
 from .block import DTYPE, BlockWriter
 from .errors import UnsupportedInstruction
-from .flow import MOVES, Block, defs_and_uses, entry_of, find_blocks, solve_joins, solve_liveness
+from .flow import (
+    MOVES,
+    Block,
+    defs_and_uses,
+    entry_of,
+    find_blocks,
+    fold_scale_d,
+    registers,
+    solve_joins,
+    solve_liveness,
+)
 from .formats import pack16
 from .memory import PARAM_BASE, WINDOW_BASE
 from .parse import Instr, Kernel, Reg, Vector
@@ -49,6 +59,7 @@ class Program:
     paired: set[int]  # 64-bit registers that are stored as two halves
     checked: set[int]  # registers with a shadow bit: some read may come before any write
     params: list[tuple[int, str]]  # parameter loads: offset, NumPy type
+    accumulators: list[tuple[int, ...]]  # D registers of wgmma, stored side by side
     joins: np.ndarray  # bool [block, block], see flow.solve_joins
     opcode_counts: list[Counter]  # by block
     sizes: list[int]  # instructions by block
@@ -74,7 +85,7 @@ class Translator:
     )
 
     def __init__(self, kernel: Kernel):
-        self.kernel = kernel
+        kernel = self.kernel = replace(kernel, instrs=fold_scale_d(kernel))
         self.blocks = find_blocks(kernel)
         solve_liveness(kernel, self.blocks)
         self.exit_block = len(self.blocks)
@@ -88,6 +99,7 @@ class Translator:
         self.param_slots: dict[tuple[int, str], int] = {}
         self.paired = self._find_paired()
         self.checked = self._find_checked()
+        self.in_flight, self.accumulators = self._find_in_flight()
         self.static_shared, self.shared_offsets = self._place_shared()
 
     def _find_paired(self) -> set[int]:
@@ -114,6 +126,22 @@ class Translator:
                     for r in defs:
                         defined |= 1 << r.index
         return self._spread(checked)
+
+    def _find_in_flight(self) -> tuple[set[int], list[tuple[int, ...]]]:
+        """Registers that some wgmma uses as D or A, and the accumulators: register indices that share none."""
+        used: set[int] = set()
+        accumulators: dict[tuple[int, ...], None] = {}
+        for instr in self.kernel.instrs:
+            entry = entry_of(instr)
+            if entry is not None and entry.in_flight:
+                used.update(r.index for operand in instr.operands[:2] for r in registers(operand) if r.bits == 32)
+                accumulators[tuple(r.index for r in registers(instr.operands[0]))] = None
+        apart, taken = [], set()
+        for indices in accumulators:
+            if taken.isdisjoint(indices) and len(set(indices)) == len(indices):
+                apart.append(indices)
+                taken.update(indices)
+        return used, apart
 
     def _spread(self, checked: set[int]) -> set[int]:
         """Moves hand an unwritten value on (compilers pack an unused half that way): their destinations count too."""
@@ -203,7 +231,7 @@ class Translator:
             writer.finish()
             text.append(
                 f"def block_{block.number}(m, ws):\n    R, D, P, ix, put = m.registers, m.defined, "
-                "m.params, ws.index, ws.put\n"
+                "m.params, ws.index, ws.put\n    Q = m.wgmma.busy\n"
             )
             text.append("".join(f"    {line}\n" for line in writer.lines))
         source = "".join(text)
@@ -232,6 +260,7 @@ class Translator:
             self.paired,
             self.checked,
             self.params,
+            self.accumulators,
             solve_joins(self.blocks),
             [Counter(i.opcode for i in instrs[b.start : b.stop]) for b in self.blocks],
             [b.stop - b.start for b in self.blocks],

@@ -1,6 +1,6 @@
 """Instruction families; importing this package fills the instruction table."""
 
-from . import barrier, bits, carry, convert, double, floating, half, integer, memory, select, tcgen05, tma, warp
+from . import barrier, bits, carry, convert, double, floating, half, integer, memory, select, tcgen05, tma, warp, wgmma
 
 __all__ = [
     "barrier",
@@ -16,4 +16,5 @@ __all__ = [
     "tcgen05",
     "tma",
     "warp",
+    "wgmma",
 ]

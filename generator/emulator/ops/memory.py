@@ -118,7 +118,7 @@ def st_shared(m, ws, active, instr, address, values):
     chosen = slice(None) if active is None else np.broadcast_to(active, at.shape)
     at = at[chosen]
     data, state = m.smem.flat[width], m.smem.flat_state[width]
-    if m.tensor_core.issued or m.sources:
+    if m.tensor_core.issued or m.sources or m.wgmma.chains:
         ctas, chunks = np.divmod(np.ravel(at) * width, m.smem.stride)
         m.check_overwrite(ctas, chunks // 16, m.where(ws, instr, True if active is None else active, address))
     for i, value in enumerate(values):

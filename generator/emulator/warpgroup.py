@@ -1,0 +1,409 @@
+"""The tensor core of Hopper: wgmma under way, by warp (PTX ISA 9.1 §9.7.15).
+
+Each warp of a warpgroup computes its own 16 of the 64 rows, so warps are executed independently and still run together
+in wide batches. A wgmma takes effect at the wgmma.wait_group that covers it, as late as the program allows: operands in
+shared memory are read then, and D is written to the machine's registers then. From issue to that wait its registers are
+in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import ml_dtypes
+import numpy as np
+
+from .descriptors import Operand, wgmma_operand
+from .errors import Hazard
+from .formats import bf16_to_f32, f16_to_f32
+from .memory import take_chunks
+from .tensorcore import require_shared
+
+STORAGE = {"bf16": np.uint16, "f16": np.uint16, "tf32": np.uint32, "e4m3": np.uint8, "e5m2": np.uint8}
+_FP8 = {
+    name: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    for name, dtype in (("e4m3", ml_dtypes.float8_e4m3fn), ("e5m2", ml_dtypes.float8_e5m2))
+}
+
+
+def decode(name: str, bits: np.ndarray) -> np.ndarray:
+    """Operand bits → float32; tf32 drops the low 13 bits of the mantissa (§9.7.15.5.2)."""
+    if name == "bf16":
+        return bf16_to_f32(bits)
+    if name == "f16":
+        return f16_to_f32(bits)
+    if name == "tf32":
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    return _FP8[name][bits]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an opcode and its immediates say. `k` elements an instruction are always 32 bytes."""
+
+    n: int
+    d: str  # "f32" or "f16"
+    a: str
+    b: str
+    sign: int  # the product of the two negations
+    a_mn: bool
+    b_mn: bool
+
+    @property
+    def registers(self) -> int:
+        """Registers of D a thread."""
+        return self.n // 2 if self.d == "f32" else self.n // 4
+
+
+@cache
+def form_of(opcode: str, negate_a: int, negate_b: int, a_mn: bool, b_mn: bool) -> Form:
+    shape, d, a, b = opcode.split(".")[-4:]
+    n = int(shape[shape.index("n") + 1 : shape.index("k")])
+    return Form(n, d, a, b, negate_a * negate_b, a_mn, b_mn)
+
+
+@dataclass
+class Chain:
+    """Successive wgmma of some warps onto one accumulator: their k extents are multiplied in one go.
+
+    A descriptor is an int where all warps agree, else u64 [warps]; A in registers is u32 [4, warps, 32].
+    """
+
+    warps: np.ndarray
+    ctas: np.ndarray
+    group: np.ndarray  # number of the wgmma group that each warp will commit it to
+    d: tuple[int, ...]  # register indices
+    form: Form
+    accumulate: np.ndarray  # bool [warps]: whether the first step adds to D
+    steps: list[tuple[int | np.ndarray, int | np.ndarray]]
+    a_registers: list[int]  # register indices of A, as often as they are used
+    where: object
+    batch: object  # the Warps it was issued for
+
+    def part(self, chosen: np.ndarray) -> Chain:
+        """The same for some of its warps."""
+        pick = lambda x: x if isinstance(x, int) else x[..., chosen, :] if x.ndim == 3 else x[chosen]  # noqa: E731
+        return replace(
+            self,
+            warps=self.warps[chosen],
+            ctas=self.ctas[chosen],
+            group=self.group[chosen],
+            accumulate=self.accumulate[chosen],
+            steps=[(pick(a), pick(b)) for a, b in self.steps],
+            a_registers=list(self.a_registers),
+            batch=None,
+        )
+
+    @property
+    def from_registers(self) -> bool:
+        return isinstance(self.steps[0][0], np.ndarray) and self.steps[0][0].ndim == 3
+
+    def operands(self, side: int, at: int, where) -> list[Operand]:
+        """Shared-memory operands of every step, as warp number `at` gave them."""
+        rows, mn, dtype = (64, self.form.a_mn, self.form.a) if side == 0 else (self.form.n, self.form.b_mn, self.form.b)
+        size = STORAGE[dtype]().itemsize
+        return [wgmma_operand(_at(step[side], at), rows, mn, size, where) for step in self.steps]
+
+
+def _at(descriptor: int | np.ndarray, warp: int) -> int:
+    return descriptor if isinstance(descriptor, int) else int(descriptor[warp])
+
+
+def alike(descriptors: list[int | np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """Warps that agree on every descriptor: positions, ascending."""
+    varying = [d for d in descriptors if not isinstance(d, int)]
+    if not varying:
+        yield np.arange(count)
+        return
+    _, which = np.unique(np.stack(varying), axis=1, return_inverse=True)
+    which = which.reshape(-1)
+    for number in range(int(which.max()) + 1):
+        yield np.nonzero(which == number)[0]
+
+
+def products(warps: np.ndarray, ctas: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(warp, CTA) pairs as products: warps [w], CTAs [c], and the position of each pair [w, c]."""
+    rows: dict[bytes, list[np.ndarray]] = {}
+    for warp in np.unique(warps):
+        at = np.nonzero(warps == warp)[0]
+        at = at[np.argsort(ctas[at])]
+        rows.setdefault(ctas[at].tobytes(), []).append(at)
+    for same in rows.values():
+        at = np.stack(same)
+        yield warps[at[:, 0]], ctas[at[0]], at
+
+
+class Warpgroups:
+    """Every wgmma of one wave that has been issued and not waited for."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.chains: list[Chain] = []
+        self.committed = np.zeros((machine.n_warps, machine.n_cta), np.int64)  # groups, by warp
+        self.busy = [0] * len(machine.program.kernel.regs)  # uses of a register by chains in flight
+        self.open: Chain | None = None  # the last chain, while the next wgmma may still extend it
+
+    # -- issue ---------------------------------------------------------------------------------------------------------
+    def issue(self, ws, active, d, form, a, b, accumulate, a_registers, where) -> None:
+        """`a`: a descriptor array, or four registers; `b`: a descriptor array; all broadcast to lead + (32,)."""
+        warps, ctas = ws.flat_pairs()
+        chosen = whole_warps(ws, active, where)
+        if isinstance(a, tuple):
+            step = (np.stack([ws.full(x).reshape(-1, 32) for x in a]), self._uniform(ws, b, "B", where))
+        else:
+            step = (self._uniform(ws, a, "A", where), self._uniform(ws, b, "B", where))
+        flags = ws.full(accumulate).reshape(-1, 32)
+        if (flags != flags[:, :1]).any():
+            raise Hazard(f"{where}: the lanes of a warp give different values of scale-d")
+        chain = Chain(
+            warps, ctas, self.committed[warps, ctas], d, form, flags[:, 0], [step], list(a_registers), where, ws
+        )
+        if chosen is not None:
+            chain = chain.part(chosen)
+        self._check_registers(chain)
+        for side in (0, 1):
+            if side or not chain.from_registers:
+                self._require(chain, side, where)
+        self._count(a_registers, 1)
+        last = self.open
+        if (
+            last is not None
+            and last.batch is chain.batch is not None
+            and last.d == d
+            and last.form == form
+            and last.from_registers == chain.from_registers
+            and chain.accumulate.all()
+        ):
+            last.steps.append(step)
+            last.a_registers += a_registers
+            return
+        self._count(d, 1)
+        self.chains.append(chain)
+        self.open = chain
+
+    @staticmethod
+    def _uniform(ws, descriptor, name: str, where) -> int | np.ndarray:
+        values = np.asarray(descriptor)
+        first = values.reshape(-1)[0]
+        if (values == first).all():
+            return int(first)
+        lanes = ws.full(values).reshape(-1, 32)
+        if (lanes != lanes[:, :1]).any():
+            raise Hazard(f"{where}: the lanes of a warp give different descriptors of {name}")
+        return lanes[:, 0]
+
+    def _check_registers(self, chain: Chain) -> None:
+        """Registers in flight may be used again only as the same accumulator, or as A."""
+        if not any(self.busy[i] for i in (*chain.d, *chain.a_registers)):
+            return
+        d, a = set(chain.d), set(chain.a_registers)
+        for other in self.chains:
+            overlap = d & set(other.d) if other.d != chain.d or other.form.d != chain.form.d else set()
+            overlap |= d & set(other.a_registers) | a & set(other.d)
+            if overlap and _meet(chain, other):
+                name = self.machine.program.kernel.regs[min(overlap)].name
+                raise Hazard(f"{chain.where}: uses register {name}, {_in_flight(other)}")
+
+    def _require(self, chain: Chain, side: int, where) -> None:
+        """The operand's bytes may be read by the asynchronous proxy."""
+        for at in alike([step[side] for step in chain.steps], len(chain.warps)):
+            ctas = np.unique(chain.ctas[at])
+            for operand in chain.operands(side, int(at[0]), where):
+                require_shared(self.machine, ctas, operand, "AB"[side], where)
+
+    def _count(self, registers, change: int) -> None:
+        for index in registers:
+            self.busy[index] += change
+
+    # -- registers in flight -------------------------------------------------------------------------------------------
+    def touch(self, ws, index: int, lanes, instr, name: str, as_a: bool = False) -> None:
+        """An ordinary instruction reads or writes a register that some chain uses; `as_a`: a wgmma reads it as A."""
+        running = ws.full(lanes) if ws.mask is None else ws.full(lanes) & ws.mask
+        for chain in self.chains:
+            if index in chain.d or (not as_a and index in chain.a_registers):
+                here = np.zeros((self.machine.n_warps, self.machine.n_cta), bool)
+                here[chain.warps, chain.ctas] = True
+                bad = running & here[ws.index][..., None]
+                if bad.any():
+                    where = self.machine.where(ws, instr, bad)
+                    raise Hazard(f"{where}: touches register {name}, {_in_flight(chain, index)}")
+
+    def check_overwrite(self, ctas: np.ndarray, chunks: np.ndarray, where) -> None:
+        """Somebody writes these 16-byte chunks of shared memory: no wgmma in flight may still have to read them."""
+        if not self.chains:
+            return
+        low, high = int(chunks.min()) * 16, int(chunks.max() + 1) * 16
+        for chain in self.chains:
+            for side in (0, 1):
+                if side == 0 and chain.from_registers:
+                    continue
+                for at in alike([step[side] for step in chain.steps], len(chain.warps)):
+                    for operand in chain.operands(side, int(at[0]), where):
+                        if operand.high <= low or high <= operand.low:
+                            continue
+                        hit = np.isin(ctas, chain.ctas[at]) & np.isin(chunks, operand.chunks)
+                        if hit.any():
+                            place = self.machine.labels.shared_at(int(chunks[hit][0]) * 16)
+                            raise Hazard(
+                                f"{where}: overwrites {place}, which is operand {'AB'[side]} of a wgmma in flight "
+                                f"({chain.where}): wait for it first (wgmma.wait_group)"
+                            )
+
+    # -- completion ----------------------------------------------------------------------------------------------------
+    def commit(self, ws, active, where) -> None:
+        chosen = whole_warps(ws, active, where)
+        warps, ctas = ws.flat_pairs()
+        if chosen is not None:
+            warps, ctas = warps[chosen], ctas[chosen]
+        self.committed[warps, ctas] += 1
+        self.open = None
+
+    def wait(self, ws, active, pending: int, where) -> None:
+        """All but the latest `pending` groups of these warps take effect."""
+        chosen = whole_warps(ws, active, where)
+        warps, ctas = ws.flat_pairs()
+        if chosen is not None:
+            warps, ctas = warps[chosen], ctas[chosen]
+        self.open = None
+        limit = np.full(self.committed.shape, -1, np.int64)
+        limit[warps, ctas] = self.committed[warps, ctas] - pending
+        left = []
+        for chain in self.chains:
+            done = chain.group < limit[chain.warps, chain.ctas]
+            if done.all():
+                self._execute(chain)
+                self._count((*chain.d, *chain.a_registers), -1)
+                continue
+            left.append(chain.part(~done) if done.any() else chain)
+            if done.any():
+                self._execute(chain.part(done))
+        self.chains = left
+
+    def check_exit(self) -> None:
+        if self.chains:
+            raise Hazard(
+                f"{self.chains[0].where}: the warp exits with this wgmma in flight: wgmma.wait_group is missing"
+            )
+
+    def _execute(self, chain: Chain) -> None:
+        where = chain.where.during("when it executes")
+        for at in alike([b for _, b in chain.steps], len(chain.warps)):
+            for warps, ctas, position in products(chain.warps[at], chain.ctas[at]):
+                position = at[position]
+                operands = chain.operands(1, int(position[0, 0]), where)
+                for operand in operands:
+                    require_shared(self.machine, ctas, operand, "B", where)
+                b = self._shared(operands, ctas, chain.form.b, chain.form.b_mn, None)  # [c, N, K]
+                a = self._a(chain, warps, ctas, position, where)  # [c, w · 16, K]
+                if chain.form.d == "f32":
+                    self._write(chain, warps, ctas, position, np.matmul(a, b.swapaxes(1, 2)))
+                    continue
+                k = a.shape[2] // len(chain.steps)  # a float16 accumulator is rounded by every instruction
+                for step in range(len(chain.steps)):
+                    span = slice(step * k, step * k + k)
+                    product = np.matmul(a[..., span], b[..., span].swapaxes(1, 2))
+                    self._write(chain, warps, ctas, position, product, step > 0)
+
+    def _a(self, chain: Chain, warps, ctas, position, where) -> np.ndarray:
+        form = chain.form
+        if chain.from_registers:
+            bits = np.stack([a for a, _ in chain.steps])[:, :, position]  # [steps, 4, w, c, 32]
+            size = STORAGE[form.a]().itemsize
+            parts = np.ascontiguousarray(bits).view(STORAGE[form.a])
+            parts = parts.reshape(len(chain.steps), 2, 2, len(warps), len(ctas), 8, 4, 4 // size)
+            parts = parts.transpose(4, 3, 2, 5, 0, 1, 6, 7)  # [c, w, row half, row, step, k half, lane, element]
+            return decode(form.a, parts.reshape(len(ctas), len(warps) * 16, -1))
+        count = position.size
+        flat = position.reshape(-1)
+        descriptors = [a if isinstance(a, int) else a[flat] for a, _ in chain.steps]
+        result = None
+        column = np.arange(count) % len(ctas)
+        for same in alike(descriptors, count):
+            for w, c, at in products(same // len(ctas), column[same]):
+                operands = chain.operands(0, int(flat[same[at[0, 0]]]), where)
+                for operand in operands:
+                    require_shared(self.machine, ctas[c], operand, "A", where)
+                tile = self._shared(operands, ctas[c], form.a, form.a_mn, warps[w] % 4)
+                if len(c) == len(ctas) and len(w) == len(warps):
+                    return tile
+                if result is None:
+                    result = np.empty((len(ctas), len(warps), 16, tile.shape[2]), np.float32)
+                result[c[:, None], w] = tile.reshape(len(c), len(w), 16, -1)
+        return result.reshape(len(ctas), len(warps) * 16, -1)
+
+    def _shared(self, operands: list[Operand], ctas, dtype: str, mn_major: bool, quarters) -> np.ndarray:
+        """A shared operand: float32 [n, rows, K]; of A only the rows of these quarters of the warpgroup."""
+        chunks = np.concatenate([o.chunks for o in operands], axis=0 if mn_major else 1)
+        if quarters is not None and list(quarters) != [0, 1, 2, 3]:
+            span = 2 if mn_major else 16
+            rows = (quarters[:, None] * span + np.arange(span)).reshape(-1)
+            chunks = chunks[:, rows] if mn_major else chunks[rows]
+        values = decode(dtype, take_chunks(self.machine.smem.chunks, ctas, chunks).view(STORAGE[dtype]))
+        return values.swapaxes(1, 2) if mn_major else values
+
+    def _write(self, chain: Chain, warps, ctas, position, product, again: bool = False) -> None:
+        """Products [c, w · 16, N] → the D registers of each lane, added to them where the chain says so."""
+        form, registers = chain.form, self.machine.registers
+        if form.sign < 0:
+            product = -product
+        fragments = product.reshape(len(ctas), len(warps), 2, 8, form.n // 8, 4, 2)
+        fragments = fragments.transpose(4, 2, 6, 1, 0, 3, 5)  # [n / 8, row half, element, w, c, row, lane]
+        fragments = fragments.reshape(form.n // 2, len(warps), len(ctas), 32)
+        w, c = _run(warps), _run(ctas)
+        index = (w, c) if isinstance(w, slice) and isinstance(c, slice) else np.ix_(warps, ctas)
+        adds = chain.accumulate[position][..., None]
+        every, some = again or bool(adds.all()), again or bool(adds.any())
+        block = self.machine.accumulators.get(chain.d)
+        if form.d == "f32" and block is not None:
+            view = block.view(np.float32)
+            at = (slice(None), *index)
+            old = view[at] if some else None
+            view[at] = (
+                fragments if not some else old + fragments if every else np.where(adds, old + fragments, fragments)
+            )
+            return
+        for i, register in enumerate(chain.d):
+            if form.d == "f32":
+                old = registers[register][index].view(np.float32)
+                new = fragments[i] if not some else np.where(adds | again, old + fragments[i], fragments[i])
+                registers[register][index] = new.view(np.uint32)
+                continue
+            pair = fragments[2 * i : 2 * i + 2].transpose(1, 2, 3, 0)
+            if some:
+                old = np.ascontiguousarray(registers[register][index])[..., None].view(np.float16).astype(np.float32)
+                pair = np.where((adds | again)[..., None], old + pair, pair)
+            registers[register][index] = np.ascontiguousarray(pair.astype(np.float16)).view(np.uint32)[..., 0]
+
+
+def whole_warps(ws, active, where) -> np.ndarray | None:
+    """Positions in the batch of the warps that run an aligned instruction; None for all of them.
+
+    Raises:
+        Hazard: part of a warp runs it.
+    """
+    if active is None:
+        return None
+    lanes = ws.full(active).reshape(-1, 32)
+    if (lanes != lanes[:, :1]).any():
+        raise Hazard(f"{where}: executed by part of a warp: all 32 lanes must converge on it")
+    return None if lanes.all() else np.nonzero(lanes[:, 0])[0]
+
+
+def _run(numbers: np.ndarray) -> slice | np.ndarray:
+    """Ascending neighbours as a slice."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers
+
+
+def _meet(one: Chain, other: Chain) -> bool:
+    """Whether two chains share a warp."""
+    return bool(np.isin(one.warps << 32 | one.ctas, other.warps << 32 | other.ctas).any())
+
+
+def _in_flight(chain: Chain, index: int | None = None) -> str:
+    kind = "an accumulator register" if index is None or index in chain.d else "a register of operand A"
+    return (
+        f"{kind} of a wgmma in flight ({chain.where}): commit it and wait first (wgmma.commit_group, wgmma.wait_group)"
+    )
