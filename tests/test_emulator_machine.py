@@ -169,7 +169,7 @@ def test_parameters_that_do_not_match():
 
 def test_an_unknown_kernel_a_cluster_and_an_unknown_device():
     refused("no kernel 'q', only k", kernel="q")
-    refused(r"cluster \(2, 1, 1\): clusters are not supported", cluster=(2, 1, 1))
+    refused(r"grid \(1, 1, 1\) is not a multiple of cluster \(2, 1, 1\)", cluster=(2, 1, 1))
     with pytest.raises(LaunchError, match="sm_80"):
         Gpu("sm_80")
     with pytest.raises(LaunchError, match="strict=False is not implemented"):

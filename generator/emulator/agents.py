@@ -62,17 +62,17 @@ class AsyncQueue:
         """Complete one entry a CTA; False when nothing is left to complete."""
         if not self.entries:
             return False
-        wanted = self._wanted()
+        wanted, whole = self._wanted(), self.machine.cluster.expand  # clusters advance as a whole
         done = 0
         for position, entry in enumerate(self.entries):
             awaited = 0
             for slot, ctas in entry.signals.items():
                 awaited |= ctas & wanted.get(slot, 0)
-            done |= self._complete(position, entry.remaining & awaited & ~done)
+            done |= whole(self._complete(position, entry.remaining & whole(awaited & ~done)))
         for position, entry in enumerate(
             self.entries
         ):  # CTAs where nobody waits for an entry of theirs: the oldest one
-            done |= self._complete(position, entry.remaining & ~done)
+            done |= whole(self._complete(position, entry.remaining & ~done))
         self.entries = [entry for entry in self.entries if entry.remaining]
         return True
 
@@ -84,14 +84,14 @@ class AsyncQueue:
         wanted: dict[int, int] = {}
         for slot, cta in set(zip(m.wait_slot[warps, ctas].tolist(), ctas.tolist(), strict=True)):
             wanted[slot] = wanted.get(slot, 0) | 1 << cta
-        return wanted
+        return {slot: m.cluster.expand(ctas) for slot, ctas in wanted.items()}  # a peer may have to signal
 
     def _complete(self, position: int, chosen: int) -> int:
         """Complete an entry in `chosen` CTAs, and tensor-core work before it if it is such work; returns `chosen`."""
         if chosen:
             last = self.entries[position]
             for entry in self.entries[: position + 1] if last.fifo else (last,):
-                now = entry.remaining & chosen
+                now = entry.remaining & self.machine.cluster.expand(chosen)
                 if now and entry.fifo == last.fifo:
                     entry.remaining &= ~now
                     entry.complete(now)

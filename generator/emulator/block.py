@@ -153,7 +153,8 @@ class BlockWriter:
         if isinstance(operand, Special):
             return self.special(operand.name, bits, instr)
         if isinstance(operand, Symbol):
-            return Value(bits, {kind: self.owner.constant(DTYPE[kind](self.owner.symbol_address(operand.name, instr)))})
+            address = self.owner.constant(DTYPE[kind](self.owner.symbol_address(operand.name, instr)))
+            return Value(bits, {kind: self.in_window(operand.name, address)})
         raise UnsupportedInstruction(f"PTX line {instr.line}: cannot move {operand!r}")
 
     def special(self, name: str, bits: int, instr: Instr) -> Value:
@@ -207,6 +208,10 @@ class BlockWriter:
             raise UnsupportedInstruction(f"PTX line {instr.line}: {operand.name} is wider than {instr.opcode} reads")
         return self.form(value, kind)
 
+    def in_window(self, symbol: str, address: str) -> str:
+        """A shared symbol's address depends on the CTA's rank in its cluster."""
+        return self.let(f"m.window(ws, {address})") if symbol in self.owner.shared_offsets else address
+
     def vector(self, operand, instr: Instr) -> tuple:
         """The items of a vector operand; their number must be the one that the opcode says (.v4, .x16)."""
         items = operand.items if isinstance(operand, Vector) else (operand,)
@@ -221,7 +226,8 @@ class BlockWriter:
         if not isinstance(operand, Address) or operand.more:
             raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} needs an address, not {operand!r}")
         if isinstance(operand.base, Symbol):
-            return self.owner.constant(np.uint32(self.owner.symbol_address(operand.base.name, instr) + operand.offset))
+            address = np.uint32(self.owner.symbol_address(operand.base.name, instr) + operand.offset)
+            return self.in_window(operand.base.name, self.owner.constant(address))
         if isinstance(operand.base, Imm):
             return self.owner.constant(np.uint32(operand.base.value + operand.offset))
         kind = CANONICAL[operand.base.bits]

@@ -108,7 +108,7 @@ def wgmma_operand(descriptor: int, rows: int, mn_major: bool, size: int, where: 
 
 @dataclass(frozen=True)
 class Shape:
-    """What an instruction descriptor (§9.7.16.4.2, Table 42) says."""
+    """What an instruction descriptor (§9.7.16.4.2, Table 42) says; `m`: rows of D that one CTA holds."""
 
     m: int
     n: int
@@ -118,15 +118,16 @@ class Shape:
     b_mn: bool
     a_sign: int
     b_sign: int
+    group: int = 1  # CTAs that share the product; each brings its rows of A and N / group rows of B
 
 
-_shapes: dict[int, Shape] = {}
+_shapes: dict[tuple[int, int], Shape] = {}
 
 
-def decode_idesc(idesc: int, where: str) -> Shape:
-    """Decode the instruction descriptor of kind::f16 with float32 accumulation."""
-    if idesc in _shapes:
-        return _shapes[idesc]
+def decode_idesc(idesc: int, group: int, where: str) -> Shape:
+    """Decode the instruction descriptor of kind::f16 with float32 accumulation, for cta_group::1 or ::2."""
+    if (idesc, group) in _shapes:
+        return _shapes[idesc, group]
     if idesc & IDESC_RESERVED:
         raise Hazard(
             f"{where}: instruction descriptor {idesc:#010x}: bit 3, 6, 23 or 29 is set, which kind::f16 reserves"
@@ -138,7 +139,7 @@ def decode_idesc(idesc: int, where: str) -> Shape:
     if (idesc >> 7 & 7) > 1 or (idesc >> 10 & 7) > 1:
         raise Hazard(f"{where}: instruction descriptor {idesc:#010x}: kind::f16 takes f16 or bf16 operands")
     shape = Shape(
-        (idesc >> 24 & 31) << 4,
+        ((idesc >> 24 & 31) << 4) // group,
         (idesc >> 17 & 63) << 3,
         bool(idesc >> 7 & 1),
         bool(idesc >> 10 & 1),
@@ -146,10 +147,13 @@ def decode_idesc(idesc: int, where: str) -> Shape:
         bool(idesc >> 16 & 1),
         -1 if idesc >> 13 & 1 else 1,
         -1 if idesc >> 14 & 1 else 1,
+        group,
     )
     if shape.m != 128:
-        raise UnsupportedInstruction(f"{where}: M = {shape.m}: only M = 128 is supported with cta_group::1 so far")
-    if not 16 <= shape.n <= 256 or shape.n % 16:
-        raise Hazard(f"{where}: N = {shape.n} with M = 128: N must be a multiple of 16 from 16 to 256")
-    _shapes[idesc] = shape
+        found = f"M = {shape.m * group} with cta_group::{group}"
+        raise UnsupportedInstruction(f"{where}: {found}: only M = 128 a CTA is supported so far")
+    if not 16 <= shape.n <= 256 or shape.n % (16 * group):
+        found = f"N = {shape.n} with M = {128 * group}"
+        raise Hazard(f"{where}: {found}: N must be a multiple of {16 * group} from {16 * group} to 256")
+    _shapes[idesc, group] = shape
     return shape

@@ -18,6 +18,7 @@ from .parse import Module, parse_ptx
 from .translate import Program, Translator
 
 SMEM_LIMIT = {"sm_90a": 232448, "sm_100a": 232448}  # opt-in shared memory a CTA, CUDA programming guide, table 27
+MAX_CLUSTER = 16  # CTAs a cluster, the non-portable limit, CUDA programming guide, thread block clusters
 WAVE = 32  # CTAs that run together: wide enough to amortize NumPy's cost a call, small enough for the cache
 
 
@@ -37,6 +38,20 @@ class LaunchReport:
     tmem_columns: int
     cluster: tuple[int, int, int] = (1, 1, 1)
     hazards: tuple[str, ...] = ()
+
+
+def _by_cluster(grid: tuple[int, int, int], cluster: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """Block indices cluster by cluster, by rank within each (x fastest)."""
+
+    def walk(extents):
+        return [(x, y, z) for z in range(extents[2]) for y in range(extents[1]) for x in range(extents[0])]
+
+    corners = walk([g // c for g, c in zip(grid, cluster, strict=True)])
+    return [
+        tuple(c * n + i for c, n, i in zip(corner, cluster, inner, strict=True))
+        for corner in corners
+        for inner in walk(cluster)
+    ]
 
 
 @lru_cache(maxsize=1)
@@ -118,13 +133,14 @@ class Gpu:
             )
         values = self._bind_params(program, params)
         start = time.perf_counter()
-        ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+        ctas = _by_cluster(grid, cluster)
+        size = cluster[0] * cluster[1] * cluster[2]
+        wave = max(WAVE // size, 1) * size
         executed, columns = np.zeros(len(program.blocks), np.int64), 0
         with np.errstate(all="ignore"), _blas().limit(limits=1):
-            for first in range(0, len(ctas), WAVE):
-                machine = Machine(
-                    program, ctas[first : first + WAVE], grid, block, smem_bytes, values, self.gmem, self.labels
-                )
+            for first in range(0, len(ctas), wave):
+                here = ctas[first : first + wave]
+                machine = Machine(program, here, grid, block, smem_bytes, values, self.gmem, self.labels, cluster)
                 machine.run()
                 executed += machine.executed
                 columns = max(columns, int(machine.tmem.peak.max(initial=0)))
@@ -142,8 +158,10 @@ class Gpu:
     def _check_launch(self, module, kernel, grid, block, cluster, smem_bytes, params) -> None:
         if kernel not in module.kernels:
             raise LaunchError(f"the module has no kernel {kernel!r}, only {', '.join(module.kernels)}")
-        if cluster != (1, 1, 1):
-            raise LaunchError(f"cluster {cluster}: clusters are not supported yet")
+        if min(cluster) < 1 or cluster[0] * cluster[1] * cluster[2] > MAX_CLUSTER:
+            raise LaunchError(f"cluster {cluster}: 1 to {MAX_CLUSTER} CTAs")
+        if any(g % c for g, c in zip(grid, cluster, strict=True)):
+            raise LaunchError(f"grid {grid} is not a multiple of cluster {cluster}")
         if min(block) < 1 or block[0] * block[1] * block[2] > 1024:
             raise LaunchError(f"block {block}: 1 to 1024 threads a CTA")
         if min(grid) < 1:

@@ -14,6 +14,7 @@ import numpy as np
 
 from .agents import AsyncQueue
 from .barriers import Mbarriers, NamedBarriers
+from .cluster import CLUSTER_BARRIER, RANK_SHIFT, Cluster
 from .errors import Deadlock, Hazard
 from .labels import Labels
 from .memory import GlobalMemory, SharedMemory, TensorMemory
@@ -63,12 +64,14 @@ class Machine:
         params: dict,
         gmem: GlobalMemory,
         labels: Labels,
+        cluster: tuple[int, int, int] = (1, 1, 1),
     ):
         self.program, self.gmem, self.labels = program, gmem, labels
         self.n_cta = len(ctas)
         self.grid, self.block = grid, block
         self.threads = block[0] * block[1] * block[2]
         self.n_warps = -(-self.threads // 32)
+        self.cluster = Cluster(cluster, self.n_cta, self.n_warps)
         self.smem = SharedMemory(self.n_cta, program.static_shared + smem_bytes)
         self.tmem = TensorMemory(self.n_cta)
         self.mbarriers = Mbarriers(self.n_cta, labels)
@@ -131,16 +134,25 @@ class Machine:
             "warpid": lambda ws: ws.warp.astype(np.uint32),
             "dynamic_smem_size": lambda ws: np.uint32(smem_bytes),
             "total_smem_size": lambda ws: np.uint32(smem_bytes + self.program.static_shared),
-            "cluster_ctarank": lambda ws: np.uint32(0),
-            "cluster_nctarank": lambda ws: np.uint32(1),
+            "cluster_ctarank": lambda ws: self.cluster.rank(ws.cta).astype(np.uint32),
+            "cluster_nctarank": lambda ws: np.uint32(self.cluster.size),
         }
         for i, axis in enumerate("xyz"):
-            ids[f"ctaid.{axis}"] = ids[f"clusterid.{axis}"] = lambda ws, i=i: self.block_ids[ws.cta, i]
-            ids[f"nctaid.{axis}"] = ids[f"nclusterid.{axis}"] = lambda ws, i=i: np.uint32(self.grid[i])
+            extent = np.uint32(self.cluster.shape[i])
+            ids[f"ctaid.{axis}"] = lambda ws, i=i: self.block_ids[ws.cta, i]
+            ids[f"clusterid.{axis}"] = lambda ws, i=i, n=extent: self.block_ids[ws.cta, i] // n
+            ids[f"cluster_ctaid.{axis}"] = lambda ws, i=i, n=extent: self.block_ids[ws.cta, i] % n
+            ids[f"nctaid.{axis}"] = lambda ws, i=i: np.uint32(self.grid[i])
+            ids[f"nclusterid.{axis}"] = lambda ws, i=i, n=extent: np.uint32(self.grid[i]) // n
+            ids[f"cluster_nctaid.{axis}"] = lambda ws, n=extent: n
             ids[f"ntid.{axis}"] = lambda ws, i=i: np.uint32(self.block[i])
-            ids[f"cluster_ctaid.{axis}"] = lambda ws: np.uint32(0)
-            ids[f"cluster_nctaid.{axis}"] = lambda ws: np.uint32(1)
         return ids
+
+    def window(self, ws: Warps, address):
+        """A shared symbol's address as its own CTA sees it: inside a cluster it carries the CTA's rank."""
+        if self.cluster.size == 1:
+            return address
+        return address | (self.cluster.rank(ws.cta) << RANK_SHIFT).astype(address.dtype)
 
     # -- where things happen, for messages -----------------------------------------------------------------------------
     def where(self, ws: Warps, instr: Instr, lanes=True, address=None) -> Where:
@@ -239,6 +251,24 @@ class Machine:
         if len(done):
             self.barred[:, done] &= self.barred_on[:, done] != barrier
 
+    def cluster_arrive(self, ws: Warps, instr: Instr) -> None:
+        self.cluster.arrive(*ws.flat_pairs(), self.where(ws, instr))
+        self.settle_clusters()
+
+    def cluster_wait(self, ws: Warps, instr: Instr) -> None:
+        warps, ctas = ws.flat_pairs()
+        must = self.cluster.waits(warps, ctas, self.where(ws, instr))
+        self.barred[warps[must], ctas[must]] = True
+        self.barred_on[warps[must], ctas[must]] = CLUSTER_BARRIER
+        self.barred_line[warps[must], ctas[must]] = instr.line
+
+    def settle_clusters(self) -> bool:
+        """Let the warps of complete cluster barriers go on."""
+        done = self.cluster.settle(self.pc == len(self.program.blocks))
+        if len(done):
+            self.barred[:, done] &= self.barred_on[:, done] != CLUSTER_BARRIER
+        return len(done) > 0
+
     # -- the scheduler -------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Run every warp to its exit.
@@ -253,7 +283,7 @@ class Machine:
             if not ready.any():
                 if (self.pc == exit_block).all():
                     break
-                if not self.queue.advance():
+                if not self.queue.advance() and not self.settle_clusters():
                     raise Deadlock(self.report_deadlock())
                 continue
             block = int(self.pc[ready].min())
@@ -302,6 +332,8 @@ class Machine:
             for warp in range(self.n_warps):
                 if self.pc[warp, cta] == exit_block:
                     here.append((warp, "exited"))
+                elif self.barred[warp, cta] and self.barred_on[warp, cta] == CLUSTER_BARRIER:
+                    here.append((warp, f"waiting at PTX line {self.barred_line[warp, cta]} for the cluster barrier"))
                 elif self.barred[warp, cta]:
                     b = int(self.barred_on[warp, cta])
                     here.append(

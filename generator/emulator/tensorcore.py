@@ -138,6 +138,8 @@ class TensorCore:
         b = self._shared([op.b for op in ops], ctas, shape.b_bf16)
         if shape.b_sign < 0:
             b = -b
+        if shape.group > 1:  # each CTA of the pair brought its share of N; both need all of it
+            b = np.repeat(b.reshape(n // shape.group, shape.n, -1), shape.group, axis=0)
         product = np.matmul(b, a)  # [n, N, M]: the transpose of D
         span = slice(first.d, first.d + shape.n)
         rows = product.reshape(n, shape.n, 4, 32).transpose(1, 2, 0, 3)

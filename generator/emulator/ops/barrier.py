@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import Hazard
+from ..cluster import OFFSET_MASK, RANK_SHIFT
+from ..errors import Hazard, UnsupportedInstruction
 from ..memory import MBARRIER, UNWRITTEN
 from ..table import effect
 from ..warps import LANES
 from .memory import shared_offsets
 
 SHARED = "{.shared,.shared::cta}"
+ANYWHERE = "{.shared,.shared::cta,.shared::cluster}"
 
 
 def by_address(m, ws, active, instr, address):
-    """Group the lanes that run by mbarrier: yields (shared offset, CTAs, lanes of each that arrive)."""
+    """Group the lanes that run by mbarrier: yields (shared offset, CTAs it lies in, lanes of each that arrive)."""
     offsets = shared_offsets(m, ws, active, instr, address, 8)
-    warps, ctas = ws.flat_pairs()
-    lanes = np.full(len(ctas), 32) if active is None else np.count_nonzero(ws.full(active).reshape(-1, 32), axis=1)
-    if active is None and np.size(offsets) == 1 or (active is None and offsets.min() == offsets.max()):
-        groups = [(int(np.asarray(offsets).flat[0]), lanes)]
-    else:
-        full = ws.full(offsets).reshape(-1, 32)
-        on = np.ones(full.shape, bool) if active is None else ws.full(active).reshape(-1, 32)
-        groups = [(int(o), np.count_nonzero((full == o) & on, axis=1)) for o in np.unique(full[on])]
-    for offset, counts in groups:
-        totals = np.bincount(ctas, counts, m.n_cta).astype(np.int64)
+    _, ctas = ws.flat_pairs()
+    if active is None and m.cluster.size == 1 and np.min(offsets) == np.max(offsets):
+        totals = np.bincount(ctas, minlength=m.n_cta) * 32
         unique = np.nonzero(totals)[0]
-        yield offset, unique, totals[unique]
+        yield int(np.asarray(offsets).flat[0]), unique, totals[unique]
+        return
+    on = np.ones((len(ctas), 32), bool) if active is None else ws.full(active).reshape(-1, 32)
+    lanes_of = np.broadcast_to(ctas[:, None], on.shape)[on]
+    targets = m.cluster.target(lanes_of, ws.full(address).reshape(-1, 32)[on], m.where(ws, instr, on.any()))
+    places = ws.full(offsets).reshape(-1, 32)[on]
+    for offset in np.unique(places):
+        totals = np.bincount(targets[places == offset], minlength=m.n_cta)
+        unique = np.nonzero(totals)[0]
+        yield int(offset), unique, totals[unique]
 
 
 @effect(f"mbarrier.init{SHARED}.b64", "=a,u", "9.7.13.15.9")
@@ -69,12 +73,12 @@ def _uniform(ws, active, value, where) -> int:
     return int(values[0])
 
 
-@effect(f"mbarrier.arrive{{,.release.cta}}{SHARED}.b64", "U=a,?u", "9.7.13.15.13")
+@effect(f"mbarrier.arrive{{,.release.cta,.release.cluster}}{ANYWHERE}.b64", "U=a,?u", "9.7.13.15.13")
 def mbarrier_arrive(m, ws, active, instr, address, count=None):
     return _arrive(m, ws, active, instr, address, count, None)
 
 
-@effect(f"mbarrier.arrive.expect_tx{{,.release.cta}}{SHARED}.b64", "U=a,u", "9.7.13.15.13")
+@effect(f"mbarrier.arrive.expect_tx{{,.release.cta,.release.cluster}}{ANYWHERE}.b64", "U=a,u", "9.7.13.15.13")
 def mbarrier_arrive_expect_tx(m, ws, active, instr, address, nbytes):
     return _arrive(m, ws, active, instr, address, None, nbytes)
 
@@ -87,7 +91,7 @@ def mbarrier_expect_tx(m, ws, active, instr, address, nbytes):
 
 
 @effect(
-    f"mbarrier.{{try_wait,test_wait}}.parity{{,.acquire.cta}}{SHARED}.b64",
+    f"mbarrier.{{try_wait,test_wait}}.parity{{,.acquire.cta,.acquire.cluster}}{SHARED}.b64",
     "p=a,u,?u",
     "9.7.13.15.16",
     starts_block=True,
@@ -177,3 +181,28 @@ def bar_warp_sync(m, ws, active, instr, mask):
             raise Hazard(
                 f"{m.where(ws, instr, missing)}: bar.warp.sync names a lane that is elsewhere: the warp has diverged"
             )
+
+
+@effect("barrier.cluster.arrive{,.release,.relaxed}{,.aligned}", "=", "9.7.13.3")
+def cluster_arrive(m, ws, active, instr):
+    _whole_warps(m, ws, active, instr)
+    m.cluster_arrive(ws, instr)
+
+
+@effect("barrier.cluster.wait{,.acquire}{,.aligned}", "=", "9.7.13.3", ends_block=True)
+def cluster_wait(m, ws, active, instr):
+    _whole_warps(m, ws, active, instr)
+    m.cluster_wait(ws, instr)
+
+
+def _whole_warps(m, ws, active, instr) -> None:
+    if active is not None:
+        raise UnsupportedInstruction(f"{m.where(ws, instr, active)}: the cluster barrier in part of a warp")
+
+
+@effect("mapa{,.shared::cluster}.u32", "u=u,u", "9.7.9.23")
+def mapa(m, ws, active, instr, address, rank):
+    """The same shared address in another CTA of the cluster."""
+    if np.any(np.asarray(rank) >= m.cluster.size):
+        raise Hazard(f"{m.where(ws, instr)}: mapa to rank {int(np.max(rank))} of a cluster of {m.cluster.size}")
+    return (address & np.uint32(OFFSET_MASK)) | (rank << np.uint32(RANK_SHIFT))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..cluster import OFFSET_MASK
 from ..errors import Hazard, UnsupportedInstruction
 from ..memory import (
     GENERIC,
@@ -65,7 +66,7 @@ def shared_offsets(m, ws, active, instr, address, nbytes: int) -> np.ndarray:
 
     Inactive lanes get offset 0.
     """
-    offsets = np.asarray(address).astype(np.int64) - WINDOW_BASE
+    offsets = (np.asarray(address).astype(np.int64) & OFFSET_MASK) - WINDOW_BASE
     bad = (offsets < 0) | (offsets + nbytes > m.smem.size) | (offsets % nbytes != 0)
     if active is not None:
         bad = bad & active

@@ -11,7 +11,6 @@ from ..errors import Hazard, UnsupportedInstruction
 from ..memory import MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD
 from ..table import effect
 from ..tensorcore import Mma, check_columns, require_shared, require_tmem
-from .barrier import by_address
 from .memory import shared_offsets
 
 COLUMNS = 512
@@ -32,7 +31,7 @@ def _scalar(ws, value) -> int:
     return int(values[0])
 
 
-@effect("tcgen05.alloc.cta_group::1.sync.aligned{,.shared::cta}.b32", "=a,u", "9.7.16.7.1")
+@effect("tcgen05.alloc.cta_group::{1,2}.sync.aligned{,.shared::cta}.b32", "=a,u", "9.7.16.7.1")
 def alloc(m, ws, active, instr, destination, columns):
     columns = _scalar(ws, columns)
     where = m.where(ws, instr)
@@ -52,7 +51,7 @@ def alloc(m, ws, active, instr, destination, columns):
         m.smem.flat_state[4][(cta * m.smem.stride + offset) // 4] = VALID_WORD[4]
 
 
-@effect("tcgen05.dealloc.cta_group::1.sync.aligned.b32", "=u,u", "9.7.16.7.1")
+@effect("tcgen05.dealloc.cta_group::{1,2}.sync.aligned.b32", "=u,u", "9.7.16.7.1")
 def dealloc(m, ws, active, instr, address, columns):
     start, columns = _scalar(ws, address), _scalar(ws, columns)
     for cta in _one_warp_a_cta(m, ws, active, instr):
@@ -68,7 +67,7 @@ def dealloc(m, ws, active, instr, address, columns):
         m.tmem.state[start : start + columns, :, :, cta] = UNWRITTEN
 
 
-@effect("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned", "=", "9.7.16.7.1")
+@effect("tcgen05.relinquish_alloc_permit.cta_group::{1,2}.sync.aligned", "=", "9.7.16.7.1")
 def relinquish(m, ws, active, instr):
     m.tmem.relinquished[_one_warp_a_cta(m, ws, active, instr)] = True
 
@@ -227,7 +226,7 @@ def fence(m, ws, active, instr):
 
 # -- tcgen05.mma and commit, §9.7.16.10 --------------------------------------------------------------------------------
 @effect(
-    "tcgen05.mma.cta_group::1.kind::f16"
+    "tcgen05.mma.cta_group::{1,2}.kind::f16"
     "{,.collector::a::discard,.collector::a::lastuse,.collector::a::fill,.collector::a::use}",
     "=a,x,U,u,?*u,?p,?k",
     "9.7.16.10.9.1",
@@ -258,14 +257,23 @@ def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=None, sc
     chosen = ctas[rows]
     for key in dict.fromkeys(columns):
         same = np.array([c == key for c in columns])
-        _issue(m, chosen[same], a[0], *key, where)
+        group = int(instr.opcode.split("cta_group::")[1][0])
+        _issue(m, _taking_part(m, chosen[same], group, where), group, a[0], *key, where)
 
 
-def _issue(m, ctas, a_kind, d, a, b, idesc, accumulate, where) -> None:
-    shape = decode_idesc(idesc, where)
+def _taking_part(m, issuing: np.ndarray, group: int, where) -> np.ndarray:
+    """CTAs of an MMA, ascending: the issuing ones, and with cta_group::2 the odd CTA of each pair."""
+    if group == 1:
+        return np.sort(issuing)
+    if m.cluster.size % 2 or (m.cluster.rank(issuing) % 2).any():
+        raise Hazard(f"{where}: cta_group::2 needs a cluster of CTA pairs, and the even CTA issues")
+    return np.sort(np.concatenate([issuing, issuing + 1]))
+
+
+def _issue(m, ctas, group, a_kind, d, a, b, idesc, accumulate, where) -> None:
+    shape = decode_idesc(idesc, group, where)
     if d >> 16:
         raise Hazard(f"{where}: the accumulator's TMEM address {d:#x} must start at lane 0")
-    ctas = np.sort(ctas)
     check_columns(m, ctas, d, shape.n, "accumulator", where)
     state = m.tmem.state[d : d + shape.n, :, :, ctas]
     if (state == ST_PENDING).any():
@@ -284,26 +292,53 @@ def _issue(m, ctas, a_kind, d, a, b, idesc, accumulate, where) -> None:
     else:
         operand_a = shared_operand(a, shape.m, shape.a_mn, where)
         require_shared(m, ctas, operand_a, "A", where)
-    operand_b = shared_operand(b, shape.n, shape.b_mn, where)
+    operand_b = shared_operand(b, shape.n // group, shape.b_mn, where)
     require_shared(m, ctas, operand_b, "B", where)
     m.tmem.state[d : d + shape.n, :, :, ctas] = MMA_PENDING
     bits = m.queue.sets.bits(ctas)
     m.tensor_core.issue(Mma(ctas, bits, d, shape, operand_a, operand_b, bool(accumulate), where))
 
 
-@effect("tcgen05.commit.cta_group::1.mbarrier::arrive::one{,.shared::cluster,.shared::cta}.b64", "=a", "9.7.16.10.10")
-def commit(m, ws, active, instr, address):
-    """One arrival on the mbarrier when all earlier asynchronous tcgen05 work of the thread is complete."""
-    where = m.where(ws, instr, True if active is None else active)
-    for offset, ctas, lanes in by_address(m, ws, active, instr, address):
-        if (lanes != 1).any():
-            raise Hazard(f"{where}: tcgen05.commit is issued by {int(lanes.max())} lanes of a CTA: elect one")
-        slot = m.mbarriers.slot(offset)
-        m.mbarriers.require_live(slot, ctas, where)
+@effect(
+    "tcgen05.commit.cta_group::{1,2}.mbarrier::arrive::one{,.shared::cluster,.shared::cta}.b64", "=a", "9.7.16.10.10"
+)
+@effect(
+    "tcgen05.commit.cta_group::{1,2}.mbarrier::arrive::one{,.shared::cluster}.multicast::cluster.b64",
+    "=a,h",
+    "9.7.16.10.10",
+)
+def commit(m, ws, active, instr, address, mask=None):
+    """One arrival on the mbarrier when all earlier asynchronous tcgen05 work of the thread is complete.
 
-        def complete(done, slot=slot):
+    With a multicast mask it arrives at the same offset in every CTA of the mask.
+    """
+    on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
+    where = m.where(ws, instr, on)
+    rows, lanes = np.nonzero(on.reshape(-1, 32))
+    _, all_ctas = ws.flat_pairs()
+    issuing = all_ctas[rows]
+    if len(np.unique(issuing)) != len(issuing):
+        raise Hazard(f"{where}: tcgen05.commit is issued by several lanes of a CTA: elect one")
+    addresses = ws.full(address).reshape(-1, 32)[rows, lanes]
+    offsets = ws.full(shared_offsets(m, ws, active, instr, address, 8)).reshape(-1, 32)[rows, lanes]
+    named = m.cluster.target(issuing, addresses, where)
+    masks = None if mask is None else ws.full(mask).reshape(-1, 32)[rows, lanes]
+    group = int(instr.opcode.split("cta_group::")[1][0])
+    for offset in np.unique(offsets):
+        here = np.nonzero(offsets == offset)[0]
+        slot = m.mbarriers.slot(int(offset))
+        targets = {
+            int(issuing[i]): [int(named[i])] if masks is None else m.cluster.peers(int(issuing[i]), int(masks[i]))
+            for i in here
+        }
+        reached = np.unique([cta for ctas in targets.values() for cta in ctas])
+        m.mbarriers.require_live(slot, reached, where)
+
+        def complete(done, slot=slot, targets=targets):
             m.tensor_core.flush()
-            m.wake(m.mbarriers.arrive(slot, m.queue.sets.array(done), 1, where))
+            arrivals = [t for cta in m.queue.sets.array(done).tolist() for t in targets.get(cta, ())]
+            ctas, counts = np.unique(arrivals, return_counts=True)
+            m.wake(m.mbarriers.arrive(slot, ctas, counts, where))
 
-        bits = m.queue.sets.bits(ctas)
+        bits = m.queue.sets.bits(_taking_part(m, issuing[here], group, where))
         m.queue.add(bits, {slot: bits}, complete, fifo=True)

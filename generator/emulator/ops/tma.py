@@ -63,54 +63,85 @@ def _chunks(offset: int, tensor: TensorMap, where) -> np.ndarray:
     return chunks
 
 
-def load(m, ws, active, instr, destination, source, barrier, policy=None):
-    """cp.async.bulk.tensor global → shared; the full box counts on the mbarrier, out-of-bounds elements are zero."""
+def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=None):
+    """cp.async.bulk.tensor global → shared; the full box counts on the mbarrier, out-of-bounds elements are zero.
+
+    Destination and mbarrier name their CTAs independently; with a multicast mask, the box and its byte count reach the
+    same offsets in every CTA of the mask.
+    """
     where = m.where(ws, instr, True if active is None else active)
     address, coords = source
     dst = shared_offsets(m, ws, active, instr, destination, 16)
     mbar = shared_offsets(m, ws, active, instr, barrier, 8)
-    _, ctas, _, (dsts, mbars, addresses, *coordinates) = _lanes(m, ws, active, (dst, mbar, address, *coords))
+    arrays = (dst, mbar, destination, barrier, address, 0 if mask is None else mask, *coords)
+    _, ctas, _, (dsts, mbars, places, bars, addresses, masks, *coordinates) = _lanes(m, ws, active, arrays)
+    data_cta, bar_cta = (m.cluster.target(ctas, named, where).tolist() for named in (places, bars))
     points = np.stack(coordinates, axis=1)
-    jobs = {}
+    jobs: dict[int, list] = {}
     signals: dict[int, int] = {}
-    for i, cta in enumerate(ctas):
+    for i, cta in enumerate(ctas.tolist()):
         tensor = tensor_map(m, int(addresses[i]), where)
         if tensor.rank != len(coords):
             raise Hazard(f"{where}: {len(coords)} coordinates for a tensor map of rank {tensor.rank}")
         offset = int(dsts[i])
         _check_place(m, tensor, offset, where)
         slot = m.mbarriers.slot(int(mbars[i]))
-        signals[slot] = signals.get(slot, 0) | 1 << int(cta)
+        signals[slot] = signals.get(slot, 0) | 1 << cta
         chunks = _chunks(offset, tensor, where)
-        state = m.smem.state[cta].reshape(-1, 16)
-        if (m.smem.state[cta, offset : offset + tensor.box_bytes] == MBARRIER).any():
-            raise Hazard(f"{where}: a TMA load overwrites shared memory although {REASONS[MBARRIER]}")
-        m.check_overwrite(np.full(len(chunks), cta), chunks, where)
-        state[chunks] = TMA_PENDING
-        jobs.setdefault(int(cta), []).append((tensor, tuple(int(c) for c in points[i]), chunks, slot))
+        both = [(data_cta[i], bar_cta[i])]
+        if mask is not None:
+            both = [(peer, peer) for peer in m.cluster.peers(cta, int(masks[i]))]
+        for reached, _ in both:
+            _begin(m, reached, chunks, where)
+        jobs.setdefault(cta, []).append((tensor, tuple(int(c) for c in points[i]), chunks, slot, both))
 
     def complete(done: int) -> None:
         for cta in m.queue.sets.array(done).tolist():
-            for tensor, point, chunks, slot in jobs[cta]:
-                start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
-                box = read_box(view, start, tensor, point)
-                written = m.gmem.written.get(start)
-                if written is not None and not _covered(written, start, tensor, point):
-                    raise Hazard(f"{where}: loads global memory although {REASONS[UNWRITTEN]}")
-                m.smem.chunks[cta, chunks] = box.view(np.complex128)
-                m.smem.state[cta].reshape(-1, 16)[chunks] = VALID
-                m.wake(m.mbarriers.complete_tx(slot, np.array([cta]), tensor.box_bytes, where))
+            for job in jobs[cta]:
+                _finish_load(m, *job, where)
 
     m.queue.add(m.queue.sets.bits(np.unique(ctas)), signals, complete)
 
 
+def _begin(m, cta: int, chunks: np.ndarray, where) -> None:
+    """From now on these chunks of the CTA wait for a load."""
+    state = m.smem.state[cta].reshape(-1, 16)
+    if (state[chunks] == MBARRIER).any():
+        raise Hazard(f"{where}: a TMA load overwrites shared memory although {REASONS[MBARRIER]}")
+    m.check_overwrite(np.full(len(chunks), cta), chunks, where)
+    state[chunks] = TMA_PENDING
+
+
+def _finish_load(m, tensor: TensorMap, point, chunks: np.ndarray, slot: int, both, where) -> None:
+    """A load takes effect: its box in each (CTA of the data, CTA of the mbarrier)."""
+    start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
+    box = read_box(view, start, tensor, point)
+    written = m.gmem.written.get(start)
+    if written is not None and not _covered(written, start, tensor, point):
+        raise Hazard(f"{where}: loads global memory although {REASONS[UNWRITTEN]}")
+    for data_cta, bar_cta in both:
+        m.smem.chunks[data_cta, chunks] = box.view(np.complex128)
+        m.smem.state[data_cta].reshape(-1, 16)[chunks] = VALID
+        m.wake(m.mbarriers.complete_tx(slot, np.array([bar_cta]), tensor.box_bytes, where))
+
+
+def _load_one(m, ws, active, instr, destination, source, barrier, policy=None):
+    """A load without a multicast mask."""
+    return load(m, ws, active, instr, destination, source, barrier, None, policy)
+
+
 for _rank in range(1, 6):
-    effect(
-        f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}"
-        ".mbarrier::complete_tx::bytes{,.L2::cache_hint}",
-        "=a,T,a,?U",
-        "9.7.9.27.1.2",
-    )(load)
+    for _multicast, _run, _signature in (("", _load_one, "=a,T,a,?U"), (".multicast::cluster", load, "=a,T,a,h,?U")):
+        _names = [
+            f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}"
+            f".mbarrier::complete_tx::bytes{_multicast}{_suffix}"
+            for _suffix in (
+                "{,.L2::cache_hint}",
+                ".cta_group::{1,2}{,.L2::cache_hint}",
+                ".L2::cache_hint.cta_group::{1,2}",
+            )
+        ]
+        effect(" ".join(_names), _signature, "9.7.9.27.1.2")(_run)
 
 
 def store(m, ws, active, instr, destination, source, policy=None):
