@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ptx_kernels import HEADER, fails, launch, ptx, run
 
-from generator.emulator import Gpu, Hazard, LaunchError
+from generator.emulator import Deadlock, Gpu, Hazard, LaunchError
 
 COLLATZ = """add.u32 %r2, %g, 1; mov.u32 %r1, 0;
 LOOP: setp.le.u32 %p1, %r2, 1; @%p1 bra DONE; add.u32 %r1, %r1, 1; and.b32 %r3, %r2, 1; setp.eq.u32 %p2, %r3, 1;
@@ -201,3 +201,28 @@ def test_an_array_with_strides_is_legal_between_its_first_and_last_byte():
             with pytest.raises(Hazard, match="out of bounds"):
                 gpu.launch(*arguments)
     assert (part == np.arange(32)).all() and whole.sum() == 2 * np.arange(32).sum()
+
+
+def test_a_loop_that_polls_memory_gives_the_others_a_turn():
+    """Warp 0 spins on a flag in shared memory that warp 1, further down in the code, sets."""
+    body = """mov.u32 %r1, 0; setp.eq.u32 %p1, %tid, 0; @%p1 st.shared.b32 [%s], %r1; bar.sync 0;
+    setp.ge.u32 %p2, %tid, 32; @%p2 bra SET;
+    POLL: ld.volatile.shared.b32 %r1, [%s]; setp.eq.u32 %p3, %r1, 0; @%p3 bra POLL; bra.uni DONE;
+    SET: mov.u32 %r2, 9; st.volatile.shared.b32 [%s], %r2; mov.u32 %r1, %r2; DONE: st.global.b32 [%y_g], %r1;"""
+    y = np.zeros(64, np.uint32)
+    run(body, block=64, y=y)
+    assert (y == 9).all()
+
+
+def test_an_endless_loop_is_reported(monkeypatch):
+    monkeypatch.setattr("generator.emulator.machine.IDLE_LIMIT", 4096)
+    body = """mov.u32 %r1, 0; st.shared.b32 [%s], %r1;
+    POLL: ld.volatile.shared.b32 %r1, [%s]; // HERE
+    setp.eq.u32 %p3, %r1, 0; @%p3 bra POLL;"""
+    text = ptx(body)
+    line = next(n for n, t in enumerate(text.splitlines(), 1) if "// HERE" in t)
+    with pytest.raises(
+        Deadlock, match=rf"endless loop: .*CTA \(0, 0, 0\), warp 0 is at PTX lines {line} to {line + 1}"
+    ):
+        gpu = Gpu()
+        gpu.launch(gpu.load_ptx(text), "k", (1, 1, 1), (32, 1, 1), (1, 1, 1), 1024)

@@ -22,6 +22,19 @@ PARAM_LOADS = {
     for t in ("b8", "u8", "s8", "b16", "u16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64")
 }
 IGNORED = {"nop"}
+ACTIONS = (
+    "st.",
+    "red.",
+    "atom.",
+    "cp.",
+    "tcgen05.",
+    "wgmma.",
+    "mbarrier.arrive",
+    "mbarrier.init",
+    "bar",
+    "ret",
+    "exit",
+)
 
 
 def entry_of(instr: Instr) -> Entry | None:
@@ -122,6 +135,7 @@ class Block:
     live_out: int = 0
     defined_in: int = 0
     waits: bool = False  # begins with a wait that may fail
+    acts: bool = False  # does something that another warp can notice
 
 
 def find_blocks(kernel: Kernel) -> list[Block]:
@@ -146,6 +160,7 @@ def find_blocks(kernel: Kernel) -> list[Block]:
             block.successors.append(at[kernel.labels[last.operands[0].name]])
         if not (last.opcode in CONTROL and last.guard is None) and n + 1 < len(starts):
             block.successors.append(n + 1)
+        block.acts = any(i.opcode.startswith(ACTIONS) and i.opcode != "bar.warp.sync" for i in instrs[start:stop])
         first = entry_of(instrs[start])
         block.waits = first is not None and first.starts_block
         blocks.append(block)

@@ -25,6 +25,9 @@ from .translate import Program
 from .warpgroup import Warpgroups
 from .warps import LANES, Warps
 
+TURN = 64  # every so many steps the warp that has waited longest goes first
+PATIENCE = 2048  # after so many steps in which nothing noticeable happened, asynchronous work completes
+IDLE_LIMIT = 500_000 // PATIENCE * PATIENCE  # steps of that kind, with nothing asynchronous left, that make a hang
 REGISTER_DTYPE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
@@ -99,6 +102,8 @@ class Machine:
         self.wait_slot = np.zeros(shape, np.int32)
         self.wait_parity = np.zeros(shape, np.int8)
         self.wait_line = np.zeros(shape, np.int32)
+        self.last_run = np.zeros(shape, np.int64)  # step at which each warp last ran
+        self.steps = self.idle = 0  # scheduler steps; those since a block ran that others can notice
         self.executed = np.zeros(len(program.blocks), np.int64)
         self._retire_missing_lanes()
         self._batches: dict[bytes, Warps] = {}
@@ -286,7 +291,7 @@ class Machine:
                 if not self.queue.advance() and not self.settle_clusters():
                     raise Deadlock(self.report_deadlock())
                 continue
-            block = int(self.pc[ready].min())
+            block = self._next_block(ready)
             chosen = ready & (self.pc == block)
             self.current = block
             waits = self.program.blocks[block].waits
@@ -294,10 +299,31 @@ class Machine:
                 if waits:
                     self.stalled[ws.index] = -1
                 self.executed[block] += ws.count
+                self.last_run[ws.index] = self.steps
                 functions[block](self, ws)
         self.queue.drain()
         self.tensor_core.flush()
         self._check_exit()
+
+    def _next_block(self, ready: np.ndarray) -> int:
+        """The lowest block at which a warp is ready, so that warps gather; now and then the longest waiting warp's.
+
+        A loop that polls memory is always ready: without turns for the others it would never end.
+        """
+        self.steps += 1
+        block = int(self.pc[ready].min())
+        if self.steps % TURN == 0:
+            waiting = np.where(ready, self.last_run, np.iinfo(np.int64).max)
+            block = int(self.pc.reshape(-1)[int(np.argmin(waiting))])
+        self.idle = 0 if self.program.blocks[block].acts else self.idle + 1
+        if self.idle and self.idle % PATIENCE == 0 and not self.queue.advance() and self.idle >= IDLE_LIMIT:
+            warp, cta = (int(i) for i in np.argwhere(ready)[0])
+            first, last = self.program.lines_of(int(self.pc[warp, cta]))
+            raise Deadlock(
+                f"endless loop: {self.idle} blocks ran and none stored, signalled or ended anything, and nothing "
+                f"asynchronous is under way; CTA {self.name_cta(cta)}, warp {warp} is at PTX lines {first} to {last}"
+            )
+        return block
 
     def _batches_of(self, chosen: np.ndarray):
         converged, split = chosen & ~self.diverged, chosen & self.diverged

@@ -59,12 +59,18 @@ class Program:
     paired: set[int]  # 64-bit registers that are stored as two halves
     checked: set[int]  # registers with a shadow bit: some read may come before any write
     params: list[tuple[int, str]]  # parameter loads: offset, NumPy type
+    in_flight: set[int]  # registers that some wgmma uses as D or A
     accumulators: list[tuple[int, ...]]  # D registers of wgmma, stored side by side
     joins: np.ndarray  # bool [block, block], see flow.solve_joins
     opcode_counts: list[Counter]  # by block
     sizes: list[int]  # instructions by block
     static_shared: int
     source: str
+
+    def lines_of(self, block: int) -> tuple[int, int]:
+        """First and last PTX line of a block."""
+        here = self.blocks[block]
+        return self.kernel.instrs[here.start].line, self.kernel.instrs[here.stop - 1].line
 
 
 class Translator:
@@ -260,6 +266,7 @@ class Translator:
             self.paired,
             self.checked,
             self.params,
+            self.in_flight,
             self.accumulators,
             solve_joins(self.blocks),
             [Counter(i.opcode for i in instrs[b.start : b.stop]) for b in self.blocks],
