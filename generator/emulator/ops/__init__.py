@@ -1,8 +1,28 @@
 """Instruction families; importing this package fills the instruction table."""
 
-from . import barrier, bits, carry, convert, double, floating, half, integer, memory, select, tcgen05, tma, warp, wgmma
+from . import (
+    access,
+    copy,
+    barrier,
+    bits,
+    carry,
+    convert,
+    double,
+    floating,
+    half,
+    integer,
+    matrix,
+    memory,
+    select,
+    tcgen05,
+    tma,
+    warp,
+    wgmma,
+)
 
 __all__ = [
+    "access",
+    "copy",
     "barrier",
     "bits",
     "carry",
@@ -11,6 +31,7 @@ __all__ = [
     "floating",
     "half",
     "integer",
+    "matrix",
     "memory",
     "select",
     "tcgen05",
