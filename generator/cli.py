@@ -1,7 +1,8 @@
 """The `bespoke` command: each subcommand names the stages that it runs, and nothing else happens here.
 
-Exit codes: 0 good, 1 verification failed, 2 bad input or does not fit, 130 interrupted. `--json` puts one document on
-stdout; everything else goes to stderr. Stages that need the CuTe DSL are imported when a command reaches them.
+Exit codes: 0 good, 1 verification failed or hazard found, 2 bad input or does not fit, 130 interrupted. `--json` puts
+one document on stdout (or into a file where it takes one); everything else goes to stderr. Stages that need the CuTe
+DSL are imported when a command reaches them.
 """
 
 from __future__ import annotations
@@ -46,11 +47,18 @@ Shapes = typer.Option(None, "--shape", metavar=SHAPE_FORMAT, help="repeatable; d
 Check = typer.Option(False, "--check", help="write nothing; exit 1 when the file is not what is emitted")
 Select = typer.Option("*", "--select", metavar="GLOB", help="kernels of specs/ by name")
 Jobs = typer.Option(os.cpu_count() or 1, "--jobs", min=1, help="processes")
+Script = typer.Argument(..., metavar="SCRIPT", help="a CuTe DSL program, as it would run on a GPU")
+Arguments = typer.Argument(None, metavar="[ARGS]...", help="the program's own")
+Arch = typer.Option("sm_100a", "--arch", metavar="sm_90a|sm_100a", help="the GPU's architecture")
+Sms = typer.Option(4, "--sms", min=1, help="multiprocessors that the GPU says it has")
+LaunchesFile = typer.Option(None, "--json", metavar="FILE", help="write what was launched here")
 JsonFile = typer.Option(None, "--json", metavar="FILE", help="write all rows here")
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a subcommand: errors become one message and an exit code."""
+def command(function: Callable[..., None] | None = None, **settings: Any) -> Callable[..., Any]:
+    """Register a subcommand: errors become one message and an exit code. settings: typer's."""
+    if function is None:
+        return functools.partial(command, **settings)
 
     @functools.wraps(function)
     def guarded(*arguments: Any, **options: Any) -> None:
@@ -65,14 +73,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             present.fail(error)
             raise typer.Exit(BAD_INPUT) from None
 
-    return app.command()(guarded)
+    return app.command(**settings)(guarded)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors that are told without a traceback. Python asks for them only when there is an error."""
+    from .emulator import EmulatorError
     from .run import RunError
 
-    return (SpecError, CompileError, RunError)
+    return (SpecError, CompileError, RunError, EmulatorError)
 
 
 @command
@@ -194,6 +203,34 @@ def matrix(
         write_text(json_file, present.document(rows) + "\n")
     present.console().print(present.report_table(rows))
     _exit_if_failed(rows)
+
+
+@command(context_settings={"allow_interspersed_args": False})
+def emulate(
+    script: Path = Script,
+    arguments: list[str] | None = Arguments,
+    arch: str = Arch,
+    sms: int = Sms,
+    json_file: Path | None = LaunchesFile,
+) -> None:
+    """Run a CuTe DSL program on the emulator, NumPy or CPU torch arrays standing for device tensors.
+
+    Exit code 1 when a hazard is found or the program fails, 2 when it needs what the emulator does not have.
+    """
+    from .emulator.script import run_script
+
+    run = run_script(script, arguments or [], arch, sms)
+    if run.launches:
+        present.console(to_stderr=True, for_tables=True).print(present.launches_table(run.launches))
+    for message in [run.message] if run.error is not None else run.hazards:
+        present.say(message)
+    code = 0 if run.passed else BAD_INPUT if run.beyond_emulator else VERIFICATION_FAILED
+    if json_file is not None:
+        facts = {"script": str(script), "arch": arch, "exit_code": code, "error": run.message or None}
+        launches = present.launches_document(run.launches)
+        write_text(json_file, present.document(facts | {"launches": launches}) + "\n")
+    if code:
+        raise typer.Exit(code)
 
 
 def _compiled(chosen: Plan, source: Path | None) -> Any:

@@ -1,4 +1,6 @@
-"""The one place that imports the CuTe DSL: its versions, tracing a kernel file, and calling compiled host functions.
+"""Imports the CuTe DSL for the kernels made here: its versions, tracing a kernel file, calling compiled host functions.
+
+(emulator/attach.py does for programs that bring the DSL themselves.)
 
 Nothing is imported from the DSL until it is needed, so that planning and emitting work without it. How a kernel gets
 from a file to a launch:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,17 +20,22 @@ from rich.table import Table
 from .plan import Plan
 from .survey import Row
 
+if TYPE_CHECKING:
+    from .emulator import LaunchReport
+
 TABLE_WIDTH = 240  # columns of the widest table; a narrower terminal wraps its lines rather than losing cells
 SMEM_BUFFERS = ("sQ", "sK", "sV", "sP", "sO", "barriers")
 TMEM_REGIONS = ("S", "P", "O")
+OPCODES_SHOWN = 3
+KERNEL_NAME_SHOWN = 40
 
 Item = TypeVar("Item")
 
 
-def console(to_stderr: bool = False) -> Console:
+def console(to_stderr: bool = False, for_tables: bool | None = None) -> Console:
     """stdout (or stderr) as rich sees it: colors and bars on a terminal, plain text otherwise."""
     screen = Console(stderr=to_stderr, highlight=False)
-    if not to_stderr:
+    if for_tables or (for_tables is None and not to_stderr):
         screen.width = max(screen.width, TABLE_WIDTH)
     return screen
 
@@ -274,3 +279,27 @@ def binary_table(plan: Plan, binary: Any) -> Table:
     ):
         table.add_row(name, planned, str(actual))
     return table
+
+
+def launches_table(launches: Iterable[LaunchReport]) -> Table:
+    """One line a launch of an emulated program."""
+    heads = ("kernel", "grid", "block", "cluster", "smem", "TMEM", "warp-instructions", "seconds", "most executed")
+    table = _table(*heads, "hazards", left=("kernel", "most executed"))
+    for launch in launches:
+        extents = ("x".join(map(str, extent)) for extent in (launch.grid, launch.block, launch.cluster))
+        numbers = (launch.smem_bytes, launch.tmem_columns, launch.warp_instructions)
+        most = ", ".join(f"{name} {times}" for name, times in launch.opcodes.most_common(OPCODES_SHOWN))
+        hazards = f"[red]{len(launch.hazards)}[/]" if launch.hazards else "0"
+        name = escape(_short_name(launch.kernel))
+        table.add_row(name, *extents, *map(str, numbers), f"{launch.seconds:.3f}", most, hazards)
+    return table
+
+
+def _short_name(kernel: str) -> str:
+    """The DSL's name of a kernel without its prefix and the argument types that it appends."""
+    name = kernel.removeprefix("kernel_cutlass_")
+    return name if len(name) <= KERNEL_NAME_SHOWN else name[: KERNEL_NAME_SHOWN - 3] + "..."
+
+
+def launches_document(launches: Iterable[LaunchReport]) -> list[dict[str, Any]]:
+    return [asdict(launch) | {"opcodes": dict(launch.opcodes.most_common())} for launch in launches]

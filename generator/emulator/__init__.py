@@ -5,14 +5,18 @@
     module = gpu.load_ptx(text)
     gpu.launch(module, kernel_name, grid, block, (1, 1, 1), smem_bytes, params)
 
+or, for a CuTe DSL program as it is, `with attached("sm_100a") as gpu:` around it (attach.py).
+
 Nothing here imports from the parent package.
 """
 
+from .attach import DEFAULT_SMS, attached
 from .errors import Deadlock, EmulatorError, Hazard, LaunchError, PtxSyntaxError, UnsupportedInstruction
 from .gpu import Gpu, LaunchReport
 from .labels import Labels
 
 __all__ = [
+    "DEFAULT_SMS",
     "Deadlock",
     "EmulatorError",
     "Gpu",
@@ -22,4 +26,5 @@ __all__ = [
     "LaunchReport",
     "PtxSyntaxError",
     "UnsupportedInstruction",
+    "attached",
 ]

@@ -18,6 +18,7 @@ from .parse import Module, parse_ptx
 from .translate import Program, Translator
 
 SMEM_LIMIT = {"sm_90a": 232448, "sm_100a": 232448}  # opt-in shared memory a CTA, CUDA programming guide, table 27
+GRID_LIMIT = (2**31 - 1, 65535, 65535)  # CUDA programming guide, table 27
 MAX_CLUSTER = 16  # CTAs a cluster, the non-portable limit, CUDA programming guide, thread block clusters
 WAVE = 32  # CTAs that run together: wide enough to amortize NumPy's cost a call, small enough for the cache
 
@@ -166,6 +167,8 @@ class Gpu:
             raise LaunchError(f"block {block}: 1 to 1024 threads a CTA")
         if min(grid) < 1:
             raise LaunchError(f"grid {grid}: every extent must be at least 1")
+        if any(extent > limit for extent, limit in zip(grid, GRID_LIMIT, strict=True)):
+            raise LaunchError(f"grid {grid}: at most {GRID_LIMIT} CTAs")
         wanted = module.kernels[kernel].directives.get("reqntid")
         if wanted and tuple(int(x) for x in wanted.split(",")) != (*block,)[: wanted.count(",") + 1]:
             raise LaunchError(f"block {block}: the kernel was compiled for .reqntid {wanted}")

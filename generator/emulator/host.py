@@ -7,6 +7,8 @@ against `library_path()` it calls into this module:
     with attached(gpu, ptx, cubin):
         ...call the host function...          # its launches arrive at gpu.launch(...)
 
+attach.py does the same for whatever a program compiles, by renaming the symbols before the DSL links them.
+
 An exception raised while answering a call (a hazard found by the emulator, say) cannot pass through compiled code. It
 is kept, the call returns an error code, and `attached` raises it on the way out. A symbol that nobody implemented is
 such an exception too: no call succeeds silently.
@@ -34,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import EmulatorError
+from .errors import EmulatorError, LaunchError
 
 CUDA_SUCCESS = 0
 CUDA_ERROR_UNKNOWN = 999
@@ -48,6 +50,10 @@ _LAUNCH_COOPERATIVE, _LAUNCH_CLUSTER, _LAUNCH_PROGRAMMATIC_SERIALIZATION = 2, 4,
 
 class HostError(EmulatorError):
     """The host function asked for something that the emulated CUDA runtime does not offer or must refuse."""
+
+
+class RefusedLaunch(HostError, LaunchError):
+    """More than the emulated device has."""
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -88,14 +94,31 @@ class Launch:
 
 @dataclass
 class Session:
-    """What is attached: a Gpu, the PTX that its launches execute and the cubin that this PTX was assembled to."""
+    """What is attached: a Gpu and the PTX that its launches execute, by the digest of the cubin it was assembled to."""
 
     gpu: Any
-    ptx: str
-    cubin: bytes
-    module: Any = None
+    programs: dict[str, str]
+    known: str = "known to the emulator"  # what the programs are, for messages
     error: BaseException | None = None
     launches: list[Launch] = field(default_factory=list)
+
+    def ptx_of(self, kernel: _Kernel) -> str:
+        """Raises HostError when the kernel's cubin is none of those attached."""
+        if kernel.cubin_digest not in self.programs:
+            raise HostError(f"{kernel.name} belongs to another cubin than {self.known}")
+        return self.programs[kernel.cubin_digest]
+
+    def run(self, module: Any, launch: Launch) -> None:
+        """Execute one launch to its end."""
+        self.gpu.launch(
+            module,
+            launch.kernel,
+            grid=launch.grid,
+            block=launch.block,
+            cluster=launch.cluster,
+            smem_bytes=launch.smem_bytes,
+            params=list(launch.params),
+        )
 
 
 # Undefined symbols of a host object that are the linker's or the C library's (a compiler may copy with a call).
@@ -128,9 +151,16 @@ def attached(gpu: Any, ptx: str, cubin: bytes) -> Iterator[Session]:
 
     Raises on exit whatever was raised while a call was answered; HostError for a call that must be refused.
     """
+    gpu.load_ptx(ptx)
+    known = f"the attached one ({len(cubin)} bytes): what would be emulated is not what was compiled"
+    with serving(Session(gpu, {cubin_digest(cubin): ptx}, known)) as session:
+        yield session
+
+
+@contextmanager
+def serving(session: Session) -> Iterator[Session]:
+    """`session` answers the calls that host functions of this thread make inside the block."""
     _install()
-    session = Session(gpu, ptx, cubin)
-    session.module = gpu.load_ptx(ptx)
     stack = _thread.__dict__.setdefault("sessions", [])
     stack.append(session)
     try:
@@ -145,11 +175,22 @@ def attached(gpu: Any, ptx: str, cubin: bytes) -> Iterator[Session]:
         raise session.error
 
 
-def redirect(host_object: bytes) -> bytes:
+def cubin_digest(cubin: bytes) -> str:
+    """What a cubin is known by."""
+    return hashlib.sha256(cubin).hexdigest()
+
+
+def runtime_symbols() -> frozenset[str]:
+    """Names of the DSL's runtime library that host.c exports with the prefix `emulated_`."""
+    _install()
+    return frozenset(_exported)
+
+
+def redirect(host_object: bytes, only_runtime: bool = True) -> bytes:
     """The ELF-64 object file with each undefined symbol of the DSL's runtime renamed to its emulated counterpart.
 
     Only names change: a string table with the new names is appended and the symbols point into it. Raises HostError
-    when the object needs a symbol that the emulated runtime does not export.
+    when the object needs a symbol that the emulated runtime does not export; only_runtime=False leaves those alone.
     """
     _install()
     image = bytearray(host_object)
@@ -167,6 +208,8 @@ def redirect(host_object: bytes) -> bytes:
         if section != 0 or name in _NOT_OF_THE_RUNTIME:
             continue
         if name not in _exported:
+            if not only_runtime:
+                continue
             raise HostError(f"the host function needs {name!r}, which the emulated CUDA runtime does not export")
         struct.pack_into("<I", image, at, len(table))
         table += f"emulated_{name}".encode() + b"\0"
@@ -270,14 +313,13 @@ def _get_device_attribute(session: Session, arguments: Any) -> None:
 @_answers("_cudaLibraryLoadData")
 def _load_library(session: Session, arguments: Any) -> None:
     """(library *, image, …): the image must be the cubin that the attached PTX was assembled to."""
-    images = _images(arguments[1])
-    if session.cubin not in images:
-        raise HostError(
-            f"the host function loads {[len(image) for image in images]} bytes of cubin, none of them the attached "
-            f"one ({len(session.cubin)} bytes): what would be emulated is not what was compiled"
-        )
+    images = _images(ctypes.string_at, arguments[1])
+    attached = [digest for digest in map(cubin_digest, images) if digest in session.programs]
+    if not attached:
+        sizes = [len(image) for image in images]
+        raise HostError(f"the host function loads {sizes} bytes of cubin, none of them {session.known}")
     handle = next(_handles)
-    _libraries[handle] = hashlib.sha256(session.cubin).hexdigest()
+    _libraries[handle] = attached[0]
     _write(arguments[0], ctypes.c_uint64, handle)
 
 
@@ -294,11 +336,12 @@ def _get_kernel(session: Session, arguments: Any) -> None:
     digest = _libraries.get(arguments[1])
     if digest is None:
         raise HostError(f"_cudaLibraryGetKernel: {arguments[1]:#x} is no loaded library")
-    if name not in session.module.kernels:
-        known = ", ".join(session.module.kernels)
-        raise HostError(f"_cudaLibraryGetKernel: the PTX has no kernel {name!r}; it has {known}")
+    kernel = _Kernel(name, digest)
+    kernels = session.gpu.load_ptx(session.ptx_of(kernel)).kernels
+    if name not in kernels:
+        raise HostError(f"_cudaLibraryGetKernel: the PTX has no kernel {name!r}; it has {', '.join(kernels)}")
     handle = next(_handles)
-    _kernels[handle] = _Kernel(name, digest)
+    _kernels[handle] = kernel
     _write(arguments[0], ctypes.c_uint64, handle)
 
 
@@ -308,7 +351,7 @@ def _get_kernel_attribute(session: Session, arguments: Any) -> None:
     attribute = _signed(arguments[1])
     if attribute != _FUNCTION_STATIC_SHARED:
         raise HostError(f"_cuKernelGetAttribute: function attribute {attribute} has no emulated value")
-    _write(arguments[0], ctypes.c_int32, static_shared_bytes(session.ptx))
+    _write(arguments[0], ctypes.c_int32, static_shared_bytes(session.ptx_of(_kernel(arguments[2]))))
 
 
 @_answers("_cudaKernelSetAttributeForDevice", "_cudaFuncSetAttribute")
@@ -316,9 +359,9 @@ def _set_kernel_attribute(session: Session, arguments: Any) -> None:
     """(kernel, attribute, value[, device])"""
     kernel, attribute, value = _kernel(arguments[0]), _signed(arguments[1]), _signed(arguments[2])
     if attribute == _FUNCTION_MAX_DYNAMIC_SHARED:
-        limit = _max_shared(session) - static_shared_bytes(session.ptx)
+        limit = _max_shared(session) - static_shared_bytes(session.ptx_of(kernel))
         if not 0 <= value <= limit:
-            raise HostError(f"{kernel.name}: dynamic shared memory of up to {value} bytes asked for; limit {limit}")
+            raise RefusedLaunch(f"{kernel.name}: dynamic shared memory of up to {value} bytes asked for; limit {limit}")
         kernel.max_dynamic_shared = value
     elif attribute != _FUNCTION_NON_PORTABLE_CLUSTER:  # cluster sizes above 8 are the emulator's to accept or refuse
         raise HostError(f"{kernel.name}: function attribute {attribute} has no emulated meaning")
@@ -329,15 +372,14 @@ def _launch(session: Session, arguments: Any) -> None:
     """(const cudaLaunchConfig_t *, kernel, void **parameters)"""
     config = ctypes.cast(arguments[0], ctypes.POINTER(_LaunchConfig)).contents
     kernel = _kernel(arguments[1])
-    if kernel.cubin_digest != hashlib.sha256(session.cubin).hexdigest():
-        raise HostError(f"{kernel.name} belongs to another cubin than the attached one")
+    module = session.gpu.load_ptx(session.ptx_of(kernel))
     if config.smem_bytes > kernel.max_dynamic_shared:
-        raise HostError(
+        raise RefusedLaunch(
             f"{kernel.name}: launched with {config.smem_bytes} bytes of dynamic shared memory; "
             f"limit {kernel.max_dynamic_shared}"
         )
     pointers = ctypes.cast(arguments[2], ctypes.POINTER(ctypes.c_uint64))
-    sizes = [parameter.size for parameter in session.module.kernels[kernel.name].params]
+    sizes = [parameter.size for parameter in module.kernels[kernel.name].params]
     launch = Launch(
         kernel=kernel.name,
         grid=tuple(config.grid),
@@ -347,15 +389,7 @@ def _launch(session: Session, arguments: Any) -> None:
         params=tuple(ctypes.string_at(pointers[i], size) for i, size in enumerate(sizes)),
     )
     session.launches.append(launch)
-    session.gpu.launch(
-        session.module,
-        launch.kernel,
-        grid=launch.grid,
-        block=launch.block,
-        cluster=launch.cluster,
-        smem_bytes=launch.smem_bytes,
-        params=list(launch.params),
-    )
+    session.run(module, launch)
 
 
 def _cluster(kernel: str, config: _LaunchConfig) -> tuple[int, int, int]:
@@ -385,19 +419,24 @@ def _max_shared(session: Session) -> int:
     return MAX_OPTIN_SHARED_BYTES[arch]
 
 
-def _images(address: int) -> list[bytes]:
+def cubins_of(image: bytes) -> list[bytes]:
+    """The cubins in an ELF file or a fat binary that is held as bytes."""
+    return _images(lambda at, count: image[at : at + count], 0)
+
+
+def _images(read: Callable[[int, int], bytes], address: int) -> list[bytes]:
     """The ELF images at `address`: one as it is, or those in a fat binary, the container that the DSL links in.
 
     A fat binary is a header (u32 magic, u16 version, u16 header bytes, u64 body bytes) and a body of entries, each
     with a header of its own (u16 kind, u16 version, u32 header bytes, u64 payload bytes; kind 2 is a cubin).
     """
-    start = ctypes.string_at(address, 4)
+    start = read(address, 4)
     if start == b"\x7fELF":
-        return [_elf_at(address)]
+        return [_elf_at(read, address)]
     if start != struct.pack("<I", 0xBA55ED50):
         raise HostError(f"_cudaLibraryLoadData: the image is neither ELF nor a fat binary; it begins with {start!r}")
-    header_bytes, body_bytes = struct.unpack("<4xxxHQ", ctypes.string_at(address, 16))
-    body = ctypes.string_at(address + header_bytes, body_bytes)
+    header_bytes, body_bytes = struct.unpack("<xxxxxxHQ", read(address, 16))
+    body = read(address + header_bytes, body_bytes)
     images, at = [], 0
     while at < len(body):
         kind, entry_header, payload = struct.unpack_from("<HxxIQ", body, at)
@@ -407,10 +446,10 @@ def _images(address: int) -> list[bytes]:
     return images
 
 
-def _elf_at(address: int) -> bytes:
+def _elf_at(read: Callable[[int, int], bytes], address: int) -> bytes:
     """The ELF-64 file at `address`, whose length only its own header tables tell."""
-    header = ctypes.string_at(address, 64)
+    header = read(address, 64)
     program_table, section_table = struct.unpack_from("<QQ", header, 0x20)
     program_size, program_count, section_size, section_count = struct.unpack_from("<HHHH", header, 0x36)
     end = max(program_table + program_size * program_count, section_table + section_size * section_count)
-    return ctypes.string_at(address, end)
+    return read(address, end)
