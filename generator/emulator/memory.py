@@ -51,8 +51,11 @@ class SharedMemory:
     def fence_proxy(self, ctas: np.ndarray) -> None:
         """fence.proxy.async in these CTAs: what their threads stored becomes visible to the asynchronous proxy."""
         left = []
+        first, last = int(ctas[0]), int(ctas[-1])
         for width, at in self.unfenced:
-            mine = np.isin(at * width // self.stride, ctas)
+            owner = at * width // self.stride
+            neighbours = last - first + 1 == len(ctas)
+            mine = (owner >= first) & (owner <= last) if neighbours else np.isin(owner, ctas)
             state = self.flat_state[width]
             done = at[mine]
             state[done[state[done] == GENERIC_WORD[width]]] = VALID_WORD[width]

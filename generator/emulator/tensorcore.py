@@ -44,7 +44,7 @@ def check_columns(m, ctas, start, count, what, where) -> None:
 
 def require_tmem(m, ctas, start, count, where, legal) -> None:
     state = m.tmem.state[start : start + count, :, :, ctas]
-    bad = ~np.isin(state, legal)
+    bad = np.logical_and.reduce([state != code for code in legal])
     if bad.any():
         raise Hazard(
             f"{where}: the A operand at {m.labels.column_at(start + int(np.argwhere(bad)[0, 0]))} may not "
@@ -88,11 +88,15 @@ class TensorCore:
         if not self.issued:
             return
         low, high = int(chunks.min()) * 16, int(chunks.max() + 1) * 16
+        sets, touched = self.machine.queue.sets, None
         for op in self.issued:
             for name, operand in (("A", op.a), ("B", op.b)):
                 if isinstance(operand, int) or operand.high <= low or high <= operand.low:
                     continue
-                hit = np.isin(ctas, self.machine.queue.sets.array(op.remaining)) & np.isin(chunks, operand.chunks)
+                touched = sets.bits(np.unique(ctas)) if touched is None else touched
+                if not op.remaining & touched:
+                    continue
+                hit = np.isin(ctas, sets.array(op.remaining)) & np.isin(chunks, operand.chunks)
                 if hit.any():
                     place = self.machine.labels.shared_at(int(chunks[hit][0]) * 16)
                     raise Hazard(
@@ -105,6 +109,8 @@ class TensorCore:
         for op in self.issued:
             if isinstance(op.a, int):
                 hit = (column < op.a + 8) & (op.a < column + columns)
+                if not hit.any():
+                    continue
                 hit &= np.isin(ctas, self.machine.queue.sets.array(op.remaining))
                 if hit.any():
                     place = self.machine.labels.column_at(op.a)

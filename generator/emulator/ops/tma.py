@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from ..errors import Hazard, UnsupportedInstruction
@@ -188,7 +190,7 @@ def finish_store(m, cta: int, jobs) -> None:
     """A store takes effect."""
     for tensor, point, chunks, where in jobs:
         _require_valid(m, cta, chunks, where)
-        m.sources[_span(cta, chunks)] -= 1
+        m.sources -= Counter([_span(cta, chunks)])  # drops what reaches zero
         start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
         write_box(view, start, tensor, point, m.smem.chunks[cta, chunks].view(np.uint8))
         if start in m.gmem.written:
