@@ -364,6 +364,19 @@ def test_two_accumulators_in_flight_may_not_overlap():
     fails(Hazard, ONE.fill() + QUIET + shifted + COMMIT + wait(), "uses register %acc4", x=ONE.x)
 
 
+def test_registers_need_a_fence_after_they_were_written():
+    fails(Hazard, ONE.fill() + ONE.step(0, "%zero", mark="// HERE"), "%acc0", "no wgmma.fence since", x=ONE.x)
+    change = "add.u32 %acc5, %tid, 0;"
+    add = ONE.step(0, "%one", mark="// HERE")
+    for between in (change, change + "bar.sync 0;", change + "bar.sync 0; bar.sync 0;"):
+        body = ONE.fill() + QUIET + COMMIT + wait() + between + add
+        fails(Hazard, body, "uses register %acc5", "no wgmma.fence since", x=ONE.x)
+        run(body.replace(add, FENCE + add + COMMIT + wait()), x=ONE.x)
+    run(ONE.fill() + QUIET + COMMIT + wait() + add + COMMIT + wait(), x=ONE.x)  # only wgmma wrote the accumulator
+    text = ONE.fill() + FENCE + ONE.load_fragments() + ONE.step(0, "%zero", registers=True, mark="// HERE")
+    fails(Hazard, text, "uses register %frag0", "no wgmma.fence since", x=ONE.x, f=ONE.fragments())
+
+
 def test_operands_need_the_proxy_fence():
     fails(Hazard, ONE.fill("bar.sync 0;") + QUIET, "operand A of CTA (0, 0, 0)", "fence.proxy.async", x=ONE.x)
     fails(Hazard, ONE.fill("bar.sync 0;") + ONE.load_fragments() + ONE.mmas(registers=True), "operand B of CTA",
@@ -371,7 +384,7 @@ def test_operands_need_the_proxy_fence():
 
 
 def test_operands_that_were_never_written():
-    far = ONE.step(0, "%zero").replace(f"{ONE.db[0]:#x}", f"{ONE.db[0] + (32768 >> 4):#x}")
+    far = QUIET.replace(f"{ONE.db[0]:#x}", f"{ONE.db[0] + (32768 >> 4):#x}")
     fails(Hazard, ONE.fill() + far, "operand B of CTA (0, 0, 0)", "never written", x=ONE.x)
 
 

@@ -62,6 +62,8 @@ class BlockWriter:
         self.line = 0  # of the instruction being written
         self.instr: Instr | None = None
         self.touched: set[int] = set()  # registers known not to be in flight here
+        self.unfenced: dict[int, None] = {}  # registers of wgmma written here, with no wgmma.fence since
+        self.fenced = False  # a wgmma.fence came before in this block
         self.active_guard: str | None = None  # its guard, once evaluated
 
     # -- names and values ---------------------------------------------------------------------------------------------
@@ -261,6 +263,8 @@ class BlockWriter:
         self.touch(reg)
         if guard is not None:
             value = self.merge(guard, value, self.load(reg))
+        if reg.index in self.owner.in_flight:
+            self.unfenced[reg.index] = None
         self.values[reg.index] = value
         self.dirty[reg.index] = None
 
@@ -309,6 +313,10 @@ class BlockWriter:
         indices = [tuple(r.index for r in items) for items in (d.items, a_items)]
         arguments = [*map(str, indices), *arguments, *(self.read(operand, "k", instr) for operand in rest)]
         active = "ws.mask" if guard is None else self.let(f"ws_active(ws, {guard})")
+        used = [*indices[0], *indices[1]]
+        if not self.fenced or not self.unfenced.keys().isdisjoint(used):
+            self._note_unfenced()
+            self.lines.append(f"m.wgmma.require_fence(ws, {active}, {used}, {self.owner.info(instr)})")
         call = f"{self.owner.function(entry)}(m, ws, {active}, {self.owner.info(instr)}, {', '.join(arguments)})"
         self.lines.append(call if guard is None else f"if {active} is not False: {call}")
         for reg in d.items:
@@ -317,6 +325,10 @@ class BlockWriter:
             if reg.index in self.owner.checked and guard is None:
                 self.lines.append(f"put(D[{reg.index}], TRUE)")
         self.touched.difference_update(*indices)
+
+    def _note_unfenced(self) -> None:
+        if self.unfenced:
+            self.lines.append(f"m.wgmma.wrote(ws, {list(self.unfenced)})")
 
     def _settle(self, reg: Reg) -> None:
         """Write a register to its storage in the middle of the block; views of what was there are copied first."""
@@ -354,6 +366,8 @@ class BlockWriter:
                 self.alu(instr, entry)
             else:
                 self.effect(instr, entry)
+            if instr.opcode == "wgmma.fence.sync.aligned" and instr.guard is None:
+                self.unfenced, self.fenced = {}, True
 
     def move(self, instr: Instr) -> None:
         guard = self.guard(instr)
@@ -499,6 +513,7 @@ class BlockWriter:
         if last.opcode in CONTROL and last.guard is not None:
             condition = self.guard(last)
         self.store()
+        self._note_unfenced()
         after = block.number + 1
         if last.opcode in ("ret", "exit"):
             target = self.owner.exit_block

@@ -143,6 +143,8 @@ class Warpgroups:
         self.chains: list[Chain] = []
         self.committed = np.zeros((machine.n_warps, machine.n_cta), np.int64)  # groups, by warp
         self.busy = [0] * len(machine.program.kernel.regs)  # uses of a register by chains in flight
+        self.rows = {index: row for row, index in enumerate(sorted(machine.program.in_flight))}
+        self.unfenced = np.ones((len(self.rows), machine.n_warps, machine.n_cta), bool)  # registers, by warp
         self.open: Chain | None = None  # the last chain, while the next wgmma may still extend it
 
     # -- issue ---------------------------------------------------------------------------------------------------------
@@ -230,6 +232,38 @@ class Warpgroups:
                     where = self.machine.where(ws, instr, bad)
                     raise Hazard(f"{where}: touches register {name}, {_in_flight(chain, index)}")
 
+    def wrote(self, ws, registers: list[int]) -> None:
+        """Ordinary instructions of these warps wrote registers that some wgmma uses."""
+        warps, ctas = ws.flat_pairs()
+        self.unfenced[np.array([self.rows[i] for i in registers])[:, None], warps, ctas] = True
+
+    def fence(self, ws, active, where) -> None:
+        warps, ctas = self._which(ws, active, where)
+        self.unfenced[:, warps, ctas] = False
+
+    def require_fence(self, ws, active, registers: list[int], instr) -> None:
+        """A wgmma uses these registers: a wgmma.fence must have come after the last ordinary write of each, and one
+        before the first wgmma of a warp.
+        """
+        where = self.machine.where(ws, instr, True if active is None else active)
+        if active is False:
+            return
+        warps, ctas = self._which(ws, active, where)
+        bad = self.unfenced[np.array([self.rows[i] for i in registers])[:, None], warps, ctas].any(axis=1)
+        if bad.any():
+            name = self.machine.program.kernel.regs[registers[int(np.argmax(bad))]].name
+            raise Hazard(
+                f"{where}: uses register {name}, which may have been written with no wgmma.fence since: insert "
+                "wgmma.fence.sync.aligned before it"
+            )
+
+    @staticmethod
+    def _which(ws, active, where) -> tuple[np.ndarray, np.ndarray]:
+        """Warp and CTA of each warp of the batch that runs an aligned instruction."""
+        chosen = whole_warps(ws, active, where)
+        warps, ctas = ws.flat_pairs()
+        return (warps, ctas) if chosen is None else (warps[chosen], ctas[chosen])
+
     def check_overwrite(self, ctas: np.ndarray, chunks: np.ndarray, where) -> None:
         """Somebody writes these 16-byte chunks of shared memory: no wgmma in flight may still have to read them."""
         if not self.chains:
@@ -253,19 +287,13 @@ class Warpgroups:
 
     # -- completion ----------------------------------------------------------------------------------------------------
     def commit(self, ws, active, where) -> None:
-        chosen = whole_warps(ws, active, where)
-        warps, ctas = ws.flat_pairs()
-        if chosen is not None:
-            warps, ctas = warps[chosen], ctas[chosen]
+        warps, ctas = self._which(ws, active, where)
         self.committed[warps, ctas] += 1
         self.open = None
 
     def wait(self, ws, active, pending: int, where) -> None:
         """All but the latest `pending` groups of these warps take effect."""
-        chosen = whole_warps(ws, active, where)
-        warps, ctas = ws.flat_pairs()
-        if chosen is not None:
-            warps, ctas = warps[chosen], ctas[chosen]
+        warps, ctas = self._which(ws, active, where)
         self.open = None
         limit = np.full(self.committed.shape, -1, np.int64)
         limit[warps, ctas] = self.committed[warps, ctas] - pending

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import Hazard, UnsupportedInstruction
 from ..table import effect
-from ..warpgroup import form_of, whole_warps
+from ..warpgroup import form_of
 
 _TYPES = {
     "16": ("f32.bf16.bf16", "f32.f16.f16", "f16.f16.f16"),
@@ -44,8 +44,8 @@ for _k, _types in _TYPES.items():
 
 @effect("wgmma.fence.sync.aligned", "=", "9.7.15.7.1")
 def fence(m, ws, active, instr):
-    """Orders register accesses before it and wgmma after it. Registers here are written at once."""
-    whole_warps(ws, active, m.where(ws, instr, True if active is None else active))
+    """Orders what ordinary instructions did to registers before it and the wgmma after it."""
+    m.wgmma.fence(ws, active, m.where(ws, instr, True if active is None else active))
 
 
 @effect("wgmma.commit_group.sync.aligned", "=", "9.7.15.7.2")
