@@ -9,6 +9,7 @@ from ..table import alu
 
 U32, U64 = np.uint32, np.uint64
 S64, F32, F64 = np.int64, np.float32, np.float64
+LOWEST = np.iinfo(S64).min
 
 
 def fma(a, b, c):
@@ -20,7 +21,7 @@ def fma(a, b, c):
     product = np.multiply(a, b, dtype=F64)
     total = product + c
     result = total.astype(F32)
-    midpoint = (total.view(S64) << S64(35)).min() == np.iinfo(S64).min
+    midpoint = (total.view(S64) << S64(35)).min() == LOWEST
     if midpoint or ((result.view(U32) << U32(1)) - U32(1)).min() < 0x00FFFFFF:
         total, error = sum_exact(product, c)
         odd = (error != 0) & (total.view(U64) & U64(1) == 0)
