@@ -302,7 +302,7 @@ def test_an_unknown_opcode_or_modifier_names_its_line(statement):
 
 @pytest.mark.parametrize(
     "statement",
-    ["add.u32 %r1, %tid", "add.u32 %r1, %tid, 1, 2", "st.shared.b32 [%s]", "mov.u32 %r1, %clock",
+    ["add.u32 %r1, %tid", "add.u32 %r1, %tid, 1, 2", "st.shared.b32 [%s]", "mov.u32 %r1, %pm0",
      "add.u32 %r1, %tid, %d1", "mov.u32 %r1, nowhere", "st.shared.b32 %s, %tid", "add.u32 %h1, %tid, 1",
      "lop3.b32 %r1, %tid, %tid, %tid, %r2"],
 )  # fmt: skip

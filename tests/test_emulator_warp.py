@@ -58,9 +58,9 @@ def test_shuffles(mode, width, c, offset):
         assert y[32 * warp : 32 * warp + 32].tolist() == [v for v, _ in expected]
 
 
-def test_a_shuffle_with_a_predicate_is_refused_by_name():
-    body = "\nshfl.sync.up.b32 %r3|%p1, %tid, 5, 0, -1; // HERE\n"
-    fails(UnsupportedInstruction, body, "shfl.sync.up.b32 with a predicate destination")
+def test_a_predicate_destination_where_none_belongs_is_refused_by_name():
+    body = "\nredux.sync.add.u32 %r3|%p1, %tid, -1; // HERE\n"
+    fails(UnsupportedInstruction, body, "redux.sync.add.u32 with a predicate destination")
 
 
 def test_elect_takes_one_lane_a_warp():

@@ -454,6 +454,8 @@ class BlockWriter:
         if len(entry.dests) == 2 and instr.operands and isinstance(instr.operands[0], Pair):
             pair = instr.operands[0]
             return [pair.first, pair.second], list(instr.operands[1:])
+        if entry.dests and entry.dests[-1][0] == "?":  # `d` where `d|p` might stand
+            return [instr.operands[0], SINK], list(instr.operands[1:])
         n = len(entry.dests)
         return list(instr.operands[:n]), list(instr.operands[n:])
 
@@ -470,7 +472,7 @@ class BlockWriter:
             for item in self.vector(dest, instr) if kind[0] == "*" else (dest,):
                 if isinstance(item, Pair):
                     raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} with a predicate destination")
-                slots.append((item, kind.lstrip("*")))
+                slots.append((item, kind.lstrip("*?")))
         names = [self.name() for _ in slots]
         comma = "," if len(names) != 1 or entry.dests[0][0] == "*" else ""
         target = f"{', '.join(names)}{comma} = " if names else ""

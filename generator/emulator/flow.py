@@ -80,7 +80,7 @@ def defs_and_uses(instr: Instr) -> tuple[list[Reg], list[Reg]]:
         n_dests = 1
     else:
         n_dests = len(entry.dests)
-        if n_dests == 2 and instr.operands and isinstance(instr.operands[0], Pair):
+        if n_dests == 2 and instr.operands and (isinstance(instr.operands[0], Pair) or entry.dests[1][0] == "?"):
             n_dests = 1
     defs = [r for operand in instr.operands[:n_dests] for r in registers(operand)]
     uses = [r for operand in instr.operands[n_dests:] for r in registers(operand)]

@@ -137,11 +137,24 @@ class Machine:
             "tid.z": lambda ws: thread(ws) // np.uint32(bx * by),
             "laneid": lambda ws: LANES,
             "warpid": lambda ws: ws.warp.astype(np.uint32),
+            "nwarpid": lambda ws: np.uint32(self.n_warps),
+            "smid": lambda ws: ws.cta.astype(np.uint32),  # every CTA of a wave has a multiprocessor to itself
+            "nsmid": lambda ws: np.uint32(self.n_cta),
+            "is_explicit_cluster": lambda ws: np.uint32(self.cluster.size > 1),
+            **{name: lambda ws: np.uint32(0) for name in ("gridid", "clock_hi", "globaltimer_hi")},
+            "lanemask_eq": lambda ws: np.uint32(1) << LANES,
+            "lanemask_lt": lambda ws: (np.uint32(1) << LANES) - np.uint32(1),
+            "lanemask_le": lambda ws: (np.uint32(2) << LANES) - np.uint32(1),
+            "lanemask_gt": lambda ws: ~((np.uint32(2) << LANES) - np.uint32(1)),
+            "lanemask_ge": lambda ws: ~((np.uint32(1) << LANES) - np.uint32(1)),
             "dynamic_smem_size": lambda ws: np.uint32(smem_bytes),
             "total_smem_size": lambda ws: np.uint32(smem_bytes + self.program.static_shared),
             "cluster_ctarank": lambda ws: self.cluster.rank(ws.cta).astype(np.uint32),
             "cluster_nctarank": lambda ws: np.uint32(self.cluster.size),
         }
+        ticks = itertools.count(1)  # time passes with every look at a clock: monotonic, and the same in every run
+        for name in ("clock", "clock64", "globaltimer", "globaltimer_lo"):
+            ids[name] = lambda ws: np.uint32(next(ticks))
         for i, axis in enumerate("xyz"):
             extent = np.uint32(self.cluster.shape[i])
             ids[f"ctaid.{axis}"] = lambda ws, i=i: self.block_ids[ws.cta, i]

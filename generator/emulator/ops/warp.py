@@ -83,8 +83,7 @@ _MODES = {
     "up": (lambda b, low, segment: LANES.astype(np.int64) - b, lambda j, high: j >= high),
 }
 for _mode, _functions in _MODES.items():
-    _both = _shuffle(*_functions)
-    effect(f"shfl.sync.{_mode}.b32", "u=u,u,u,u", "9.7.9.6")(lambda *args, f=_both: f(*args)[0])
+    effect(f"shfl.sync.{_mode}.b32", "u,?p=u,u,u,u", "9.7.9.6")(_shuffle(*_functions))
 
 
 @effect("setmaxnreg.{inc,dec}.sync.aligned.u32", "=k", "9.7.19.5")
@@ -123,3 +122,58 @@ def redux(m, ws, active, instr, value, mask):
     operation, outside = _REDUCE[name]
     members = np.where(_member(ws, active, mask), ws.full(value).view(dtype), dtype(outside(dtype)))
     return operation.reduce(members, axis=-1, keepdims=True, dtype=dtype).view(np.uint32)
+
+
+@effect("redux.sync.{min,max}{,.abs}{,.NaN}.f32", "u=f,u", "9.7.13.10")
+def redux_f32(m, ws, active, instr, value, mask):
+    """-0 is below +0; NaN is dropped or, with .NaN, wins."""
+    _check_converged(m, ws, active, instr)
+    value = ws.full(value)
+    bits = (np.abs(value) if ".abs" in instr.opcode else value).view(np.uint32)
+    negative, nan = bits >> np.uint32(31) != 0, np.isnan(value)
+    rank = np.where(negative, ~bits, bits | np.uint32(0x80000000)).astype(np.int64)  # orders floats as integers
+    member = _member(ws, active, mask)
+    counted = member & ~nan
+    largest = "max" in instr.opcode
+    rank = np.where(counted, rank, -1 if largest else 1 << 32)
+    best = (np.max if largest else np.min)(rank, axis=-1, keepdims=True)
+    found = (best & 0xFFFFFFFF).astype(np.uint32)
+    result = np.where(found >> np.uint32(31) != 0, found & np.uint32(0x7FFFFFFF), ~found)
+    lost = ~counted.any(axis=-1, keepdims=True)
+    if ".NaN" in instr.opcode:
+        lost = lost | (member & nan).any(axis=-1, keepdims=True)
+    return np.where(lost, np.uint32(0x7FFFFFFF), result)
+
+
+def _matches(ws, active, value, mask):
+    """bool [..., lane, other lane]: both are members and hold the same value."""
+    member = ws.full(_member(ws, active, mask))
+    value = ws.full(value)
+    return (value[..., :, None] == value[..., None, :]) & member[..., None, :] & member[..., :, None]
+
+
+@effect("match.any.sync.b32", "u=u,u", "9.7.13.11")
+@effect("match.any.sync.b64", "u=U,u", "9.7.13.11")
+def match_any(m, ws, active, instr, value, mask):
+    same = _matches(ws, active, value, mask)
+    return np.bitwise_or.reduce(np.where(same, np.uint32(1) << LANES, np.uint32(0)), axis=-1)
+
+
+@effect("match.all.sync.b32", "u,?p=u,u", "9.7.13.11")
+@effect("match.all.sync.b64", "u,?p=U,u", "9.7.13.11")
+def match_all(m, ws, active, instr, value, mask):
+    """The member mask and true where all members hold one value, else zero and false."""
+    member = ws.full(_member(ws, active, mask))
+    same = (_matches(ws, active, value, mask) | ~member[..., None, :]).all(axis=-1) & member
+    return np.where(same, ws.full(np.asarray(mask).astype(np.uint32)), np.uint32(0)), same
+
+
+@effect("nanosleep.u32", "=u", "9.7.19.2")
+@effect("pmevent{,.mask}", "=k", "9.7.19.3")
+def pause(m, ws, active, instr, operand):
+    """Time is not modelled."""
+
+
+@effect("trap", "=", "9.7.19.4")
+def trap(m, ws, active, instr):
+    raise Hazard(f"{m.where(ws, instr, True if active is None else active)}: the kernel executes trap")
