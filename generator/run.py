@@ -76,7 +76,9 @@ def run_observed(binary: Binary, q: Any, k: Any, v: Any, scale: float | None = N
         raise CallError("device", views[0].device, "only CPU arrays are observed", "pass NumPy arrays")
     scale = _check_scale(binary, scale)
     outputs = tuple(Output(*layout) for layout in output_layout(binary.spec, views[0]))
-    execute = {"emulator": _run_emulated, "cuda": _run_copied}[_check_backend(backend, views)]
+    backend = _check_backend(backend, views)
+    execute = {"emulator": _run_emulated, "cuda": _run_copied}[backend]
+    _host_function(binary.host_object, binary.host_symbol, backend)  # loaded once a kernel, not timed
     start = time.perf_counter()
     launches = execute(binary, views, outputs, scale)
     return Run(outputs, time.perf_counter() - start, launches)
