@@ -2,11 +2,11 @@
 
 from . import (
     access,
-    copy,
     barrier,
     bits,
     carry,
     convert,
+    copy,
     double,
     floating,
     half,
@@ -22,11 +22,11 @@ from . import (
 
 __all__ = [
     "access",
-    "copy",
     "barrier",
     "bits",
     "carry",
     "convert",
+    "copy",
     "double",
     "floating",
     "half",
