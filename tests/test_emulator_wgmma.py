@@ -372,7 +372,9 @@ def test_registers_need_a_fence_after_they_were_written():
         body = ONE.fill() + QUIET + COMMIT + wait() + between + add
         fails(Hazard, body, "uses register %acc5", "no wgmma.fence since", x=ONE.x)
         run(body.replace(add, FENCE + add + COMMIT + wait()), x=ONE.x)
-    run(ONE.fill() + QUIET + COMMIT + wait() + add + COMMIT + wait(), x=ONE.x)  # only wgmma wrote the accumulator
+    run(ONE.fill() + QUIET + COMMIT + wait() + add + COMMIT + wait(), x=ONE.x)  # only wgmma used the accumulator
+    read = "add.u32 %r1, %acc5, 0;"  # and may not be overwritten before it was read
+    fails(Hazard, ONE.fill() + QUIET + COMMIT + wait() + read + ONE.step(0, "%zero", mark="// HERE"), "%acc5", x=ONE.x)
     text = ONE.fill() + FENCE + ONE.load_fragments() + ONE.step(0, "%zero", registers=True, mark="// HERE")
     fails(Hazard, text, "uses register %frag0", "no wgmma.fence since", x=ONE.x, f=ONE.fragments())
 

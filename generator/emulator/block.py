@@ -62,7 +62,7 @@ class BlockWriter:
         self.line = 0  # of the instruction being written
         self.instr: Instr | None = None
         self.touched: set[int] = set()  # registers known not to be in flight here
-        self.unfenced: dict[int, None] = {}  # registers of wgmma written here, with no wgmma.fence since
+        self.unfenced: dict[int, None] = {}  # registers of wgmma used here, with no wgmma.fence since
         self.fenced = False  # a wgmma.fence came before in this block
         self.active_guard: str | None = None  # its guard, once evaluated
 
@@ -282,7 +282,11 @@ class BlockWriter:
     # -- registers that a wgmma has in flight --------------------------------------------------------------------------
     def touch(self, reg: Reg, as_a: bool = False) -> None:
         """Something reads or writes `reg`: no wgmma may have it in flight."""
-        if reg.index not in self.owner.in_flight or reg.index in self.touched:
+        if reg.index not in self.owner.in_flight:
+            return
+        if reg.index in self.owner.d_registers:
+            self.unfenced[reg.index] = None
+        if reg.index in self.touched:
             return
         lanes = self.active_guard or "TRUE"
         instr = self.owner.info(self.instr)
@@ -328,7 +332,7 @@ class BlockWriter:
 
     def _note_unfenced(self) -> None:
         if self.unfenced:
-            self.lines.append(f"m.wgmma.wrote(ws, {list(self.unfenced)})")
+            self.lines.append(f"m.wgmma.used(ws, {list(self.unfenced)})")
 
     def _settle(self, reg: Reg) -> None:
         """Write a register to its storage in the middle of the block; views of what was there are copied first."""

@@ -117,7 +117,7 @@ class Translator:
         self.param_slots: dict[tuple[int, str], int] = {}
         self.paired = self._find_paired()
         self.checked = self._find_checked()
-        self.in_flight, self.accumulators = self._find_in_flight()
+        self.in_flight, self.d_registers, self.accumulators = self._find_in_flight()
         self.static_shared, self.shared_offsets = self._place_shared()
 
     def _find_paired(self) -> set[int]:
@@ -145,8 +145,8 @@ class Translator:
                         defined |= 1 << r.index
         return self._spread(checked)
 
-    def _find_in_flight(self) -> tuple[set[int], list[tuple[int, ...]]]:
-        """Registers that some wgmma uses as D or A, and the accumulators: register indices that share none."""
+    def _find_in_flight(self) -> tuple[set[int], set[int], list[tuple[int, ...]]]:
+        """Registers that some wgmma uses as D or A, those that are D, and the accumulators: indices that share none."""
         used: set[int] = set()
         accumulators: dict[tuple[int, ...], None] = {}
         for instr in self.kernel.instrs:
@@ -159,7 +159,7 @@ class Translator:
             if taken.isdisjoint(indices) and len(set(indices)) == len(indices):
                 apart.append(indices)
                 taken.update(indices)
-        return used, apart
+        return used, {index for indices in accumulators for index in indices}, apart
 
     def _spread(self, checked: set[int]) -> set[int]:
         """Moves hand an unwritten value on (compilers pack an unused half that way): their destinations count too."""

@@ -9,7 +9,7 @@ in flight.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import ml_dtypes
@@ -81,6 +81,7 @@ class Chain:
     a_registers: list[int]  # register indices of A, as often as they are used
     where: object
     batch: object  # the Warps it was issued for
+    reads: list[tuple[str, np.ndarray, Operand]] = field(default_factory=list)  # side, CTAs, chunks
 
     def part(self, chosen: np.ndarray) -> Chain:
         """The same for some of its warps."""
@@ -94,6 +95,7 @@ class Chain:
             steps=[(pick(a), pick(b)) for a, b in self.steps],
             a_registers=list(self.a_registers),
             batch=None,
+            reads=list(self.reads),
         )
 
     @property
@@ -180,6 +182,7 @@ class Warpgroups:
         ):
             last.steps.append(step)
             last.a_registers += a_registers
+            last.reads += chain.reads
             return
         self._count(d, 1)
         self.chains.append(chain)
@@ -214,6 +217,7 @@ class Warpgroups:
             ctas = np.unique(chain.ctas[at])
             for operand in chain.operands(side, int(at[0]), where):
                 require_shared(self.machine, ctas, operand, "AB"[side], where)
+                chain.reads.append(("AB"[side], ctas, operand))
 
     def _count(self, registers, change: int) -> None:
         for index in registers:
@@ -232,8 +236,8 @@ class Warpgroups:
                     where = self.machine.where(ws, instr, bad)
                     raise Hazard(f"{where}: touches register {name}, {_in_flight(chain, index)}")
 
-    def wrote(self, ws, registers: list[int]) -> None:
-        """Ordinary instructions of these warps wrote registers that some wgmma uses."""
+    def used(self, ws, registers: list[int]) -> None:
+        """Ordinary instructions of these warps read or wrote D, or wrote A, of some wgmma."""
         warps, ctas = ws.flat_pairs()
         self.unfenced[np.array([self.rows[i] for i in registers])[:, None], warps, ctas] = True
 
@@ -242,7 +246,7 @@ class Warpgroups:
         self.unfenced[:, warps, ctas] = False
 
     def require_fence(self, ws, active, registers: list[int], instr) -> None:
-        """A wgmma uses these registers: a wgmma.fence must have come after the last ordinary write of each, and one
+        """A wgmma uses these registers: a wgmma.fence must have come after the last ordinary use of each, and one
         before the first wgmma of a warp.
         """
         where = self.machine.where(ws, instr, True if active is None else active)
@@ -253,7 +257,7 @@ class Warpgroups:
         if bad.any():
             name = self.machine.program.kernel.regs[registers[int(np.argmax(bad))]].name
             raise Hazard(
-                f"{where}: uses register {name}, which may have been written with no wgmma.fence since: insert "
+                f"{where}: uses register {name}, which ordinary instructions used with no wgmma.fence since: insert "
                 "wgmma.fence.sync.aligned before it"
             )
 
@@ -270,20 +274,16 @@ class Warpgroups:
             return
         low, high = int(chunks.min()) * 16, int(chunks.max() + 1) * 16
         for chain in self.chains:
-            for side in (0, 1):
-                if side == 0 and chain.from_registers:
+            for name, readers, operand in chain.reads:
+                if operand.high <= low or high <= operand.low:
                     continue
-                for at in alike([step[side] for step in chain.steps], len(chain.warps)):
-                    for operand in chain.operands(side, int(at[0]), where):
-                        if operand.high <= low or high <= operand.low:
-                            continue
-                        hit = np.isin(ctas, chain.ctas[at]) & np.isin(chunks, operand.chunks)
-                        if hit.any():
-                            place = self.machine.labels.shared_at(int(chunks[hit][0]) * 16)
-                            raise Hazard(
-                                f"{where}: overwrites {place}, which is operand {'AB'[side]} of a wgmma in flight "
-                                f"({chain.where}): wait for it first (wgmma.wait_group)"
-                            )
+                hit = np.isin(ctas, readers) & np.isin(ctas, chain.ctas) & np.isin(chunks, operand.chunks)
+                if hit.any():
+                    place = self.machine.labels.shared_at(int(chunks[hit][0]) * 16)
+                    raise Hazard(
+                        f"{where}: overwrites {place}, which is operand {name} of a wgmma in flight "
+                        f"({chain.where}): wait for it first (wgmma.wait_group)"
+                    )
 
     # -- completion ----------------------------------------------------------------------------------------------------
     def commit(self, ws, active, where) -> None:
