@@ -23,6 +23,7 @@ LAUNCHES = {  # program: (kernel, grid, block) of its launches, in order
     "shared_reverse": [("reverse_kernel", (5, 1, 1), (64, 1, 1))],
     "tma_copy": [("copy_kernel", (3, 3, 1), (64, 1, 1))],
     "gemm_sm100": [("gemm_kernel", (2, 2, 1), (128, 1, 1))],
+    "cluster_rank": [("rank_kernel", (6, 1, 1), (32, 1, 1))],
     "two_kernels": [("square_kernel", (11, 1, 1), (32, 1, 1)), ("sum_kernel", (4, 1, 1), (32, 1, 1))] * 2,
 }
 
@@ -65,7 +66,8 @@ def test_program_by_the_command(name, tmp_path):
     assert len(facts["launches"]) == len(LAUNCHES[name])
     for launch, (kernel, grid, block) in zip(facts["launches"], LAUNCHES[name], strict=True):
         assert kernel in launch["kernel"] and kernel in result.stderr
-        assert (tuple(launch["grid"]), tuple(launch["block"]), launch["cluster"]) == (grid, block, [1, 1, 1])
+        assert (tuple(launch["grid"]), tuple(launch["block"])) == (grid, block)
+        assert launch["cluster"] == ([2, 1, 1] if name == "cluster_rank" else [1, 1, 1])
         assert launch["hazards"] == [] and launch["seconds"] > 0
         assert sum(launch["opcodes"].values()) == launch["warp_instructions"] > 0
 
@@ -394,6 +396,13 @@ def test_bad_command_line(words, message):
 def test_bad_arguments_of_attached(options):
     with pytest.raises(LaunchError), attached(**options):
         pass
+
+
+def test_tvm_ffi_is_refused():
+    with attached("sm_100a"), pytest.raises(HostError, match="--enable-tvm-ffi is not emulated"):
+        module = load("vector_add")
+        arrays = module.tensors(*[np.zeros(5, np.float32)] * 3)
+        module.cute.compile(module.add, *arrays, options="--enable-tvm-ffi")
 
 
 def test_one_emulator_at_a_time():

@@ -42,7 +42,7 @@ from .arrays import KnownArrays
 from .cuda_python import L2_BYTES, CudaPython
 from .errors import EmulatorError, LaunchError
 from .gpu import Gpu, LaunchReport
-from .host import HostError, Launch, Session, cubin_digest, cubins_of, library_path, redirect, runtime_symbols, serving
+from .host import HostError, Launch, Session, cubin_digest, cubins_of, library_path, runtime_symbols, serving
 
 DEFAULT_SMS = 4
 _TESTED = "nvidia-cutlass-dsl 4.8"
@@ -102,8 +102,7 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int) -> None:
     try:
         from cuda.bindings import driver, runtime
         from cutlass import cute  # noqa: F401  (makes the DSL's singleton)
-        from cutlass._mlir._mlir_libs._cutlass_ir import _execution_engine
-        from cutlass.base_dsl.compiler import CompileOptions, Compiler, KeepPTX
+        from cutlass.base_dsl.compiler import CompileOptions, Compiler, EnableTVMFFI, KeepPTX
         from cutlass.base_dsl.dsl import BaseDSL, DSLSingletonMeta
         from cutlass.base_dsl.jit_executor import JitCompiledFunction, JitExecutor
         from cutlass.cute import runtime as cute_runtime
@@ -122,11 +121,10 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int) -> None:
     for module in (driver, runtime):
         for name, function in CudaPython(session.gpu, arrays, sms).functions(module).items():
             _replace(stack, module, name, lambda _, function=function: function)
-    linker = _Linker(session, folder, KeepPTX)
+    linker = _Linker(session, folder, KeepPTX, EnableTVMFFI)
     stack.callback(linker.release)
     _replace(stack, CompileOptions, "apply_envar_settings", linker.keep_ptx)
     _replace(stack, Compiler, "jit", linker.jit)
-    _replace(stack, _execution_engine, "BinaryExecutionEngine", linker.link_object)
     _replace(stack, cute_runtime._Tensor, "__init__", lambda theirs: _registering_tensor(theirs, arrays))
     _replace(stack, cute_runtime._Pointer, "__init__", lambda theirs: _registering_pointer(theirs, arrays))
     _replace(stack, BaseDSL, "_build_jit_function", _remembering)
@@ -157,8 +155,8 @@ def _set_environment(stack: ExitStack, name: str, value: str) -> None:
 class _Linker:
     """What replaces the DSL's last steps: the PTX is kept, and host code is linked against host.c."""
 
-    def __init__(self, session: _Attachment, folder: str, keep_option: type) -> None:
-        self._session, self._folder, self._keep_option = session, folder, keep_option
+    def __init__(self, session: _Attachment, folder: str, keep_option: type, tvm_option: type) -> None:
+        self._session, self._folder, self._keep_option, self._tvm_option = session, folder, keep_option, tvm_option
         self._options: Any = None  # of the compilation under way
         self._kept: list[Any] = []  # options switched on here
 
@@ -170,6 +168,8 @@ class _Linker:
     def keep_ptx(self, theirs: Callable[..., None]) -> Callable[..., None]:
         def apply_envar_settings(options: Any, envar: Any, function_name: str) -> None:
             theirs(options, envar, function_name)
+            if options.options[self._tvm_option].value:  # its host code has another calling convention
+                raise HostError(f"{function_name}: --enable-tvm-ffi is not emulated: compile without it")
             keep = options.options[self._keep_option]
             if not keep.value:  # the program does not keep it for itself
                 keep.value = True
@@ -195,12 +195,6 @@ class _Linker:
                     operation.attributes[attribute] = before
 
         return jit
-
-    def link_object(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
-        def engine(host_object: bytes, shared_libs: Any, *options: Any) -> Any:
-            return theirs(redirect(host_object, only_runtime=False), [str(library_path())], *options)
-
-        return engine
 
     def _learn(self, module: Any) -> None:
         """Note which PTX the module's cubins were assembled from."""

@@ -186,11 +186,11 @@ def runtime_symbols() -> frozenset[str]:
     return frozenset(_exported)
 
 
-def redirect(host_object: bytes, only_runtime: bool = True) -> bytes:
+def redirect(host_object: bytes) -> bytes:
     """The ELF-64 object file with each undefined symbol of the DSL's runtime renamed to its emulated counterpart.
 
     Only names change: a string table with the new names is appended and the symbols point into it. Raises HostError
-    when the object needs a symbol that the emulated runtime does not export; only_runtime=False leaves those alone.
+    when the object needs a symbol that the emulated runtime does not export.
     """
     _install()
     image = bytearray(host_object)
@@ -208,8 +208,6 @@ def redirect(host_object: bytes, only_runtime: bool = True) -> bytes:
         if section != 0 or name in _NOT_OF_THE_RUNTIME:
             continue
         if name not in _exported:
-            if not only_runtime:
-                continue
             raise HostError(f"the host function needs {name!r}, which the emulated CUDA runtime does not export")
         struct.pack_into("<I", image, at, len(table))
         table += f"emulated_{name}".encode() + b"\0"
