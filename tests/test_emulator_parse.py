@@ -195,7 +195,7 @@ def test_a_cut_in_a_later_kernel_raises_too(start):
 # -- text that is wrong ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "statement, words",
-    [(".local .b8 depot[16];", ".local"), (".frob 3;", ".frob"), (".reg .b7 %x;", ".b7"),
+    [(".frob 3;", ".frob"), (".reg .b7 %x;", ".b7"),
      (".reg .b32 %new, %r3;", "'%r3' is declared twice"),
      ("@%p9 mov.u32 %r1, 0;",
         "'%p9'"),

@@ -111,7 +111,16 @@ class Kernel:
     regs: list[Reg] = field(default_factory=list)
     shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # name → (bytes, align), static
     dynamic_shared: dict[str, int] = field(default_factory=dict)  # name → align
+    local: dict[str, tuple[int, int]] = field(default_factory=dict)  # name → (bytes, align), of each thread
     directives: dict[str, str] = field(default_factory=dict)
+
+    def place_local(self) -> tuple[dict[str, int], int]:
+        """Offset of each local variable, and the bytes that a thread needs for all of them."""
+        places, offset = {}, 0
+        for name, (size, align) in self.local.items():
+            places[name] = -(-offset // align) * align
+            offset = places[name] + size
+        return places, offset
 
 
 @dataclass
@@ -130,7 +139,7 @@ _REG_RANGE = re.compile(r"([%$\w]+)<(\d+)>$")
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.[a-z]+\s+)??(?:\.align\s+\d+\s+)?)?([$\w]+)(?:\[(\d+)\])?"
 )
-_VARIABLE = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([$\w]+)(?:\[(\d*)\])?")
+_VARIABLE = re.compile(r"\.(?:shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([$\w]+)(?:\[(\d*)\])?")
 _INSTR = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _ENTRY = re.compile(r"\.entry\s+([$\w]+)\s*(?:\((.*?)\))?([^{;]*)\{", re.S)
 
@@ -240,7 +249,7 @@ class _KernelParser:
     def statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):
             self.declare(text, line)
-        elif text.startswith(".shared"):
+        elif text.startswith((".shared", ".local")):
             self.variable(text, line)
         elif text.startswith(".pragma"):
             pass
@@ -259,9 +268,10 @@ class _KernelParser:
     def variable(self, text: str, line: int) -> None:
         match = _VARIABLE.match(text)
         if not match or match[4] == "":
-            raise PtxSyntaxError(f"PTX line {line}: cannot read the shared variable {text!r}")
+            raise PtxSyntaxError(f"PTX line {line}: cannot read the variable {text!r}")
         size = TYPE_BITS[match[2]] // 8 * int(match[4] or 1)
-        self.kernel.shared[match[3]] = (size, int(match[1] or TYPE_BITS[match[2]] // 8))
+        place = self.kernel.local if text.startswith(".local") else self.kernel.shared
+        place[match[3]] = (size, int(match[1] or TYPE_BITS[match[2]] // 8))
 
     def label(self, name: str, line: int) -> None:
         if name in self.scope.labels:

@@ -23,7 +23,7 @@ from .flow import (
     solve_liveness,
 )
 from .formats import pack16
-from .memory import PARAM_BASE, WINDOW_BASE
+from .memory import LOCAL_BASE, PARAM_BASE, WINDOW_BASE
 from .parse import Instr, Kernel, Reg, Vector
 
 
@@ -237,6 +237,8 @@ class Translator:
     def symbol_address(self, name: str, instr: Instr) -> int:
         if name in self.shared_offsets:
             return WINDOW_BASE + self.shared_offsets[name]
+        if name in self.kernel.local:
+            return LOCAL_BASE + self.kernel.place_local()[0][name]
         return PARAM_BASE + self.param_offset(name, instr)
 
     def translate(self) -> Program:

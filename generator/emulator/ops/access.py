@@ -1,6 +1,6 @@
 """Loads and stores with cache qualifiers, generic addresses and 256-bit vectors; atomics (PTX ISA 9.1 §9.7.9.8,
-§9.7.9.11, §9.7.13.5, §9.7.13.7). A generic address below 2^32 lies in the shared window, one in the parameter window
-names a kernel parameter, any other lies in global memory.
+§9.7.9.11, §9.7.13.5, §9.7.13.7). A generic address below 2^32 lies in the shared or the local window, one in the
+parameter window names a kernel parameter, any other lies in global memory.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import numpy as np
 from ..cluster import OFFSET_MASK
 from ..errors import Hazard, UnsupportedInstruction
 from ..formats import decode, encode, pack16
-from ..memory import GENERIC, PARAM_BASE, REASONS, UINT, UNWRITTEN, VALID, WINDOW_BASE
+from ..memory import GENERIC, LOCAL_BASE, PARAM_BASE, REASONS, UINT, UNWRITTEN, VALID, WINDOW_BASE
 from ..table import TABLE, effect, expand
+from .local import ld_local, st_local
 from .memory import KIND, WIDTHS, ld_global, ld_shared, loaded_kind, shape_of, st_global, st_shared, to_register
 
 SHARED_TOP = np.uint64(1 << 32)  # generic addresses below it are shared ones
@@ -23,7 +24,8 @@ def _spaces(ws, active, address):
     addresses = ws.full(np.asarray(address).astype(np.uint64))
     on = np.ones(addresses.shape, bool) if active is None else ws.full(active)
     shared, param = addresses < SHARED_TOP, addresses >= np.uint64(PARAM_BASE)
-    for name, lanes in (("shared", shared), ("param", param), ("global", ~shared & ~param)):
+    local = shared & (addresses >= np.uint64(LOCAL_BASE))
+    for name, lanes in (("shared", shared & ~local), ("local", local), ("param", param), ("global", ~shared & ~param)):
         if (lanes & on).any():
             yield name, None if active is None and lanes.all() else lanes & on
 
@@ -44,7 +46,10 @@ def _ld_param(m, ws, active, instr, address):
     return tuple(results) if count > 1 else results[0]
 
 
-_LOADS = {"shared": ld_shared, "global": ld_global, "param": _ld_param}
+_LOADS = {"shared": ld_shared, "global": ld_global, "param": _ld_param, "local": ld_local}
+
+
+_STORES = {"shared": st_shared, "global": st_global, "local": st_local}
 
 
 def ld_generic(m, ws, active, instr, address):
@@ -64,7 +69,7 @@ def st_generic(m, ws, active, instr, address, values):
             raise Hazard(
                 f"{m.where(ws, instr, True if lanes is None else lanes, address)}: stores to a kernel parameter"
             )
-        (st_shared if name == "shared" else st_global)(m, ws, lanes, instr, address, values)
+        _STORES[name](m, ws, lanes, instr, address, values)
 
 
 def _without_policy(f):
@@ -212,7 +217,7 @@ def _atomic(space: str, dtype: str, function, returns: bool, vector: int = 1):
         old = [np.zeros(addresses.shape, dtype) for _ in items]
         for row, lane in zip(rows.tolist(), lanes.tolist(), strict=True):
             at = int(addresses[row, lane])
-            shared = space == "shared" or (space == "" and at < int(SHARED_TOP))
+            shared = space == "shared" or (space == "" and at < LOCAL_BASE)
             target, wrote = place(m, int(ctas[row]), at, dtype.itemsize * vector, where, shared)
             cells = target.view(dtype)
             for i, value in enumerate(values):
