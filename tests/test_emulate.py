@@ -287,7 +287,7 @@ def test_pointer_into_no_array_is_out_of_bounds():
 
 @pytest.mark.parametrize("blocks", [0, -1])
 def test_empty_grid(blocks):
-    with attached("sm_100a") as gpu, pytest.raises(LaunchError, match="grid .*: every extent must be at least 1|grid"):
+    with attached("sm_100a") as gpu, pytest.raises(LaunchError, match="every extent must be at least 1|at most"):
         wrong_add(blocks=blocks)
     assert "grid" in gpu.launches[0].hazards[0]
 
@@ -375,7 +375,7 @@ def test_program_that_ends_badly(text, tmp_path):
 def test_hazard_that_the_program_swallows_still_counts(tmp_path):
     swallowed = HANGS.replace("\nmain()\n", "\ntry:\n    main()\nexcept RuntimeError:\n    print('went on')\n")
     result = emulate(written(tmp_path, swallowed), code=1)
-    assert "went on" in result.stdout and "Deadlock" in result.stderr or "waits" in result.stderr
+    assert result.stdout == "went on\n" and "waiting at PTX line" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_compiled_inside_cannot_be_called_outside(capfd):
         compiled(*module.tensors(*arrays))
     with pytest.raises(Exception, match="999|Unknown|unknown"):
         compiled(*module.tensors(*arrays))
-    assert "_cudaGetDevice called outside of" in capfd.readouterr().err or True
+    assert "_cudaLaunchKernelEx called outside of emulator" in capfd.readouterr().err
 
 
 # --- foreign kernels -------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 
 from generator.compile import compile_kernel
 from generator.dsl import HostFunction, TensorArgument, runtime_library
-from generator.emulator import host
+from generator.emulator import EmulatorError, host
+from generator.emulator.tensormap import TensorMap, decode_tensor_map
 from generator.plan import plan_kernel
 from generator.spec import load_spec
 
@@ -119,7 +120,7 @@ def test_exception_wins_over_the_error_that_its_code_causes(runtime):
         raise RuntimeError(f"CUDA error {launch(runtime, kernel_handle(runtime))}")
 
 
-@pytest.mark.parametrize("name", ["_cudaMalloc", "_cuTensorMapEncodeTiled", "cuda_dialect_init_library_once"])
+@pytest.mark.parametrize("name", ["_cudaMalloc", "_cudaGraphLaunch", "cuda_dialect_init_library_once"])
 def test_unimplemented_symbol_is_an_error(runtime, name):
     message = f"called {name}, which the emulated CUDA runtime does not implement"
     with pytest.raises(host.HostError, match=message), host.attached(Recorder(), PTX, CUBIN):
@@ -161,6 +162,46 @@ REFUSED = {
 def test_refused_request(runtime, message):
     with pytest.raises(host.HostError, match=message), host.attached(Recorder(), PTX, CUBIN):
         REFUSED[message](runtime)
+
+
+def encode(runtime, data_type=9, sizes=(64, 300, 3), strides=(128, 1 << 37), box=(64, 128, 1), swizzle=3, fill=0):
+    """The driver's call for a tensor at 0x7F0012345600; returns its result and the 128 bytes."""
+    target = ctypes.create_string_buffer(128)
+    rank = len(sizes)
+    wide = [(ctypes.c_uint64 * len(values))(*values) for values in (sizes, strides)]
+    narrow = [(ctypes.c_uint32 * rank)(*values) for values in (box, [1] * rank)]
+    last = (0, swizzle, 0, fill)
+    return call(
+        runtime, "_cuTensorMapEncodeTiled", target, data_type, rank, 0x7F0012345600, *wide, *narrow, *last
+    ), target.raw
+
+
+def test_tensor_map_of_the_driver_s_encode_call(runtime):
+    with host.attached(Recorder(), PTX, CUBIN):
+        status, raw = encode(runtime)
+        assert status == 0
+        flat = decode_tensor_map(encode(runtime, 7, (100,), (), (4,), 0)[1])
+    expected = TensorMap(0x7F0012345600, 2, (64, 300, 3), (2, 128, 1 << 37), (64, 128, 1), 3)
+    assert decode_tensor_map(raw) == expected
+    assert flat == TensorMap(0x7F0012345600, 4, (100,), (4,), (4,), 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_type": 4}, "data type 4 is not emulated"),
+        ({"strides": (120, 1 << 20)}, "multiples of 16 bytes"),
+        ({"box": (64, 257, 1)}, "out of range"),
+        ({"sizes": (64, 0, 3)}, "out of range"),
+        ({"box": (128, 1, 1)}, "an inner box of 256 bytes is illegal with swizzle 3"),
+        ({"box": (4, 1, 1), "swizzle": 0}, "an inner box of 8 bytes"),
+        ({"swizzle": 4}, "illegal with swizzle 4"),
+        ({"fill": 1}, "fill values are not emulated"),
+    ],
+)
+def test_tensor_map_that_the_driver_refuses(runtime, options, message):
+    with pytest.raises(EmulatorError, match=message), host.attached(Recorder(), PTX, CUBIN):
+        encode(runtime, **options)
 
 
 def test_opting_in_to_shared_memory_raises_the_limit_of_a_launch(runtime):

@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .encode import encode_tiled
 from .errors import EmulatorError, LaunchError
 
 CUDA_SUCCESS = 0
@@ -363,6 +364,22 @@ def _set_kernel_attribute(session: Session, arguments: Any) -> None:
         kernel.max_dynamic_shared = value
     elif attribute != _FUNCTION_NON_PORTABLE_CLUSTER:  # cluster sizes above 8 are the emulator's to accept or refuse
         raise HostError(f"{kernel.name}: function attribute {attribute} has no emulated meaning")
+
+
+@_answers("_cuTensorMapEncodeTiled")
+def _encode_tensor_map(session: Session, arguments: Any) -> None:
+    """(map *, type, rank, address, sizes *, strides *, box *, element strides *, interleave, swizzle, L2, fill)"""
+    rank = _signed(arguments[2])
+    if not 1 <= rank <= 5:
+        raise HostError(f"cuTensorMapEncodeTiled: rank {rank}: 1 to 5")
+    sizes, strides = (ctypes.cast(arguments[i], ctypes.POINTER(ctypes.c_uint64)) for i in (4, 5))
+    box, steps = (ctypes.cast(arguments[i], ctypes.POINTER(ctypes.c_uint32)) for i in (6, 7))
+    if any(steps[i] != 1 for i in range(rank)) or _signed(arguments[8]) or _signed(arguments[11]):
+        raise HostError("cuTensorMapEncodeTiled: element strides, interleaving and fill values are not emulated")
+    tensor_map = encode_tiled(
+        _signed(arguments[1]), arguments[3], sizes[:rank], strides[: rank - 1], box[:rank], _signed(arguments[9])
+    )
+    ctypes.memmove(arguments[0], tensor_map, len(tensor_map))
 
 
 @_answers("_cudaLaunchKernelEx")
