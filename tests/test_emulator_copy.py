@@ -32,6 +32,11 @@ def test_a_copy_that_nobody_waited_for_may_not_be_read():
     fails(Hazard, COPY + "cp.async.wait_group 0;" + load, "cp.async", x=x, y=y)  # never committed
 
 
+def test_a_store_may_not_overtake_a_copy():
+    x, y = data()
+    fails(Hazard, COPY + "\nst.shared.b32 [%s16], %tid; // HERE\n", "writes shared memory", "cp.async", x=x, y=y)
+
+
 def test_groups_complete_in_order_and_empty_ones_count():
     x, y = data()
     groups = "cp.async.commit_group; add.u32 %r9, %s16, 512;"

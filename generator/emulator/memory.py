@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import Hazard, LaunchError
 
-UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER, GENERIC = range(7)
+UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER, GENERIC, COPY_PENDING = range(8)
 REASONS = {
     UNWRITTEN: "it was never written (fresh memory is poison)",
     TMA_PENDING: "a TMA load into it has been issued and is not known to be complete: wait on the "
@@ -24,6 +24,8 @@ REASONS = {
     "tcgen05.commit first",
     ST_PENDING: "a tcgen05.st into it has not been waited for: insert tcgen05.wait::st (and then signal the reader)",
     GENERIC: "ordinary stores wrote it and no fence.proxy.async followed: insert one after them, before the signal",
+    COPY_PENDING: "a cp.async into it has been issued and is not known to be complete: wait first "
+    "(cp.async.wait_group, cp.async.wait_all, or the mbarrier of cp.async.mbarrier.arrive)",
     MBARRIER: "it holds an mbarrier, which only mbarrier instructions may touch",
 }
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

@@ -11,18 +11,12 @@ from collections import Counter
 import numpy as np
 
 from ..errors import Hazard
-from ..memory import GENERIC, MBARRIER, REASONS, TMA_PENDING, UNWRITTEN
+from ..memory import COPY_PENDING, GENERIC, MBARRIER, REASONS, TMA_PENDING, UNWRITTEN
 from ..table import effect
 from ..tensormap import TensorMap
 from .barrier import by_address
 from .memory import shared_offsets
 from .tma import _begin, _finish_load, _lanes, _require_valid, _span
-
-COPY_PENDING = 32  # a state of its own beside those of `memory`
-REASONS[COPY_PENDING] = (
-    "a cp.async into it has been issued and is not known to be complete: wait first "
-    "(cp.async.wait_group, cp.async.wait_all, or the mbarrier of cp.async.mbarrier.arrive)"
-)
 
 
 # -- cp.async ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import Hazard
 from ..formats import decode, pack16
-from ..memory import GENERIC_WORD, MBARRIER, REASONS, TMA_PENDING
+from ..memory import COPY_PENDING, GENERIC_WORD, MBARRIER, REASONS, TMA_PENDING
 from ..table import effect
 from ..warps import LANES
 from .memory import check_state, shared_offsets
@@ -75,7 +75,7 @@ def _stmatrix(count: int, transposed: bool):
                 at = _element(ws, m, offsets, matrix, transposed, half)
                 ctas, chunks = np.divmod(np.ravel(at) * 2, m.smem.stride)
                 m.check_overwrite(ctas, chunks // 16, where)
-                for code in (MBARRIER, TMA_PENDING):
+                for code in (MBARRIER, TMA_PENDING, COPY_PENDING):
                     if (state[at] & U16(0xFF) == code).any():
                         raise Hazard(f"{where}: writes shared memory although {REASONS[code]}")
                 data[at] = (word >> U32(16 * half)).astype(U16)

@@ -7,6 +7,7 @@ import numpy as np
 from ..cluster import OFFSET_MASK
 from ..errors import Hazard, UnsupportedInstruction
 from ..memory import (
+    COPY_PENDING,
     GENERIC,
     GENERIC_WORD,
     MBARRIER,
@@ -123,7 +124,7 @@ def st_shared(m, ws, active, instr, address, values):
         ctas, chunks = np.divmod(np.ravel(at) * width, m.smem.stride)
         m.check_overwrite(ctas, chunks // 16, m.where(ws, instr, True if active is None else active, address))
     for i, value in enumerate(values):
-        for code in (MBARRIER, TMA_PENDING):
+        for code in (MBARRIER, TMA_PENDING, COPY_PENDING):
             if (state[at + i] & UINT[width](0xFF) == code).any():
                 where = m.where(ws, instr, True if active is None else active, address)
                 raise Hazard(f"{where}: writes shared memory although {REASONS[code]}")
