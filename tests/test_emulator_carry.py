@@ -1,4 +1,4 @@
-"""emulator/ops/carry and packed comparisons: chains against Python's integers."""
+"""Instructions with two results or a flag: carry chains, packed comparisons, lop3 with a predicate."""
 
 import ml_dtypes
 import numpy as np
@@ -89,3 +89,20 @@ def test_a_packed_comparison_writes_one_predicate_a_half(dtype, compare):
     for half, got in ((0, low), (1, high)):
         expected = [compare_floats(compare, float(p[half]), float(q[half])) for p, q in zip(a, b, strict=True)]
         assert got.astype(bool).tolist() == expected
+
+
+@pytest.mark.parametrize("combine", ["and", "or"])
+def test_lop3_tests_its_result(combine):
+    x, y, z = RNG.integers(0, 4, 64, np.uint32), np.zeros(64, np.uint32), np.zeros(64, np.uint32)
+    run(
+        f"""ld.global.b32 %r1, [%x_g]; setp.lt.u32 %p1, %tid, 20; lop3.{combine}.b32 %r2|%p2, %r1, 1, 0, 0xC0, %p1;
+        selp.b32 %r3, 1, 0, %p2; st.global.b32 [%y_g], %r2; st.global.b32 [%z_g], %r3;
+        lop3.{combine}.b32 _|%p3, %r1, 1, 0, 0xC0, %p1; xor.pred %p4, %p3, %p2; @%p4 trap;""",
+        block=64,
+        x=x,
+        y=y,
+        z=z,
+    )
+    q = np.arange(64) < 20
+    assert (y == (x & 1)).all()
+    assert (z == ((x & 1 != 0) & q if combine == "and" else (x & 1 != 0) | q)).all()

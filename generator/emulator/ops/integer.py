@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..table import alu
+from ..table import alu, effect
 
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 S16, S32, S64, F64 = np.int16, np.int32, np.int64, np.float64
@@ -244,3 +244,17 @@ def lop3(a, b, c, table):
         if table >> i & 1:
             result = result | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
     return result
+
+
+def _lop3_test(combine):
+    """lop3.and, lop3.or: also p = (d != 0) combined with q."""
+
+    def run(m, ws, active, instr, a, b, c, table, q):
+        result = lop3(a, b, c, table)
+        return result, combine(result != 0, q)
+
+    return run
+
+
+effect("lop3.and.b32", "u,p=u,u,u,k,p", "9.7.8.6")(_lop3_test(np.logical_and))
+effect("lop3.or.b32", "u,p=u,u,u,k,p", "9.7.8.6")(_lop3_test(np.logical_or))
