@@ -442,11 +442,15 @@ def test_compiled_inside_cannot_be_called_outside(capfd):
 # --- foreign kernels -------------------------------------------------------------------------------------------------
 
 
-FA4_CASES = [  # head_dim, causal, Sq, Skv, q heads, kv heads, window
-    (64, False, 200, 300, 2, 1, (None, None)),
-    (128, True, 256, 256, 2, 2, (None, None)),
-    (96, True, 130, 130, 1, 1, (None, None)),
-    (128, False, 300, 300, 1, 1, (100, 0)),
+FA4_CASES = [  # arch, head_dim, causal, Sq, Skv, q heads, kv heads, window, CTAs a cluster
+    ("sm_100a", 64, False, 200, 300, 2, 1, (None, None), 1),
+    ("sm_100a", 96, True, 130, 130, 1, 1, (None, None), 1),
+    ("sm_100a", 128, True, 256, 256, 2, 2, (None, None), 1),
+    ("sm_100a", 128, False, 300, 300, 1, 1, (100, 0), 1),
+    ("sm_100a", 128, False, 512, 512, 1, 1, (None, None), 2),
+    ("sm_100a", 256, False, 256, 256, 1, 1, (None, None), 2),
+    ("sm_90a", 64, False, 200, 300, 2, 1, (None, None), 1),
+    ("sm_90a", 128, True, 256, 256, 2, 2, (None, None), 1),
 ]
 
 
@@ -458,6 +462,6 @@ def test_flash_attention_4(case):
     sys.path.insert(0, str(checkout_root() / "tests"))
     import fa4_forward
 
-    error, lse_error, launches = fa4_forward.forward("sm_100a", *case)
+    error, lse_error, launches = fa4_forward.forward(*case[:-1])
     assert error < 4e-3 and lse_error < 1e-4
-    assert [launch.hazards for launch in launches] == [()]
+    assert [(launch.cluster[0], launch.hazards) for launch in launches] == [(case[-1], ())]
