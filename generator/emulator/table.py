@@ -12,8 +12,8 @@ A signature lists the operands in PTX order, destinations first, as `dest,dest=s
     p predicate   h,i u16,s16   u,s,f u32,s32,f32   U,S,d u64,s64,f64   2 a pair of f32 in 64 bits   e float16
     a address → an integer array   T tensor address → (u64 address, coordinates)   k immediate → a Python number
     x address or 64-bit descriptor → ("tmem" | "desc", array)
-    a leading `*` makes a vector operand, a leading `?` an optional one (as a second destination: the p of `d|p`), `_` in
-    a destination is dropped
+    a leading `*` makes a vector operand, a leading `?` an optional one (as a second destination: the p of `d|p`),
+    `_` in a destination is dropped
 """
 
 from __future__ import annotations
