@@ -50,6 +50,7 @@ def intercept(q, k, causal, window):
     from flash_attn.cute import interface
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    interface._get_device_arch.cache_clear()  # asked once a process
     seen = []
 
     def stop(function, *arguments, **_):
