@@ -57,7 +57,7 @@ def write_entry(key: str, members: Mapping[str, bytes]) -> Path:
         os.replace(part, path)
     except OSError as error:
         raise CacheError(
-            "BESPOKE_CACHE", str(cache_dir()), f"cannot be written: {error.strerror}", "set it to a folder of yours"
+            "BESPOKE_CACHE", cache_dir(), f"cannot be written: {error.strerror}", "set it to a folder of yours"
         ) from None
     finally:
         if part is not None and os.path.exists(part):

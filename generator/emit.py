@@ -83,7 +83,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
             raise
     except OSError as error:
         limit = f"cannot be written: {error.strerror}"
-        raise OutputError("out", str(path), limit, "choose a folder that you can write to (--out DIR)") from None
+        raise OutputError("out", path, limit, "choose a folder that you can write to (--out DIR)") from None
     return path
 
 

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -51,10 +51,10 @@ class SpecError(ValueError):
 
 
 def _shown(value: object) -> str:
-    """One short line for any value: control characters escaped, long text cut."""
-    text = repr(value) if isinstance(value, str) else str(value)
+    """One short line for any value: control characters escaped, long text cut (paths are shown whole)."""
+    text = repr(str(value)) if isinstance(value, (str, PurePath)) else str(value)
     text = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 80 or isinstance(value, PurePath) else text[:77] + "..."
 
 
 class KernelSpec(BaseModel):

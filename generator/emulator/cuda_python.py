@@ -164,7 +164,8 @@ class CudaPython:
         storage = np.empty(int(size) + 256, np.uint8)
         address = -(-storage.ctypes.data // 256) * 256
         self._memory[address] = storage
-        self._arrays.add_span(address, address + int(size), f"device memory {len(self._memory)}, {int(size)} bytes", False)
+        name = f"device memory {len(self._memory)}, {int(size)} bytes"
+        self._arrays.add_span(address, address + int(size), name, False)
         return address
 
     def _free(self, address: Any, *_: Any) -> None:
