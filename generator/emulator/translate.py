@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import ops  # noqa: F401  (fills the instruction table)
-from .block import DTYPE, BlockWriter
+from .block import BlockWriter
 from .errors import UnsupportedInstruction
 from .flow import (
     MOVES,
@@ -25,6 +25,7 @@ from .flow import (
 from .formats import pack16
 from .memory import LOCAL_BASE, PARAM_BASE, WINDOW_BASE
 from .parse import Instr, Kernel, Reg, Vector
+from .values import DTYPE
 
 
 def join64(low, high):
