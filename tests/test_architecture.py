@@ -76,3 +76,13 @@ def _absolute(node: ast.AST) -> list[str]:
     if isinstance(node, ast.ImportFrom) and node.level == 0:
         return [node.module or ""]
     return []
+
+
+def test_the_emulator_has_the_planners_hardware_limits():
+    """emulator/ imports nothing from its parent, so these numbers stand in both; here is where they meet."""
+    from generator.arch import ARCHS
+    from generator.emulator.gpu import SMEM_LIMIT
+    from generator.emulator.memory import TensorMemory
+
+    assert {name: arch.smem_per_cta for name, arch in ARCHS.items()} == SMEM_LIMIT
+    assert ARCHS["sm_100a"].tmem_columns == TensorMemory.COLUMNS

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 
 F32_TINY = np.finfo(np.float32).tiny
-SIGN = np.uint32(0x80000000)
 
 
 def flush(x: np.ndarray) -> np.ndarray:

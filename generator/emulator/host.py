@@ -38,10 +38,10 @@ from typing import Any
 
 from .encode import encode_tiled
 from .errors import EmulatorError, LaunchError
+from .gpu import SMEM_LIMIT
 
 CUDA_SUCCESS = 0
 CUDA_ERROR_UNKNOWN = 999
-MAX_OPTIN_SHARED_BYTES = {"sm_90a": 232448, "sm_100a": 232448}  # CUDA programming guide, compute capabilities: 227 KiB
 DEFAULT_SHARED_BYTES = 48 * 1024  # what a kernel may use before it opts in to more
 
 _ATTRIBUTE_MAX_OPTIN_SHARED = 97
@@ -429,9 +429,9 @@ def _kernel(handle: int) -> _Kernel:
 
 def _max_shared(session: Session) -> int:
     arch = session.gpu.arch
-    if arch not in MAX_OPTIN_SHARED_BYTES:
-        raise HostError(f"shared memory limit of {arch!r} unknown; known: {', '.join(MAX_OPTIN_SHARED_BYTES)}")
-    return MAX_OPTIN_SHARED_BYTES[arch]
+    if arch not in SMEM_LIMIT:
+        raise HostError(f"shared memory limit of {arch!r} unknown; known: {', '.join(SMEM_LIMIT)}")
+    return SMEM_LIMIT[arch]
 
 
 def cubins_of(image: bytes) -> list[bytes]:

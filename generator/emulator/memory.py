@@ -30,7 +30,7 @@ REASONS = {
 }
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 REPEAT = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
-VALID_WORD = REPEAT  # VALID in every byte
+VALID_WORD = {width: VALID * ones for width, ones in REPEAT.items()}  # every byte VALID, by access width
 GENERIC_WORD = {width: GENERIC * ones for width, ones in REPEAT.items()}
 WINDOW_BASE = 1024  # the hardware keeps the first KiB of the shared window for itself; zero is not a realistic base
 LOCAL_BASE = 0xF000_0000  # generic address of each thread's local memory, above every shared::cluster address

@@ -64,7 +64,6 @@ class Program:
     accumulators: list[tuple[int, ...]]  # D registers of wgmma, stored side by side
     joins: np.ndarray  # bool [block, block], see flow.solve_joins
     opcode_counts: list[Counter]  # by block
-    sizes: list[int]  # instructions by block
     static_shared: int
     source: str
 
@@ -285,7 +284,6 @@ class Translator:
             self.accumulators,
             solve_joins(self.blocks),
             [Counter(i.opcode for i in instrs[b.start : b.stop]) for b in self.blocks],
-            [b.stop - b.start for b in self.blocks],
             self.static_shared,
             source,
         )

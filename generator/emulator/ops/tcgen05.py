@@ -8,12 +8,12 @@ import numpy as np
 
 from ..descriptors import Operand, decode_idesc, shared_operand
 from ..errors import Hazard, UnsupportedInstruction
-from ..memory import MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD
+from ..memory import MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD, TensorMemory
 from ..table import effect
 from ..tensorcore import Mma, check_columns, require_shared, require_tmem
 from .memory import shared_offsets
 
-COLUMNS = 512
+COLUMNS = TensorMemory.COLUMNS
 
 
 # -- allocation, §9.7.16.7.1 ------------------------------------------------------------------------------------------
