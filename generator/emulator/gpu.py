@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,6 +41,67 @@ class LaunchReport:
     tmem_columns: int
     cluster: tuple[int, int, int] = (1, 1, 1)
     hazards: tuple[str, ...] = ()
+
+
+def _bind_params(program: Program, params) -> dict:
+    declared = program.kernel.params
+    size = max((p.offset + p.size for p in declared), default=0)
+    raw = bytearray(size)
+    for given, param in zip(params, declared, strict=True):
+        raw[param.offset : param.offset + param.size] = given
+    values = [np.frombuffer(raw, np.dtype(kind), 1, offset)[0] for offset, kind in program.params]
+    return {"bytes": bytes(raw), "values": values}
+
+
+@dataclass(frozen=True)
+class LaunchCase:
+    """One launch of a Gpu: what it needs to be executed, as often as wanted. Memory is the Gpu's, see `Snapshot`."""
+
+    gpu: Gpu
+    text: str
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int]
+    smem_bytes: int
+    params: tuple[bytes, ...]
+
+    def run(self, text: str | None = None, program: Program | None = None) -> tuple[Counter, int]:
+        """Execute the launch, or another PTX `text` or `program` in its place; warp-instructions by opcode, and TMEM
+        columns.
+
+        Raises:
+            LaunchError, Hazard, Deadlock, UnsupportedInstruction: see `errors`.
+        """
+        program = program or _translate(text or self.text, self.kernel)
+        total = program.static_shared + self.smem_bytes
+        if total > SMEM_LIMIT[self.gpu.arch]:
+            raise LaunchError(
+                f"{self.kernel} asks for {total} bytes of shared memory a CTA, {self.gpu.arch} has "
+                f"{SMEM_LIMIT[self.gpu.arch]}"
+            )
+        values = _bind_params(program, self.params)
+        ctas = _by_cluster(self.grid, self.cluster)
+        size = self.cluster[0] * self.cluster[1] * self.cluster[2]
+        wave = max(WAVE // size, 1) * size
+        executed, columns = np.zeros(len(program.blocks), np.int64), 0
+        with np.errstate(all="ignore"), _blas().limit(limits=1):
+            for first in range(0, len(ctas), wave):
+                machine = Machine(
+                    *(program, ctas[first : first + wave], self.grid, self.block, self.smem_bytes, values),
+                    *(self.gpu.gmem, self.gpu.labels, self.cluster),
+                )
+                machine.run()
+                executed += machine.executed
+                columns = max(columns, int(machine.tmem.peak.max(initial=0)))
+        opcodes: Counter = Counter()
+        for times, counts in zip(executed.tolist(), program.opcode_counts, strict=True):
+            for opcode, n in counts.items():
+                opcodes[opcode] += n * times
+        return opcodes, columns
+
+
+Observer = Callable[[LaunchCase], AbstractContextManager[None]]
 
 
 def _by_cluster(grid: tuple[int, int, int], cluster: tuple[int, int, int]) -> list[tuple[int, int, int]]:
@@ -88,6 +151,7 @@ class Gpu:
         self.gmem = GlobalMemory()
         self.labels = Labels()
         self.launches: list[LaunchReport] = []
+        self.observers: list[Observer] = []  # each surrounds every launch
         self._texts: dict[int, str] = {}
         self._keep: list[object] = []
 
@@ -126,29 +190,12 @@ class Gpu:
         """
         grid, block, cluster = tuple(grid), tuple(block), tuple(cluster)
         self._check_launch(module, kernel, grid, block, cluster, smem_bytes, params)
-        program = _translate(self._texts[id(module)], kernel)
-        total = program.static_shared + smem_bytes
-        if total > SMEM_LIMIT[self.arch]:
-            raise LaunchError(
-                f"{kernel} asks for {total} bytes of shared memory a CTA, {self.arch} has {SMEM_LIMIT[self.arch]}"
-            )
-        values = self._bind_params(program, params)
+        case = LaunchCase(self, self._texts[id(module)], kernel, grid, block, cluster, smem_bytes, tuple(params))
         start = time.perf_counter()
-        ctas = _by_cluster(grid, cluster)
-        size = cluster[0] * cluster[1] * cluster[2]
-        wave = max(WAVE // size, 1) * size
-        executed, columns = np.zeros(len(program.blocks), np.int64), 0
-        with np.errstate(all="ignore"), _blas().limit(limits=1):
-            for first in range(0, len(ctas), wave):
-                here = ctas[first : first + wave]
-                machine = Machine(program, here, grid, block, smem_bytes, values, self.gmem, self.labels, cluster)
-                machine.run()
-                executed += machine.executed
-                columns = max(columns, int(machine.tmem.peak.max(initial=0)))
-        opcodes: Counter = Counter()
-        for times, counts in zip(executed.tolist(), program.opcode_counts, strict=True):
-            for opcode, n in counts.items():
-                opcodes[opcode] += n * times
+        with ExitStack() as around:
+            for observer in self.observers:
+                around.enter_context(observer(case))
+            opcodes, columns = case.run()
         report = LaunchReport(
             *(kernel, grid, block, smem_bytes, time.perf_counter() - start, sum(opcodes.values()), opcodes, columns),
             cluster=cluster,
@@ -178,13 +225,3 @@ class Gpu:
         for given, param in zip(params, declared, strict=True):
             if len(given) != param.size:
                 raise LaunchError(f"parameter {param.name} has {param.size} bytes, {len(given)} were given")
-
-    @staticmethod
-    def _bind_params(program: Program, params) -> dict:
-        declared = program.kernel.params
-        size = max((p.offset + p.size for p in declared), default=0)
-        raw = bytearray(size)
-        for given, param in zip(params, declared, strict=True):
-            raw[param.offset : param.offset + param.size] = given
-        values = [np.frombuffer(raw, np.dtype(kind), 1, offset)[0] for offset, kind in program.params]
-        return {"bytes": bytes(raw), "values": values}

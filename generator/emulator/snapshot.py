@@ -1,0 +1,32 @@
+"""Global memory as it was, so that one launch can be executed several times on the same inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .memory import GlobalMemory
+
+
+class Snapshot:
+    """A copy of every array of a global memory, and of what was written where."""
+
+    def __init__(self, gmem: GlobalMemory):
+        self._gmem = gmem
+        self._arrays = {start: view.copy() for start, _, _, view in gmem.regions}
+        self._written = {start: written.copy() for start, written in gmem.written.items()}
+
+    def restore(self) -> None:
+        """Every array as it was; outputs hold what they held, and count as unwritten again."""
+        for start, _, _, view in self._gmem.regions:
+            view[:] = self._arrays[start]
+        for start, written in self._written.items():
+            self._gmem.written[start][:] = written
+
+    def difference(self) -> tuple[str, int, int, int] | None:
+        """(array, byte offset, byte then, byte now) of the first byte that differs from the copy, or None."""
+        for start, _, name, view in self._gmem.regions:
+            differs = view != self._arrays[start]
+            if differs.any():
+                at = int(np.argmax(differs))
+                return name, at, int(self._arrays[start][at]), int(view[at])
+        return None
