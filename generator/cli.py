@@ -51,6 +51,7 @@ Script = typer.Argument(..., metavar="SCRIPT", help="a CuTe DSL program, as it w
 Arguments = typer.Argument(None, metavar="[ARGS]...", help="the program's own")
 Arch = typer.Option("sm_100a", "--arch", metavar="sm_90a|sm_100a", help="the GPU's architecture")
 Sms = typer.Option(4, "--sms", min=1, help="multiprocessors that the GPU says it has")
+LineInfo = typer.Option(False, "--lineinfo", help="compile with line information: messages name the source line")
 LaunchesFile = typer.Option(None, "--json", metavar="FILE", help="write what was launched here")
 JsonFile = typer.Option(None, "--json", metavar="FILE", help="write all rows here")
 
@@ -156,12 +157,13 @@ def verify(
     shape: list[str] | None = Shapes,
     backend: str = Backend,
     seed: int = Seed,
+    lineinfo: bool = LineInfo,
     as_json: bool = Json,
 ) -> None:
     """Run the kernel on random inputs and compare with NumPy. Exit code 1 when a shape fails."""
     chosen = plan_kernel(kernel_spec(kernel, fields))
     shapes = _shapes(chosen, shape)
-    rows = _verified(chosen, _compiled(chosen, None), shapes, backend, seed)
+    rows = _verified(chosen, _compiled(chosen, None, lineinfo), shapes, backend, seed)
     if as_json:
         print(present.document(rows))
     else:
@@ -211,6 +213,7 @@ def emulate(
     arguments: list[str] | None = Arguments,
     arch: str = Arch,
     sms: int = Sms,
+    lineinfo: bool = LineInfo,
     json_file: Path | None = LaunchesFile,
 ) -> None:
     """Run a CuTe DSL program on the emulator, NumPy or CPU torch arrays standing for device tensors.
@@ -219,7 +222,7 @@ def emulate(
     """
     from .emulator.script import run_script
 
-    run = run_script(script, arguments or [], arch, sms)
+    run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo)
     if run.launches:
         present.console(to_stderr=True, for_tables=True).print(present.launches_table(run.launches))
     for message in [run.message] if run.error is not None else run.hazards:
@@ -233,11 +236,11 @@ def emulate(
         raise typer.Exit(code)
 
 
-def _compiled(chosen: Plan, source: Path | None) -> Any:
+def _compiled(chosen: Plan, source: Path | None, lineinfo: bool = False) -> Any:
     from .compile import compile_kernel
 
     with present.stage("compile"), _interrupt_held_back():
-        return compile_kernel(chosen, source)
+        return compile_kernel(chosen, source, lineinfo=lineinfo)
 
 
 @contextmanager

@@ -68,9 +68,12 @@ class Binary:
         return self.spill_store_bytes + self.spill_load_bytes
 
 
-def compile_kernel(plan: Plan, source: str | Path | None = None, *, use_cache: bool = True) -> Binary:
+def compile_kernel(
+    plan: Plan, source: str | Path | None = None, *, use_cache: bool = True, lineinfo: bool = False
+) -> Binary:
     """Compile the emitted file `source` (None: emit it into the cache folder) and check it against plan.budget.
 
+    lineinfo: the PTX says which line of the file each instruction comes from, for the emulator's messages.
     Raises CompileError when it does not compile or does not match the plan, DslVersionError when the DSL is missing or
     untested, OutputError or CacheError when a folder cannot be written.
     """
@@ -80,9 +83,9 @@ def compile_kernel(plan: Plan, source: str | Path | None = None, *, use_cache: b
     except OSError as error:
         raise CompileError(f"{path}: cannot be read: {error.strerror}") from None
     versions = check_dsl()
-    key = _key(plan.spec, text, versions)
+    key = _key(plan.spec, text, versions, path if lineinfo else None)
     entry = read_entry(key) if use_cache else None
-    binary = _from_entry(plan, path, entry) if entry else _compile(plan, path, versions)
+    binary = _from_entry(plan, path, entry) if entry else _compile(plan, path, versions, lineinfo)
     if path.read_bytes() != text:
         raise CompileError(f"{path}: the file changed while it was being compiled; compile it again")
     check_budget(binary)
@@ -117,9 +120,9 @@ def check_budget(binary: Binary) -> None:
         raise CompileError(f"{binary.source_path}: does not match its plan: " + "; ".join(wrong))
 
 
-def _compile(plan: Plan, path: Path, versions: dict[str, str]) -> Binary:
+def _compile(plan: Plan, path: Path, versions: dict[str, str], lineinfo: bool) -> Binary:
     start = time.perf_counter()
-    traced = trace_kernel(path, plan.spec)
+    traced = trace_kernel(path, plan.spec, lineinfo)
     kernel_name = _only(r"\.entry\s+([\w$]+)", traced.ptx, "kernels", path)
     launch = _probe_launch(plan.spec, traced, path)
     facts = read_cubin(traced.cubin, kernel_name)
@@ -216,7 +219,8 @@ _MEMBERS = {"ptx": "kernel.ptx", "cubin": "kernel.cubin", "host_object": "host.o
 _NOT_STORED = {"plan", "source_path", "cached", *_MEMBERS}
 
 
-def _key(spec: KernelSpec, source: bytes, versions: dict[str, str]) -> str:
+def _key(spec: KernelSpec, source: bytes, versions: dict[str, str], named: Path | None) -> str:
+    """named: the file that line information names; None for a kernel that carries none."""
     return cache_key(
         {
             "format": _ENTRY_FORMAT,
@@ -226,6 +230,7 @@ def _key(spec: KernelSpec, source: bytes, versions: dict[str, str]) -> str:
             "source": hashlib.sha256(source).hexdigest(),
             "dsl": versions,
             "cpu": host_cpu(),
+            **({"lineinfo": str(named)} if named else {}),
         }
     )
 

@@ -89,17 +89,21 @@ class Traced:
     host_symbol: str  # the host function's name in it
 
 
-def trace_kernel(source: Path, spec: KernelSpec) -> Traced:
-    """Import an emitted file, trace its `launch` and compile it for spec.arch. Raises CompileError, DslVersionError."""
+def trace_kernel(source: Path, spec: KernelSpec, lineinfo: bool = False) -> Traced:
+    """Import an emitted file, trace its `launch` and compile it for spec.arch. Raises CompileError, DslVersionError.
+
+    lineinfo: with `.loc` directives in the PTX.
+    """
     check_dsl()
     from cutlass import cute
     from cutlass.base_dsl.ast_helpers import DSLOptimizationWarning
-    from cutlass.base_dsl.compiler import DumpDir, GPUArch, KeepCUBIN, KeepPTX
+    from cutlass.base_dsl.compiler import DumpDir, GenerateLineInfo, GPUArch, KeepCUBIN, KeepPTX
 
     _load_runtime_globally()
     module_name = f"bespoke_kernel_{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
     with tempfile.TemporaryDirectory(prefix="bespoke-") as folder:
-        compiler = cute.compile[GPUArch(spec.arch), KeepPTX(), KeepCUBIN(), DumpDir(folder)]
+        options = (GPUArch(spec.arch), KeepPTX(), KeepCUBIN(), DumpDir(folder), GenerateLineInfo(lineinfo))
+        compiler = cute.compile[options]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DSLOptimizationWarning)  # "very slow to compile": it is not

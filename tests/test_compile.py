@@ -7,6 +7,7 @@ import os
 import struct
 import zipfile
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -187,17 +188,18 @@ def test_damaged_entry_is_written_again(plan, binary, own_cache, monkeypatch):
         entry.write_bytes(damaged)
         assert cache.read_entry(entry.stem) is None
     traced = dsl.Traced(binary.ptx, binary.cubin, binary.host_object, binary.host_symbol)
-    monkeypatch.setattr(compile, "trace_kernel", lambda path, spec: traced)
+    monkeypatch.setattr(compile, "trace_kernel", lambda path, spec, lineinfo: traced)
     assert not compile_kernel(plan).cached
     assert compile_kernel(plan).cached
 
 
-@pytest.mark.parametrize("changed", ["spec", "source", "versions", "cpu"])
+@pytest.mark.parametrize("changed", ["spec", "source", "versions", "named", "cpu"])
 def test_key_depends_on_everything_that_the_binary_depends_on(plan, monkeypatch, changed):
-    arguments = {"spec": plan.spec, "source": b"text", "versions": {"nvidia-cutlass-dsl": "4.8.1"}}
+    arguments = {"spec": plan.spec, "source": b"text", "versions": {"nvidia-cutlass-dsl": "4.8.1"}, "named": None}
     before = compile._key(**arguments)
     assert before == compile._key(**arguments)
     other = {"spec": load_spec(SMALL, causal=True), "source": b"texts", "versions": {"nvidia-cutlass-dsl": "4.8.2"}}
+    other["named"] = Path("/with/line/information.py")
     if changed == "cpu":
         monkeypatch.setattr(compile, "host_cpu", lambda: "another processor")
     else:

@@ -12,7 +12,8 @@ Inside the block the DSL is changed in these places, all of them put back at its
                             `emulated_`, so the DSL's own library may be loaded in the same process, before or after;
                             and learns which PTX belongs to which cubin
     CompileOptions          keeps the PTX of each compilation, in a temporary folder
-    envar                   compiles for the Gpu's architecture; no compiled code is taken from the disk
+    envar                   compiles for the Gpu's architecture, with line information if asked for; no compiled code is
+                            taken from the disk
     _Tensor, _Pointer       arrays become known global memory
     JitCompiledFunction     checks that a call's tensors are of the dtypes and static extents that were compiled for,
                             and raises what the emulator found, instead of a CUDA error code
@@ -53,12 +54,15 @@ _active = threading.Lock()
 
 
 @contextmanager
-def attached(arch: str = "sm_100a", strict: bool = True, sms: int = DEFAULT_SMS) -> Iterator[Gpu]:
+def attached(
+    arch: str = "sm_100a", strict: bool = True, sms: int = DEFAULT_SMS, lineinfo: bool = False
+) -> Iterator[Gpu]:
     """What this thread compiles and calls through the CuTe DSL inside the block runs on the Gpu that it yields.
 
     arch: "sm_90a" or "sm_100a". strict: see Gpu. sms: multiprocessors that the device says it has; few of them make a
-    persistent kernel loop. Raises HostError when one is attached already, when the DSL is missing or has changed;
-    LaunchError for bad arguments. What the emulator finds is raised by the call of the compiled function.
+    persistent kernel loop. lineinfo: compile with line information, so that messages name lines of the program. Raises
+    HostError when one is attached already, when the DSL is missing or has changed; LaunchError for bad arguments. What
+    the emulator finds is raised by the call of the compiled function.
     """
     if isinstance(sms, bool) or not isinstance(sms, int) or sms < 1:
         raise LaunchError(f"sms is {sms!r}: at least 1 multiprocessor")
@@ -68,7 +72,7 @@ def attached(arch: str = "sm_100a", strict: bool = True, sms: int = DEFAULT_SMS)
     try:
         with ExitStack() as stack:
             session = _Attachment(gpu, _programs, _KNOWN)
-            _redirect_the_dsl(stack, session, sms)
+            _redirect_the_dsl(stack, session, sms, lineinfo)
             stack.enter_context(serving(session))
             yield gpu
     finally:
@@ -98,7 +102,7 @@ class _Attachment(Session):
             raise error from None
 
 
-def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int) -> None:
+def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int, lineinfo: bool) -> None:
     try:
         from cuda.bindings import driver, runtime
         from cutlass import cute  # noqa: F401  (makes the DSL's singleton)
@@ -118,6 +122,8 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int) -> None:
         _replace(stack, dsl.envar, "arch", lambda _: arch)
         _replace(stack, dsl.envar, "shared_libs", lambda _: str(library_path()))  # part of the key of compiled code
         _replace(stack, dsl.envar, "disable_file_caching", lambda _: True)
+        if lineinfo:
+            _replace(stack, dsl.envar, "lineinfo", lambda _: True)
     for module in (driver, runtime):
         for name, function in CudaPython(session.gpu, arrays, sms).functions(module).items():
             _replace(stack, module, name, lambda _, function=function: function)

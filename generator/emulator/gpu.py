@@ -14,6 +14,7 @@ from threadpoolctl import ThreadpoolController
 
 from .errors import LaunchError
 from .labels import Labels
+from .lineinfo import naming_sources
 from .machine import Machine
 from .memory import GlobalMemory
 from .parse import Module, parse_ptx
@@ -170,7 +171,8 @@ class Gpu:
 
     def load_ptx(self, text: str) -> Module:
         """Parse a module (once a text)."""
-        module = _parse(text)
+        with naming_sources(text):
+            module = _parse(text)
         if module.target != self.arch:
             raise LaunchError(f"the PTX targets {module.target}, this GPU is {self.arch}")
         self._texts[id(module)] = text
@@ -188,7 +190,10 @@ class Gpu:
         Raises:
             LaunchError: limits or parameters do not fit. Hazard, Deadlock, UnsupportedInstruction: see `errors`.
         """
-        grid, block, cluster = tuple(grid), tuple(block), tuple(cluster)
+        with naming_sources(self._texts.get(id(module), "")):
+            return self._launch(module, kernel, tuple(grid), tuple(block), tuple(cluster), smem_bytes, params)
+
+    def _launch(self, module, kernel, grid, block, cluster, smem_bytes, params) -> LaunchReport:
         self._check_launch(module, kernel, grid, block, cluster, smem_bytes, params)
         case = LaunchCase(self, self._texts[id(module)], kernel, grid, block, cluster, smem_bytes, tuple(params))
         start = time.perf_counter()

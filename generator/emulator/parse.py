@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .errors import PtxSyntaxError
+from .lineinfo import Source, drop_asm_locs, read_files, read_loc
 
 TYPE_BITS = {"pred": 1, "b8": 8, "u8": 8, "s8": 8, "b128": 128, "f16x2": 32, "bf16x2": 32, "bf16": 16}
 TYPE_BITS |= {f"{kind}{bits}": bits for kind in "busf" for bits in (16, 32, 64)}
@@ -86,7 +87,7 @@ class Instr(NamedTuple):
     guard_negated: bool
     line: int
     text: str
-    source: tuple[int, int] | None = None  # (.file index, line) where the binary carries line info
+    source: Source | None = None  # where the PTX carries line information
 
 
 class Param(NamedTuple):
@@ -174,7 +175,7 @@ class _KernelParser:
         self.scopes = 1
         self.operand_cache: dict[tuple[int, str], object] = {}
         self.pending: list[tuple[Instr, _Scope]] = []
-        self.source: tuple[int, int] | None = None
+        self.source: Source | None = None
 
     def declare(self, text: str, line: int) -> None:
         kind, names = text.split(None, 2)[1:]
@@ -378,8 +379,7 @@ def _parse_body(parser: _KernelParser, text: str, start: int, line: int) -> int:
                 return match.end()
             parser.close()
         else:
-            parts = char.split()
-            parser.source = (int(parts[1]), int(parts[2]))
+            parser.source = read_loc(char)
             body = char
         line += body.count("\n")
         position = match.end()
@@ -396,12 +396,12 @@ def parse_ptx(text: str) -> Module:
     Raises:
         PtxSyntaxError: cut-off text, undeclared registers, unknown directives.
     """
-    text = _COMMENT.sub(_blank, text)
+    text = _COMMENT.sub(_blank, drop_asm_locs(text))
     target = re.search(r"^\s*\.target\s+(\w+)", text, re.M)
     version = re.search(r"^\s*\.version\s+(\S+)", text, re.M)
     if not target or not version:
         raise PtxSyntaxError("not PTX: no .version and .target directives")
-    files = {int(m[1]): m[2] for m in re.finditer(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
+    files = read_files(text)
     dynamic = {
         m[2]: int(m[1] or 16)
         for m in re.finditer(r"\.extern\s+\.shared\s+(?:\.align\s+(\d+)\s+)?\.\w+\s+([$\w]+)\[\];", text)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from .attach import DEFAULT_SMS, attached
 from .errors import EmulatorError, LaunchError, PtxSyntaxError, UnsupportedInstruction
@@ -41,8 +42,14 @@ class ScriptRun:
         return self.error is None and not self.hazards
 
 
-def run_script(script: Path, arguments: Sequence[str] = (), arch: str = "sm_100a", sms: int = DEFAULT_SMS) -> ScriptRun:
-    """Run a file as the main program, with what it compiles attached to an emulated GPU. See attached.
+def run_script(
+    script: Path,
+    arguments: Sequence[str] = (),
+    arch: str = "sm_100a",
+    sms: int = DEFAULT_SMS,
+    **options: Any,
+) -> ScriptRun:
+    """Run a file as the main program, with what it compiles attached to an emulated GPU. options: those of attached.
 
     Raises EmulatorError when there is no such program or GPU; whatever the program itself does is in the result.
     """
@@ -50,7 +57,7 @@ def run_script(script: Path, arguments: Sequence[str] = (), arch: str = "sm_100a
         raise EmulatorError(f"{script}: no such program")
     launches: list[LaunchReport] = []
     try:
-        with _main_program(script, arguments), attached(arch, sms=sms) as gpu:
+        with _main_program(script, arguments), attached(arch, sms=sms, **options) as gpu:
             launches = gpu.launches
             _run(script)
     except _Ended as end:
