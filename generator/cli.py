@@ -50,6 +50,7 @@ Jobs = typer.Option(os.cpu_count() or 1, "--jobs", min=1, help="processes")
 Script = typer.Argument(..., metavar="SCRIPT", help="a CuTe DSL program, as it would run on a GPU")
 Arguments = typer.Argument(None, metavar="[ARGS]...", help="the program's own")
 Arch = typer.Option("sm_100a", "--arch", metavar="sm_90a|sm_100a", help="the GPU's architecture")
+Accumulation = typer.Option("fast", "--accumulation", help="how tensor cores add: fast (float32), or exact (bit model)")
 Sms = typer.Option(4, "--sms", min=1, help="multiprocessors that the GPU says it has")
 LineInfo = typer.Option(False, "--lineinfo", help="compile with line information: messages name the source line")
 LaunchesFile = typer.Option(None, "--json", metavar="FILE", help="write what was launched here")
@@ -214,6 +215,7 @@ def emulate(
     arch: str = Arch,
     sms: int = Sms,
     lineinfo: bool = LineInfo,
+    accumulation: str = Accumulation,
     json_file: Path | None = LaunchesFile,
 ) -> None:
     """Run a CuTe DSL program on the emulator, NumPy or CPU torch arrays standing for device tensors.
@@ -222,7 +224,7 @@ def emulate(
     """
     from .emulator.script import run_script
 
-    run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo)
+    run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo, accumulation=accumulation)
     if run.launches:
         present.console(to_stderr=True, for_tables=True).print(present.launches_table(run.launches))
     for message in [run.message] if run.error is not None else run.hazards:

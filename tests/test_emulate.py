@@ -372,6 +372,11 @@ def test_program_that_ends_badly(text, tmp_path):
     assert message in result.stderr and "runpy" not in result.stderr
 
 
+def test_exact_accumulation():
+    result = emulate("--accumulation", "exact", PROGRAMS / "gemm_sm100.py")
+    assert result.stdout.startswith("gemm_sm100: ")
+
+
 def test_hazard_that_the_program_swallows_still_counts(tmp_path):
     swallowed = HANGS.replace("\nmain()\n", "\ntry:\n    main()\nexcept RuntimeError:\n    print('went on')\n")
     result = emulate(written(tmp_path, swallowed), code=1)
@@ -384,6 +389,7 @@ def test_hazard_that_the_program_swallows_still_counts(tmp_path):
         (["nowhere.py"], "nowhere.py: no such program"),
         ([PROGRAMS], "no such program"),
         (["--arch", "sm_80", PROGRAMS / "vector_add.py"], "arch is 'sm_80': the emulator knows sm_90a, sm_100a"),
+        (["--accumulation", "best", PROGRAMS / "vector_add.py"], "accumulation is 'best': one of fast, exact"),
         (["--sms", "0", PROGRAMS / "vector_add.py"], "--sms"),
         ([], "Missing argument"),
     ],

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from ptx_kernels import aligned, fails, run
 
-from generator.emulator import Hazard
+from generator.emulator import Hazard, UnsupportedInstruction
 
 RNG = np.random.default_rng(8)
 LANES = np.arange(32)
@@ -102,37 +102,62 @@ def spread(matrix: np.ndarray, rows: int) -> np.ndarray:
 
 
 CASES = [(t, k, "f32") for t, k in SHAPES] + [("f16", k, "f16") for k in (8, 16)]
+CASES += [("e4m3", 16, "f32"), ("e5m2", 16, "f16"), ("e4m3", 32, "f16")]
+
+
+def fragments_of(c: np.ndarray) -> np.ndarray:
+    """C or D [rows, 8] → registers [n, 32 lanes]: rows t / 4 (and + 8), columns 2 (t % 4) and the next."""
+    group, pair = LANES // 4, LANES % 4 * 2
+    if c.dtype == np.float16:
+        words = np.ascontiguousarray(c).view(np.uint32)
+        return np.array([words[group + r, LANES % 4] for r in range(0, len(c), 8)])
+    return np.array([c[group + r, pair + i] for r in range(0, len(c), 8) for i in (0, 1)]).view(np.uint32)
+
+
+def execute(opcode: str, left: np.ndarray, right: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Run one mma.sync on registers of A and B and a matrix C: the registers of D."""
+    start = fragments_of(c)
+    y = np.zeros_like(start)
+    counts = {"a": len(left), "b": len(right), "c": len(start)}
+    first = {"a": 10, "b": 20, "c": 30}
+    loads = "".join(f"ld.global.b32 %r{first[n] + i}, [%{n}_g+{128 * i}];" for n in "abc" for i in range(counts[n]))
+    operands = ", ".join([names(40, len(start)), *(names(first[n], counts[n]) for n in "abc")])
+    stores = "".join(f"st.global.b32 [%y_g+{128 * i}], %r{40 + i};" for i in range(len(start)))
+    run(f"{loads} {opcode} {operands}; {stores}", a=left, b=right, c=start, y=y)
+    return y
 
 
 @pytest.mark.parametrize("kind, k, accumulator", CASES, ids=[f"{t}-k{k}-{d}" for t, k, d in CASES])
 def test_mma_sync(kind, k, accumulator):
     a, b = (RNG.integers(-8, 9, (n, k)).astype(np.float32).astype(TYPES[kind]) for n in (16, 8))
     c = RNG.integers(-99, 99, (16, 8)).astype(np.float32 if accumulator == "f32" else np.float16)
-    left, right = spread(a, 16), spread(b, 8)
-    group, pair = LANES // 4, LANES % 4 * 2
-    if accumulator == "f32":
-        start = np.array([c[group + r, pair + i] for r in (0, 8) for i in (0, 1)]).view(np.uint32)
-    else:
-        words = np.ascontiguousarray(c).view(np.uint32)
-        start = np.array([words[group + r, LANES % 4] for r in (0, 8)])
-    y = np.zeros_like(start)
-    counts = {"a": len(left), "b": len(right), "c": len(start)}
-    first = {"a": 10, "b": 20, "c": 30}
-    loads = "".join(f"ld.global.b32 %r{first[n] + i}, [%{n}_g+{128 * i}];" for n in "abc" for i in range(counts[n]))
-    d = names(40, len(start))
-    operands = ", ".join([d, *(names(first[n], counts[n]) for n in "abc")])
-    stores = "".join(f"st.global.b32 [%y_g+{128 * i}], %r{40 + i};" for i in range(len(start)))
-    run(
-        f"{loads} mma.sync.aligned.m16n8k{k}.row.col.{accumulator}.{kind}.{kind}.{accumulator} {operands}; {stores}",
-        a=left,
-        b=right,
-        c=start,
-        y=y,
-    )
+    opcode = f"mma.sync.aligned.m16n8k{k}.row.col.{accumulator}.{kind}.{kind}.{accumulator}"
     expected = a.astype(np.float64) @ b.astype(np.float64).T + c
-    if accumulator == "f32":
-        for i, (r, n) in enumerate((r, n) for r in (0, 8) for n in (0, 1)):
-            assert (y[i].view(np.float32) == expected[group + r, pair + n]).all()
-    else:
-        words = np.ascontiguousarray(expected.astype(np.float16)).view(np.uint32)
-        assert all((y[i] == words[group + r, LANES % 4]).all() for i, r in enumerate((0, 8)))
+    assert (execute(opcode, spread(a, 16), spread(b, 8), c) == fragments_of(expected.astype(c.dtype))).all()
+
+
+def packed(values: np.ndarray, bits: int) -> np.ndarray:
+    """Integers [rows, k] as bytes; of 4-bit ones the even k is in the low half."""
+    small = (values & ((1 << bits) - 1)).astype(np.uint8)
+    return small if bits == 8 else small[:, ::2] | small[:, 1::2] << 4
+
+
+@pytest.mark.parametrize("end", ["", ".satfinite"])
+@pytest.mark.parametrize("a_type, b_type", [("s", "s"), ("s", "u"), ("u", "s"), ("u", "u")])
+@pytest.mark.parametrize("bits, m, k", [(8, 8, 16), (8, 16, 16), (8, 16, 32), (4, 8, 32), (4, 16, 32), (4, 16, 64)])
+def test_integer_mma_sync(bits, m, k, a_type, b_type, end):
+    span = {"s": (-(1 << (bits - 1)), 1 << (bits - 1)), "u": (0, 1 << bits)}
+    a, b = RNG.integers(*span[a_type], (m, k)), RNG.integers(*span[b_type], (8, k))
+    c = RNG.integers(-99, 99, (m, 8)).astype(np.int32)
+    c[0], c[1] = 2**31 - 1, -(2**31)
+    sums = a @ b.T + c
+    expected = np.clip(sums, -(2**31), 2**31 - 1) if end else sums
+    opcode = f"mma.sync.aligned.m{m}n8k{k}.row.col.s32.{a_type}{bits}.{b_type}{bits}.s32{end}"
+    found = execute(opcode, spread(packed(a, bits), m), spread(packed(b, bits), 8), c)
+    assert (found == fragments_of(expected.astype(np.int32))).all()
+
+
+def test_mma_sync_with_too_few_registers():
+    text = f"\nmma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {names(0, 4)}, {names(4, 2)}, {names(8, 2)}, "
+    body = "".join(f"mov.b32 %r{i}, 0;" for i in range(16)) + text + f"{names(10, 4)}; // HERE\n"
+    fails(UnsupportedInstruction, body, "with 2, 2 and 4 registers, it takes (4, 2, 4)")

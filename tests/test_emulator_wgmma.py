@@ -14,7 +14,8 @@ from generator.emulator import Gpu, Hazard, UnsupportedInstruction
 
 BF16, F16, E4M3, E5M2 = ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 TF32 = np.float32
-NAMES = {BF16: "bf16", F16: "f16", TF32: "tf32", E4M3: "e4m3", E5M2: "e5m2"}
+S8, U8 = np.int8, np.uint8
+NAMES = {S8: "s8", U8: "u8", BF16: "bf16", F16: "f16", TF32: "tf32", E4M3: "e4m3", E5M2: "e5m2"}
 SWIZZLE_CODES = {0: 0, 1: 3, 2: 2, 3: 1}  # swizzle none, 32 B, 64 B, 128 B (facts/ptx.md §3.2)
 DECLARE = ".reg .b32 %acc<128>, %other<128>, %frag<32>; .reg .pred %one, %zero, %q; .reg .b64 %da, %db, %group;"
 SETUP = """setp.eq.u32 %one, 0, 0; setp.ne.u32 %zero, 0, 0; shr.u32 %r150, %tid, 7; cvt.u64.u32 %group, %r150;"""
@@ -86,8 +87,9 @@ class Operands:
         self.da = [descriptor(start, lbo, sbo, swizzle) for start in starts]
         _, _, lbo, sbo, starts = operand_layout(n, 16 * steps, b_mn, swizzle)
         self.db = [descriptor(groups * self.stride + start, lbo, sbo, swizzle) for start in starts]
-        self.opcode = f"wgmma.mma_async.sync.aligned.m64n{n}k{self.k // steps}.{d}.{NAMES[dtype]}.{NAMES[dtype_b]}"
-        self.registers = n // 2 if d == "f32" else n // 4
+        self.opcode = f"wgmma.mma_async.sync.aligned.m64n{n}k{self.k // steps}.{d[:3]}.{NAMES[dtype]}.{NAMES[dtype_b]}"
+        self.opcode += d[3:]
+        self.registers = n // 4 if d == "f16" else n // 2
 
     def fill(self, fence: str = PROXY) -> str:
         """The threads copy `x` to shared memory."""
@@ -100,7 +102,7 @@ class Operands:
         return text + fence
 
     def step(self, i: int, add: str, acc="acc", registers: bool = False, mark: str = "") -> str:
-        tail = f", {add}, {self.negate[0]}, {self.negate[1]}"
+        tail = f", {add}, {self.negate[0]}, {self.negate[1]}" if self.d[0] == "f" else f", {add}"
         if self.sixteen:
             tail += f", {int(self.b_mn)}" if registers else f", {int(self.a_mn)}, {int(self.b_mn)}"
         a = vector("frag", 4, 4 * i) if registers else "%da"
@@ -139,9 +141,9 @@ class Operands:
 
     def matrix(self, y: np.ndarray) -> np.ndarray:
         """D registers [threads, registers] → D [64 · groups, n] (facts/ptx.md §4)."""
-        values = y.view(np.float32 if self.d == "f32" else np.float16)
+        values = y.view({"f32": np.float32, "f16": np.float16, "s32": np.int32}[self.d[:3]])
         thread, i = np.ix_(range(len(y)), range(self.n // 2))
-        result = np.full((64 * self.groups, self.n), np.nan, np.float32)
+        result = np.full((64 * self.groups, self.n), np.nan, np.float64)
         row = 16 * (thread // 32) + thread % 32 // 4 + 8 * ((i >> 1) & 1)
         result[row, 2 * (thread % 4) + (i & 1) + 8 * (i >> 2)] = values
         return result
@@ -198,6 +200,28 @@ def test_tf32_and_fp8(a, b, swizzle, registers):
 def test_accumulators_in_float16(dtype, other, registers):
     operands = Operands(24, 2, dtype, other, d="f16")
     assert (operands.multiply(registers=registers) == operands.product()).all()
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("a, b", [(S8, S8), (S8, U8), (U8, S8), (U8, U8)])
+@pytest.mark.parametrize("d", ["s32", "s32.satfinite"])
+def test_integers(a, b, d, registers):
+    operands = Operands(48, 3, a, b, d=d)
+    rng = np.random.default_rng(4)
+    for part in (operands.a, operands.b):
+        part[:] = rng.integers(np.iinfo(part.dtype).min, np.iinfo(part.dtype).max + 1, part.shape)
+    images = [operand_image(halves(v), False, 3) for v in (operands.a, operands.b)]
+    operands.x[: sum(map(len, images))] = np.concatenate(images)
+    product = operands.a.astype(np.int64) @ operands.b.astype(np.int64).T
+    assert (operands.multiply(registers=registers) == product).all()
+    for first in (2**31 - 1, -(2**31)):
+        start = "".join(f"mov.b32 %acc{i}, {first & 0xFFFFFFFF:#x};" for i in range(24))
+        body = start + operands.mmas("%one", registers=registers) + COMMIT + wait()
+        total = np.full(product.shape, first)
+        for k in range(0, operands.k, 32):
+            total = total + operands.a[:, k : k + 32].astype(np.int64) @ operands.b[:, k : k + 32].astype(np.int64).T
+            total = np.clip(total, -(2**31), 2**31 - 1) if d != "s32" else total.astype(np.int32).astype(np.int64)
+        assert (operands.multiply(body, registers=registers) == total).all()
 
 
 def test_tf32_drops_the_low_bits_of_the_mantissa():

@@ -150,7 +150,6 @@ class BlockWriter(OperandWriter):
                 name, kind, bits = self.let(f"{name}.astype(T_{wide})"), wide, reg.bits
             self.assign(reg, Value(bits, {kind: name}), guard)
 
-
     def wgmma(self, instr: Instr, entry) -> None:
         """D is brought to its storage, where the wait will find and change it; A in registers is handed over."""
         guard = self.guard(instr)

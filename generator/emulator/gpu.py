@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from .accumulate import MODES
 from .errors import LaunchError
 from .labels import Labels
 from .lineinfo import naming_sources
@@ -90,7 +91,7 @@ class LaunchCase:
             for first in range(0, len(ctas), wave):
                 machine = Machine(
                     *(program, ctas[first : first + wave], self.grid, self.block, self.smem_bytes, values),
-                    *(self.gpu.gmem, self.gpu.labels, self.cluster),
+                    *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation),
                 )
                 machine.run()
                 executed += machine.executed
@@ -141,14 +142,18 @@ class Gpu:
     Args:
         arch: "sm_100a" or "sm_90a".
         strict: reserved for the hazard levels; only True exists, every check is on.
+        accumulation: how tensor cores add up products: "fast", in float32 by BLAS, or "exact", each instruction by the
+            alignment-and-truncation model of `accumulate`.
     """
 
-    def __init__(self, arch: str = "sm_100a", strict: bool = True):
+    def __init__(self, arch: str = "sm_100a", strict: bool = True, accumulation: str = "fast"):
         if arch not in SMEM_LIMIT:
             raise LaunchError(f"arch is {arch!r}: the emulator knows {', '.join(SMEM_LIMIT)}")
         if strict is not True:
             raise LaunchError("strict=False is not implemented: the emulator always checks")
-        self.arch = arch
+        if accumulation not in MODES:
+            raise LaunchError(f"accumulation is {accumulation!r}: one of {', '.join(MODES)}")
+        self.arch, self.accumulation = arch, accumulation
         self.gmem = GlobalMemory()
         self.labels = Labels()
         self.launches: list[LaunchReport] = []

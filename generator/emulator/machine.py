@@ -68,7 +68,9 @@ class Machine:
         gmem: GlobalMemory,
         labels: Labels,
         cluster: tuple[int, int, int] = (1, 1, 1),
+        accumulation: str = "fast",
     ):
+        self.accumulation = accumulation
         self.program, self.gmem, self.labels = program, gmem, labels
         self.n_cta = len(ctas)
         self.grid, self.block = grid, block

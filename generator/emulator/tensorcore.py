@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .accumulate import fused_dot, mma_model
 from .descriptors import Operand, Shape
 from .errors import Hazard
 from .formats import bf16_to_f32, f16_to_f32
@@ -146,19 +147,41 @@ class TensorCore:
             b = -b
         if shape.group > 1:  # each CTA of the pair brought its share of N; both need all of it
             b = np.repeat(b.reshape(n // shape.group, shape.n, -1), shape.group, axis=0)
-        product = np.matmul(b, a)  # [n, N, M]: the transpose of D
         span = slice(first.d, first.d + shape.n)
-        rows = product.reshape(n, shape.n, 4, 32).transpose(1, 2, 0, 3)
-        view = m.tmem.data.view(np.float32)
-        if first.accumulate:
-            rows = rows + view[span, :, ctas]
-        view[span, :, ctas] = rows
+        if m.accumulation == "exact":
+            self._accumulate_exactly(first, len(ops), a, b)
+        else:
+            self._accumulate(first, a, b)
         m.tmem.state[span, :, :, ctas] = VALID
         self.issued = [op for op in self.issued if op.remaining]
         for later in self.issued:  # an MMA further back in the queue will overwrite it: still not for reading
             still = later.remaining & first.bits
             if still and later.d < span.stop and span.start < later.d + later.shape.n:
                 m.tmem.state[later.d : later.d + later.shape.n, :, :, m.queue.sets.array(still)] = MMA_PENDING
+
+    def _accumulate(self, first: Mma, a: np.ndarray, b: np.ndarray) -> None:
+        """D = A·B (+ D) in float32, for A transposed [n, K, M] and B [n, N, K]."""
+        shape, ctas, n = first.shape, first.ctas, len(first.ctas)
+        span = slice(first.d, first.d + shape.n)
+        product = np.matmul(b, a)  # [n, N, M]: the transpose of D
+        rows = product.reshape(n, shape.n, 4, 32).transpose(1, 2, 0, 3)
+        view = self.machine.tmem.data.view(np.float32)
+        if first.accumulate:
+            rows = rows + view[span, :, ctas]
+        view[span, :, ctas] = rows
+
+    def _accumulate_exactly(self, first: Mma, steps: int, a: np.ndarray, b: np.ndarray) -> None:
+        """As `_accumulate`, for each instruction by itself."""
+        shape, ctas, n = first.shape, first.ctas, len(first.ctas)
+        view = self.machine.tmem.data.view(np.float32)
+        at = (slice(first.d, first.d + shape.n), slice(None), ctas)
+        d = view[at].transpose(2, 0, 1, 3).reshape(n, shape.n, 128) if first.accumulate else None
+        forms = tuple("bf16" if bf16 else "f16" for bf16 in (shape.b_bf16, shape.a_bf16))
+        a, k = a.swapaxes(1, 2), a.shape[1] // steps
+        for step in range(steps):
+            span = slice(step * k, step * k + k)
+            d = fused_dot(b[..., span], a[..., span], d, forms, mma_model("f32"))
+        view[at] = d.reshape(n, shape.n, 4, 32).transpose(1, 2, 0, 3)
 
     def _a(self, ops: list[Mma], ctas: np.ndarray) -> np.ndarray:
         """A transposed: float32 [n, K, M]."""

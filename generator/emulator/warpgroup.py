@@ -15,6 +15,7 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 
+from .accumulate import fused_dot, wgmma_model
 from .descriptors import Operand, wgmma_operand
 from .errors import Hazard
 from .formats import bf16_to_f32, f16_to_f32
@@ -22,6 +23,7 @@ from .memory import take_chunks
 from .tensorcore import require_shared
 
 STORAGE = {"bf16": np.uint16, "f16": np.uint16, "tf32": np.uint32, "e4m3": np.uint8, "e5m2": np.uint8}
+STORAGE |= {"u8": np.uint8, "s8": np.uint8}
 _FP8 = {
     name: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     for name, dtype in (("e4m3", ml_dtypes.float8_e4m3fn), ("e5m2", ml_dtypes.float8_e5m2))
@@ -36,6 +38,8 @@ def decode(name: str, bits: np.ndarray) -> np.ndarray:
         return f16_to_f32(bits)
     if name == "tf32":
         return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    if name in ("u8", "s8"):
+        return bits.view(np.int8 if name == "s8" else np.uint8).astype(np.float32)
     return _FP8[name][bits]
 
 
@@ -44,24 +48,25 @@ class Form:
     """What an opcode and its immediates say. `k` elements an instruction are always 32 bytes."""
 
     n: int
-    d: str  # "f32" or "f16"
+    d: str  # "f32", "f16" or "s32"
     a: str
     b: str
     sign: int  # the product of the two negations
     a_mn: bool
     b_mn: bool
+    saturate: bool = False  # of s32: clamp each instruction's sum, where it would wrap around
 
     @property
     def registers(self) -> int:
         """Registers of D a thread."""
-        return self.n // 2 if self.d == "f32" else self.n // 4
+        return self.n // 4 if self.d == "f16" else self.n // 2
 
 
 @cache
 def form_of(opcode: str, negate_a: int, negate_b: int, a_mn: bool, b_mn: bool) -> Form:
-    shape, d, a, b = opcode.split(".")[-4:]
+    shape, d, a, b = opcode.removesuffix(".satfinite").split(".")[-4:]
     n = int(shape[shape.index("n") + 1 : shape.index("k")])
-    return Form(n, d, a, b, negate_a * negate_b, a_mn, b_mn)
+    return Form(n, d, a, b, negate_a * negate_b, a_mn, b_mn, opcode.endswith(".satfinite"))
 
 
 @dataclass
@@ -325,6 +330,9 @@ class Warpgroups:
                     require_shared(self.machine, ctas, operand, "B", where)
                 b = self._shared(operands, ctas, chain.form.b, chain.form.b_mn, None)  # [c, N, K]
                 a = self._a(chain, warps, ctas, position, where)  # [c, w · 16, K]
+                if self.machine.accumulation == "exact" or chain.form.d == "s32":
+                    self._by_instruction(chain, warps, ctas, position, a, b)
+                    continue
                 if chain.form.d == "f32":
                     self._write(chain, warps, ctas, position, np.matmul(a, b.swapaxes(1, 2)))
                     continue
@@ -333,6 +341,50 @@ class Warpgroups:
                     span = slice(step * k, step * k + k)
                     product = np.matmul(a[..., span], b[..., span].swapaxes(1, 2))
                     self._write(chain, warps, ctas, position, product, step > 0)
+
+    def _by_instruction(self, chain: Chain, warps, ctas, position, a, b) -> None:
+        """A [c, w · 16, K], B [c, N, K]: every instruction's sum by itself, rounded or saturated."""
+        form, steps = chain.form, len(chain.steps)
+        adds = np.repeat(chain.accumulate[position].T, 16, axis=1)[..., None]
+        d = np.where(adds, self._accumulator(chain, warps, ctas), 0)
+        k = a.shape[2] // steps
+        for step in range(steps):
+            span = slice(step * k, step * k + k)
+            if form.d == "s32":
+                product = np.matmul(a[..., span], b[..., span].swapaxes(1, 2)).astype(np.int64)  # exact: K is 32
+                d = product + d
+                d = np.clip(d, -(1 << 31), (1 << 31) - 1) if form.saturate else d.astype(np.int32)
+            else:
+                left = a[..., span] if form.sign > 0 else -a[..., span]
+                d = fused_dot(left, b[..., span], d, (form.a, form.b), wgmma_model(form.a, form.d))
+        self._put(chain, warps, ctas, d)
+
+    def _accumulator(self, chain: Chain, warps, ctas) -> np.ndarray:
+        """D [c, w · 16, N] as the registers hold it: float32 or int32."""
+        form, registers = chain.form, self.machine.registers
+        index = np.ix_(warps, ctas)
+        words = np.stack([registers[register][index] for register in chain.d])  # [registers, w, c, 32]
+        if form.d == "f16":
+            values = np.stack([part.astype(np.uint16).view(np.float16) for part in (words, words >> np.uint32(16))], 1)
+            values = values.astype(np.float32)
+        else:
+            values = words.view(np.int32 if form.d == "s32" else np.float32)
+        values = values.reshape(form.n // 8, 2, 2, len(warps), len(ctas), 8, 4)
+        values = values.transpose(4, 3, 1, 5, 0, 6, 2)  # [c, w, row half, row, n / 8, lane, element]
+        return values.reshape(len(ctas), len(warps) * 16, form.n)
+
+    def _put(self, chain: Chain, warps, ctas, d: np.ndarray) -> None:
+        """The inverse of `_accumulator`."""
+        form, registers = chain.form, self.machine.registers
+        if form.d == "f16":
+            words = np.ascontiguousarray(d.astype(np.float16)).view(np.uint32)  # pairs of neighbours in n
+        else:
+            words = d.astype(np.int32 if form.d == "s32" else np.float32).view(np.uint32)
+        elements = words.shape[2] // (form.n // 8) // 4
+        words = words.reshape(len(ctas), len(warps), 2, 8, form.n // 8, 4, elements)
+        words = words.transpose(4, 2, 6, 1, 0, 3, 5).reshape(len(chain.d), len(warps), len(ctas), 32)
+        for register, word in zip(chain.d, words, strict=True):
+            registers[register][np.ix_(warps, ctas)] = word
 
     def _a(self, chain: Chain, warps, ctas, position, where) -> np.ndarray:
         form = chain.form

@@ -5,9 +5,12 @@ An 8x8 matrix of 16-bit elements lies across the warp with row t / 4 and columns
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
-from ..errors import Hazard
+from ..accumulate import fused_dot, mma_model
+from ..errors import Hazard, UnsupportedInstruction
 from ..formats import decode, pack16
 from ..memory import COPY_PENDING, GENERIC_WORD, MBARRIER, REASONS, TMA_PENDING
 from ..table import effect
@@ -108,62 +111,101 @@ def movmatrix(m, ws, active, instr, value):
 
 # -- mma.sync ----------------------------------------------------------------------------------------------------------
 _T, _G = (LANES % 4).astype(np.int64), (LANES // 4).astype(np.int64)
-BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8}
+BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "s8": 8, "u8": 8, "s4": 4, "u4": 4}
 
 
-def _unpack(words, form: str):
-    """Registers u32 → float64 [register, element of it, ..., 32 lanes]."""
-    size = BITS[form]
-    mask = U32((1 << size) - 1) if size < 32 else ~U32(0)
+def _element_values(bits, form: str):
+    """Elements in the low part of u32 words → float64."""
     if form == "tf32":  # the hardware reads the upper 19 bits
-        mask = U32(0xFFFFE000)
-    return [[decode(form, (w >> U32(size * i)) & mask) for i in range(32 // size)] for w in words]
+        return decode(form, bits & U32(0xFFFFE000))
+    if form[0] == "s":
+        unused = U32(32 - BITS[form])
+        return ((bits << unused).view(np.int32) >> unused.view(np.int32)).astype(np.float64)
+    return bits.astype(np.float64) if form[0] == "u" else decode(form, bits)
 
 
 def _gather(ws, words, form: str, outer: int, k: int, registers):
     """A fragment → float64 [..., outer, k]; `registers` gives (first outer row, first k) of each register."""
     out = np.zeros((*ws.lead, outer, k))
-    per = 32 // BITS[form]
-    for (row, column), elements in zip(registers, _unpack([ws.full(w) for w in words], form), strict=True):
-        for i, value in enumerate(elements):
-            out[..., _G + row, column + _T * per + i] = value
+    size = BITS[form]
+    mask = U32((1 << size) - 1) if size < 32 else ~U32(0)
+    for (row, column), word in zip(registers, words, strict=True):
+        word = ws.full(word)
+        for i in range(32 // size):
+            value = _element_values((word >> U32(size * i)) & mask, form)
+            out[..., _G + row, column + _T * (32 // size) + i] = value
     return out
 
 
-def _mma(form_a: str, form_b: str, k: int, half_result: bool):
-    """D = A·B + C for one m16n8 tile: products exact, summed in float64, rounded once (hardware truncates: §3.5)."""
+def _places(kind: str, rows: int):
+    """(register, half, row, column) of each element of C and D that a lane holds, across the warp."""
+    for i in range(rows // 4):
+        row, column = _G + 8 * (i // 2), 2 * _T + i % 2
+        yield (i // 2, i % 2, row, column) if kind == "f16" else (i, 0, row, column)
+
+
+def _accumulator(ws, words, kind: str, rows: int):
+    """C as float64 [..., rows, 8]."""
+    out = np.zeros((*ws.lead, rows, 8))
+    for register, half, row, column in _places(kind, rows):
+        word = ws.full(words[register])
+        if kind == "f16":
+            out[..., row, column] = (word >> U32(16 * half)).astype(U16).view(np.float16)
+        else:
+            out[..., row, column] = word.view(np.float32 if kind == "f32" else np.int32)
+    return out
+
+
+def _registers(d, kind: str, rows: int):
+    """D float64 [..., rows, 8] → its registers."""
+    results: dict[int, list] = {}
+    for register, _, row, column in _places(kind, rows):
+        value = d[..., row, column]
+        bits = value.astype(np.int64).astype(U32) if kind == "s32" else None
+        if bits is None:
+            bits = value.astype(np.float32).view(U32) if kind == "f32" else value.astype(np.float16).view(U16)
+        results.setdefault(register, []).append(bits)
+    return tuple(pack16(parts[1], parts[0]) if kind == "f16" else parts[0] for parts in results.values())
+
+
+def _mma(form_a: str, form_b: str, rows: int, k: int, kind: str, saturate: bool = False):
+    """D = A·B + C for one tile of `rows` by 8: products exact, summed in float64 and rounded once, or as `accumulate`
+    says. Integers wrap around, or saturate.
+    """
     span = 4 * (32 // BITS[form_a])  # columns of k that one register covers across four lanes
-    a_places = [(row, column) for column in range(0, k, span) for row in (0, 8)]
+    a_places = [(row, column) for column in range(0, k, span) for row in range(0, rows, 8)]
     b_places = [(0, column) for column in range(0, k, span)]
+    counts = len(a_places), len(b_places), rows // 8 if kind == "f16" else rows // 4
 
     def run(m, ws, active, instr, a, b, c):
         _require_warp(m, ws, active, instr)
-        left = _gather(ws, a, form_a, 16, k, a_places)
+        if (len(a), len(b), len(c)) != counts:
+            found = f"{instr.opcode} with {len(a)}, {len(b)} and {len(c)} registers"
+            raise UnsupportedInstruction(f"PTX line {instr.line}: {found}, it takes {counts}")
+        left = _gather(ws, a, form_a, rows, k, a_places)
         right = _gather(ws, b, form_b, 8, k, b_places)
-        product = left @ np.swapaxes(right, -1, -2)
-        results = []
-        for i in range(2 if half_result else 4):
-            row = _G + 8 * (i if half_result else i // 2)
-            if half_result:
-                parts = []
-                for half in (0, 1):
-                    old = (ws.full(c[i]) >> U32(16 * half)).astype(U16).view(np.float16).astype(np.float64)
-                    parts.append((product[..., row, 2 * _T + half] + old).astype(np.float16).view(U16))
-                results.append(pack16(parts[1], parts[0]))
-            else:
-                old = ws.full(c[i]).view(np.float32).astype(np.float64)
-                results.append((product[..., row, 2 * _T + i % 2] + old).astype(np.float32).view(U32))
-        return tuple(results)
+        start = _accumulator(ws, c, kind, rows)
+        if kind != "s32" and m.accumulation == "exact":
+            forms = (form_a, form_b)
+            return _registers(fused_dot(left, right, start, forms, mma_model(kind)), kind, rows)
+        d = left @ np.swapaxes(right, -1, -2) + start
+        return _registers(np.clip(d, -(2.0**31), 2.0**31 - 1) if saturate else d, kind, rows)
 
     return run
 
 
-for _a, _b, _k in (
-    *((t, t, k) for t in ("f16", "bf16") for k in (8, 16)),
-    *(("tf32", "tf32", k) for k in (4, 8)),
-    *((a, b, 32) for a in ("e4m3", "e5m2") for b in ("e4m3", "e5m2")),
+for _a, _b, _k, _kinds in (
+    *(("f16", "f16", k, ("f32", "f16")) for k in (8, 16)),
+    *(("bf16", "bf16", k, ("f32",)) for k in (8, 16)),
+    *(("tf32", "tf32", k, ("f32",)) for k in (4, 8)),
+    *((a, b, k, ("f32", "f16")) for a in ("e4m3", "e5m2") for b in ("e4m3", "e5m2") for k in (16, 32)),
 ):
-    _name = f"mma.sync.aligned.m16n8k{_k}.row.col"
-    effect(f"{_name}.f32.{_a}.{_b}.f32", "*u=*u,*u,*u", "9.7.14.5.14")(_mma(_a, _b, _k, False))
-    if _a == "f16":
-        effect(f"{_name}.f16.{_a}.{_b}.f16", "*u=*u,*u,*u", "9.7.14.5.14")(_mma(_a, _b, _k, True))
+    for _kind in _kinds:
+        _name = f"mma.sync.aligned.m16n8k{_k}.row.col.{_kind}.{_a}.{_b}.{_kind}"
+        effect(_name, "*u=*u,*u,*u", "9.7.14.5.14")(_mma(_a, _b, 16, _k, _kind))
+for _size, _shapes in ((8, ((8, 16), (16, 16), (16, 32))), (4, ((8, 32), (16, 32), (16, 64)))):
+    for _a, _b, (_rows, _k) in itertools.product((f"s{_size}", f"u{_size}"), (f"s{_size}", f"u{_size}"), _shapes):
+        _name = f"mma.sync.aligned.m{_rows}n8k{_k}.row.col.s32.{_a}.{_b}.s32{{}}"
+        for _saturate in (False, True):
+            _run = _mma(_a, _b, _rows, _k, "s32", _saturate)
+            effect(_name.format(".satfinite" if _saturate else ""), "*u=*u,*u,*u", "9.7.14.5.14")(_run)

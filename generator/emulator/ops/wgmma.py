@@ -11,6 +11,7 @@ _TYPES = {
     "8": ("f32.tf32.tf32",),
     "32": tuple(f"{d}.{a}.{b}" for d in ("f32", "f16") for a in ("e4m3", "e5m2") for b in ("e4m3", "e5m2")),
 }
+_INTEGERS = tuple(f"s32.{a}.{b}{end}" for a in ("s8", "u8") for b in ("s8", "u8") for end in ("", ".satfinite"))
 
 
 def mma_async(m, ws, active, instr, d, a_registers, a, b, accumulate, scale_a=1, scale_b=1, *transposed):
@@ -40,6 +41,11 @@ for _k, _types in _TYPES.items():
                 "9.7.15.5.2",
                 in_flight=True,
             )(mma_async)
+
+
+for _type in _INTEGERS:
+    for _n in (8, 16, 24, *range(32, 257, 16)):
+        effect(f"wgmma.mma_async.sync.aligned.m64n{_n}k32.{_type}", "*u=x,U,p", "9.7.15.5.2", in_flight=True)(mma_async)
 
 
 @effect("wgmma.fence.sync.aligned", "=", "9.7.15.7.1")
