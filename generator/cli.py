@@ -51,6 +51,7 @@ Script = typer.Argument(..., metavar="SCRIPT", help="a CuTe DSL program, as it w
 Arguments = typer.Argument(None, metavar="[ARGS]...", help="the program's own")
 Arch = typer.Option("sm_100a", "--arch", metavar="sm_90a|sm_100a", help="the GPU's architecture")
 Accumulation = typer.Option("fast", "--accumulation", help="how tensor cores add: fast (float32), or exact (bit model)")
+Fast = typer.Option(False, "--fast", help="skip the hazard checks: several times faster, the same results")
 Sms = typer.Option(4, "--sms", min=1, help="multiprocessors that the GPU says it has")
 LineInfo = typer.Option(False, "--lineinfo", help="compile with line information: messages name the source line")
 LaunchesFile = typer.Option(None, "--json", metavar="FILE", help="write what was launched here")
@@ -159,12 +160,13 @@ def verify(
     backend: str = Backend,
     seed: int = Seed,
     lineinfo: bool = LineInfo,
+    fast: bool = Fast,
     as_json: bool = Json,
 ) -> None:
     """Run the kernel on random inputs and compare with NumPy. Exit code 1 when a shape fails."""
     chosen = plan_kernel(kernel_spec(kernel, fields))
     shapes = _shapes(chosen, shape)
-    rows = _verified(chosen, _compiled(chosen, None, lineinfo), shapes, backend, seed)
+    rows = _verified(chosen, _compiled(chosen, None, lineinfo), shapes, backend, seed, not fast)
     if as_json:
         print(present.document(rows))
     else:
@@ -216,6 +218,7 @@ def emulate(
     sms: int = Sms,
     lineinfo: bool = LineInfo,
     accumulation: str = Accumulation,
+    fast: bool = Fast,
     json_file: Path | None = LaunchesFile,
 ) -> None:
     """Run a CuTe DSL program on the emulator, NumPy or CPU torch arrays standing for device tensors.
@@ -224,7 +227,7 @@ def emulate(
     """
     from .emulator.script import run_script
 
-    run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo, accumulation=accumulation)
+    run = run_script(script, arguments or [], arch, sms, strict=not fast, lineinfo=lineinfo, accumulation=accumulation)
     if run.launches:
         present.console(to_stderr=True, for_tables=True).print(present.launches_table(run.launches))
     for message in [run.message] if run.error is not None else run.hazards:
@@ -269,10 +272,12 @@ def _shapes(chosen: Plan, texts: list[str] | None) -> list[Shape]:
     return [parse_shape(text, chosen.spec.q_heads_per_kv) for text in texts]
 
 
-def _verified(chosen: Plan, binary: Any, shapes: list[Shape], backend: str, seed: int) -> list[dict[str, Any]]:
+def _verified(
+    chosen: Plan, binary: Any, shapes: list[Shape], backend: str, seed: int, strict: bool = True
+) -> list[dict[str, Any]]:
     from .verify import verify_kernel
 
-    results = (verify_kernel(binary, shape, backend=backend, seed=seed).as_dict() for shape in shapes)
+    results = (verify_kernel(binary, shape, backend=backend, seed=seed, strict=strict).as_dict() for shape in shapes)
     return list(present.track(results, len(shapes), "verify", present.row_summary))
 
 

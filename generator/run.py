@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -69,15 +69,23 @@ def run_kernel(
     return tuple(_like(q, output.array) for output in run.outputs)
 
 
-def run_observed(binary: Binary, q: Any, k: Any, v: Any, scale: float | None = None, backend: str | None = None) -> Run:
-    """run_kernel on CPU arrays, with outputs that tell what was written. For verification."""
+def run_observed(
+    binary: Binary,
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: float | None = None,
+    backend: str | None = None,
+    strict: bool = True,
+) -> Run:
+    """run_kernel on CPU arrays, with outputs that tell what was written; strict: see Gpu. For verification."""
     views = check_inputs(binary.spec, q, k, v)
     if views[0].device != "cpu":
         raise CallError("device", views[0].device, "only CPU arrays are observed", "pass NumPy arrays")
     scale = _check_scale(binary, scale)
     outputs = tuple(Output(*layout) for layout in output_layout(binary.spec, views[0]))
     backend = _check_backend(backend, views)
-    execute = {"emulator": _run_emulated, "cuda": _run_copied}[backend]
+    execute = {"emulator": partial(_run_emulated, strict=strict), "cuda": _run_copied}[backend]
     _host_function(binary.host_object, binary.host_symbol, backend)  # loaded once a kernel, not timed
     start = time.perf_counter()
     launches = execute(binary, views, outputs, scale)
@@ -134,8 +142,10 @@ def _host_function(host_object: bytes, symbol: str, backend: str) -> HostFunctio
 # --- the emulator ---------------------------------------------------------------------------------------------------
 
 
-def _run_emulated(binary: Binary, views: Sequence[View], outputs: Sequence[Output], scale: float) -> tuple[Any, ...]:
-    gpu = Gpu(arch=binary.spec.arch, strict=True)
+def _run_emulated(
+    binary: Binary, views: Sequence[View], outputs: Sequence[Output], scale: float, strict: bool
+) -> tuple[Any, ...]:
+    gpu = Gpu(arch=binary.spec.arch, strict=strict)
     gpu.labels = _labels(binary.plan.budget)
     for names, address, size in merged_spans(views):
         gpu.add_array((address, size), name=names, initialized=True)

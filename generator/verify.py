@@ -92,8 +92,11 @@ class Report:
         return f"{where}: " + ("passed" if self.passed else "; ".join(self.failures))
 
 
-def verify_kernel(binary: Binary, shape: Sequence[int], *, backend: str = "emulator", seed: int = 0) -> Report:
-    """Run the kernel on random data of `shape` (B, Hq, Hkv, Sq, Skv) and compare it with the reference.
+def verify_kernel(
+    binary: Binary, shape: Sequence[int], *, backend: str = "emulator", seed: int = 0, strict: bool = True
+) -> Report:
+    """Run the kernel on random data of `shape` (B, Hq, Hkv, Sq, Skv) and compare it with the reference; strict: with
+    the emulator's hazard checks.
 
     Hazards and launch failures are failed reports, not exceptions; a shape that the kernel was not built for raises
     CallError, and a machine without the GPU asked for raises RunError.
@@ -102,7 +105,7 @@ def verify_kernel(binary: Binary, shape: Sequence[int], *, backend: str = "emula
     q, k, v = random_inputs(spec.dtype, shape, spec.head_dim, spec.v_dim, seed)
     start = time.perf_counter()
     try:
-        run = run_observed(binary, q, k, v, backend=backend)
+        run = run_observed(binary, q, k, v, backend=backend, strict=strict)
     except EmulatorError as error:
         hazards = int(isinstance(error, (Hazard, Deadlock)))
         failure = f"{type(error).__name__}: {error}"

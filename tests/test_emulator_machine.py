@@ -172,8 +172,8 @@ def test_an_unknown_kernel_a_cluster_and_an_unknown_device():
     refused(r"grid \(1, 1, 1\) is not a multiple of cluster \(2, 1, 1\)", cluster=(2, 1, 1))
     with pytest.raises(LaunchError, match="sm_80"):
         Gpu("sm_80")
-    with pytest.raises(LaunchError, match="strict=False is not implemented"):
-        Gpu(strict=False)
+    with pytest.raises(LaunchError, match="strict is 0: True or False"):
+        Gpu(strict=0)
 
 
 def test_arrays_may_not_overlap_but_may_come_twice():

@@ -173,7 +173,7 @@ class BlockWriter(OperandWriter):
         arguments = [*map(str, indices), *arguments, *(self.read(operand, "k", instr) for operand in rest)]
         active = "ws.mask" if guard is None else self.let(f"ws_active(ws, {guard})")
         used = [*indices[0], *indices[1]]
-        if not self.fenced or not self.unfenced.keys().isdisjoint(used):
+        if self.owner.strict and (not self.fenced or not self.unfenced.keys().isdisjoint(used)):
             self._note_unfenced()
             self.lines.append(f"m.wgmma.require_fence(ws, {active}, {used}, {self.owner.info(instr)})")
         call = f"{self.owner.function(entry)}(m, ws, {active}, {self.owner.info(instr)}, {', '.join(arguments)})"

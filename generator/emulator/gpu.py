@@ -75,7 +75,7 @@ class LaunchCase:
         Raises:
             LaunchError, Hazard, Deadlock, UnsupportedInstruction: see `errors`.
         """
-        program = program or _translate(text or self.text, self.kernel)
+        program = program or _translate(text or self.text, self.kernel, self.gpu.strict)
         total = program.static_shared + self.smem_bytes
         if total > SMEM_LIMIT[self.gpu.arch]:
             raise LaunchError(
@@ -91,7 +91,7 @@ class LaunchCase:
             for first in range(0, len(ctas), wave):
                 machine = Machine(
                     *(program, ctas[first : first + wave], self.grid, self.block, self.smem_bytes, values),
-                    *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation),
+                    *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict),
                 )
                 machine.run()
                 executed += machine.executed
@@ -132,8 +132,8 @@ def _parse(text: str) -> Module:
 
 
 @lru_cache(maxsize=64)
-def _translate(text: str, name: str) -> Program:
-    return Translator(_parse(text).kernels[name]).translate()
+def _translate(text: str, name: str, strict: bool) -> Program:
+    return Translator(_parse(text).kernels[name], strict).translate()
 
 
 class Gpu:
@@ -141,7 +141,8 @@ class Gpu:
 
     Args:
         arch: "sm_100a" or "sm_90a".
-        strict: reserved for the hazard levels; only True exists, every check is on.
+        strict: every check is on. False is the fast mode: the same results for a right kernel, but no check of
+            uninitialized reads, asynchronous use or fences. Bounds, mbarrier counts and deadlocks are always checked.
         accumulation: how tensor cores add up products: "fast", in float32 by BLAS, or "exact", each instruction by the
             alignment-and-truncation model of `accumulate`.
     """
@@ -149,11 +150,11 @@ class Gpu:
     def __init__(self, arch: str = "sm_100a", strict: bool = True, accumulation: str = "fast"):
         if arch not in SMEM_LIMIT:
             raise LaunchError(f"arch is {arch!r}: the emulator knows {', '.join(SMEM_LIMIT)}")
-        if strict is not True:
-            raise LaunchError("strict=False is not implemented: the emulator always checks")
+        if not isinstance(strict, bool):
+            raise LaunchError(f"strict is {strict!r}: True or False")
         if accumulation not in MODES:
             raise LaunchError(f"accumulation is {accumulation!r}: one of {', '.join(MODES)}")
-        self.arch, self.accumulation = arch, accumulation
+        self.arch, self.strict, self.accumulation = arch, strict, accumulation
         self.gmem = GlobalMemory()
         self.labels = Labels()
         self.launches: list[LaunchReport] = []

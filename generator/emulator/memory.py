@@ -40,15 +40,18 @@ PARAM_BASE = 0x7F00_0000_0000_0000  # generic address of the parameter space, ou
 class SharedMemory:
     """Shared memory of every CTA of a wave: data and state u8 [n_cta, size], addresses from WINDOW_BASE."""
 
-    def __init__(self, n_cta: int, size: int):
+    def __init__(self, n_cta: int, size: int, states: bool = True):
+        """Without `states` nothing is known of the cells, and nothing checked."""
         self.size = size
         self.stride = -(-max(size, 16) // 1024) * 1024
         self.data = np.full((n_cta, self.stride), 0xFF, np.uint8)
-        self.state = np.zeros((n_cta, self.stride), np.uint8)
         self.flat = {w: self.data.reshape(-1).view(t) for w, t in UINT.items()}
-        self.flat_state = {w: self.state.reshape(-1).view(t) for w, t in UINT.items()}
         self.chunks = self.data.view(np.complex128)  # [n_cta, size / 16]: 16-byte chunks, as the one dtype of that size
-        self.chunk_state = self.state.view(np.complex128)
+        self.flat_state: dict[int, np.ndarray] = {}
+        if states:
+            self.state = np.zeros((n_cta, self.stride), np.uint8)
+            self.flat_state = {w: self.state.reshape(-1).view(t) for w, t in UINT.items()}
+            self.chunk_state = self.state.view(np.complex128)
         self.unfenced: list[tuple[int, np.ndarray]] = []  # (width, flat indices) of stores with no proxy fence since
 
     def fence_proxy(self, ctas: np.ndarray) -> None:
@@ -96,9 +99,9 @@ class TensorMemory:
 
     COLUMNS = 512
 
-    def __init__(self, n_cta: int):
+    def __init__(self, n_cta: int, states: bool = True):
         self.data = np.full((self.COLUMNS, 4, n_cta, 32), 0xFFFFFFFF, np.uint32)
-        self.state = np.zeros((self.COLUMNS, 4, 2, n_cta), np.uint8)
+        self.state = np.zeros((self.COLUMNS, 4, 2, n_cta), np.uint8) if states else None
         self.allocated = np.zeros((self.COLUMNS, n_cta), bool)
         self.blocks: list[dict[int, int]] = [{} for _ in range(n_cta)]
         self.relinquished = np.zeros(n_cta, bool)
@@ -109,7 +112,8 @@ class TensorMemory:
         for start in range(0, self.COLUMNS - columns + 1, columns):
             if not self.allocated[start : start + columns, cta].any():
                 self.allocated[start : start + columns, cta] = True
-                self.state[start : start + columns, :, :, cta] = UNWRITTEN
+                if self.state is not None:
+                    self.state[start : start + columns, :, :, cta] = UNWRITTEN
                 self.blocks[cta][start] = columns
                 self.peak[cta] = max(self.peak[cta], self.allocated[:, cta].sum())
                 return start

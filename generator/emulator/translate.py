@@ -102,7 +102,9 @@ class Translator:
         "total_smem_size",
     )
 
-    def __init__(self, kernel: Kernel):
+    def __init__(self, kernel: Kernel, strict: bool = True):
+        """`strict`: with checks of registers that may be unwritten or in flight."""
+        self.strict = strict
         kernel = self.kernel = replace(kernel, instrs=fold_scale_d(kernel))
         self.blocks = find_blocks(kernel)
         solve_liveness(kernel, self.blocks)
@@ -116,8 +118,10 @@ class Translator:
         self.params: list[tuple[int, str]] = []
         self.param_slots: dict[tuple[int, str], int] = {}
         self.paired = self._find_paired()
-        self.checked = self._find_checked()
+        self.checked = self._find_checked() if strict else set()
         self.in_flight, self.d_registers, self.accumulators = self._find_in_flight()
+        if not strict:
+            self.in_flight = set()
         self.static_shared, self.shared_offsets = self._place_shared()
 
     def _find_paired(self) -> set[int]:

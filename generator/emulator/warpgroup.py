@@ -206,7 +206,7 @@ class Warpgroups:
 
     def _check_registers(self, chain: Chain) -> None:
         """Registers in flight may be used again only as the same accumulator, or as A."""
-        if not any(self.busy[i] for i in (*chain.d, *chain.a_registers)):
+        if not self.machine.strict or not any(self.busy[i] for i in (*chain.d, *chain.a_registers)):
             return
         d, a = set(chain.d), set(chain.a_registers)
         for other in self.chains:
@@ -218,6 +218,8 @@ class Warpgroups:
 
     def _require(self, chain: Chain, side: int, where) -> None:
         """The operand's bytes may be read by the asynchronous proxy."""
+        if not self.machine.strict:
+            return
         for at in alike([step[side] for step in chain.steps], len(chain.warps)):
             ctas = np.unique(chain.ctas[at])
             for operand in chain.operands(side, int(at[0]), where):

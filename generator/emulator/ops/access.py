@@ -140,6 +140,9 @@ def place(m, cta: int, address: int, nbytes: int, where, shared: bool):
             raise UnsupportedInstruction(f"{where}: an atomic on another CTA's shared memory is not supported yet")
         if offset < 0 or offset + nbytes > m.smem.size or offset % nbytes:
             raise Hazard(f"{where}: shared offset {offset} is out of bounds or misaligned for {nbytes} bytes")
+        data = m.smem.data[cta, offset : offset + nbytes]
+        if not m.strict:
+            return data, lambda: None
         state = m.smem.state[cta, offset : offset + nbytes]
         for code in state.tolist():
             if code not in (VALID, GENERIC):
@@ -150,7 +153,7 @@ def place(m, cta: int, address: int, nbytes: int, where, shared: bool):
             state[:] = GENERIC
             m.smem.unfenced.append((1, cta * m.smem.stride + offset + np.arange(nbytes)))
 
-        return m.smem.data[cta, offset : offset + nbytes], wrote
+        return data, wrote
     if address % nbytes:
         raise Hazard(f"{where}: global address {address:#x} is misaligned: it must be a multiple of {nbytes}")
     start, view = m.gmem.require(address, address + nbytes, where)

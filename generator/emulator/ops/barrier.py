@@ -42,7 +42,8 @@ def mbarrier_init(m, ws, active, instr, address, count):
         where = m.where(ws, instr, lanes & (offsets == offset))
         value = _uniform(ws, lanes & (offsets == offset), count, where)
         m.mbarriers.init(offset, ctas, value, where)
-        m.smem.state[ctas, offset : offset + 8] = MBARRIER
+        if m.strict:
+            m.smem.state[ctas, offset : offset + 8] = MBARRIER
 
 
 @effect(f"mbarrier.inval{SHARED}.b64", "=a", "9.7.13.15.10")
@@ -51,7 +52,8 @@ def mbarrier_inval(m, ws, active, instr, address):
         slot = m.mbarriers.slot(offset)
         m.mbarriers.require_live(slot, ctas, m.where(ws, instr))
         m.mbarriers.live[slot, ctas] = False
-        m.smem.state[ctas, offset : offset + 8] = UNWRITTEN
+        if m.strict:
+            m.smem.state[ctas, offset : offset + 8] = UNWRITTEN
 
 
 def _arrive(m, ws, active, instr, address, count, nbytes):

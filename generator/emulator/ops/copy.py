@@ -46,11 +46,12 @@ def cp_async(m, ws, active, instr, destination, source, size, used=None, policy=
     ):
         if count:
             m.gmem.require(address, address + count, where)
-        state = m.smem.state[cta, offset : offset + size]
-        for code in (MBARRIER, TMA_PENDING):
-            if (state == code).any():
-                raise Hazard(f"{where}: writes shared memory although {REASONS[code]}")
-        state[:] = COPY_PENDING
+        if m.strict:
+            state = m.smem.state[cta, offset : offset + size]
+            for code in (MBARRIER, TMA_PENDING):
+                if (state == code).any():
+                    raise Hazard(f"{where}: writes shared memory although {REASONS[code]}")
+            state[:] = COPY_PENDING
         copies.setdefault((warp, cta, lane), [[]])[-1].append((offset, address, size, count, where))
 
 
@@ -65,8 +66,9 @@ def _finish(m, cta: int, jobs: list) -> None:
                 raise Hazard(f"{where}: copies global memory although {REASONS[UNWRITTEN]}")
             raw[:count] = view[address - start : address - start + count]
         m.smem.data[cta, offset : offset + size] = raw
-        m.smem.state[cta, offset : offset + size] = GENERIC
-        m.smem.unfenced.append((1, cta * m.smem.stride + offset + np.arange(size)))
+        if m.strict:
+            m.smem.state[cta, offset : offset + size] = GENERIC
+            m.smem.unfenced.append((1, cta * m.smem.stride + offset + np.arange(size)))
     jobs.clear()
 
 

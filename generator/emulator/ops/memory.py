@@ -104,10 +104,11 @@ def ld_shared(m, ws, active, instr, address):
     width, count = shape_of(instr)
     offsets = shared_offsets(m, ws, active, instr, address, width * count)
     at = (ws.cta * m.smem.stride + offsets) // width
-    data, state = m.smem.flat[width], m.smem.flat_state[width]
+    data, state = m.smem.flat[width], m.smem.flat_state.get(width)
     results = []
     for i in range(count):
-        check_state(m, ws, active, instr, state[at + i], width, address)
+        if m.strict:
+            check_state(m, ws, active, instr, state[at + i], width, address)
         results.append(to_register(data[at + i], instr, width))
     return tuple(results) if count > 1 else results[0]
 
@@ -119,16 +120,24 @@ def st_shared(m, ws, active, instr, address, values):
     at = np.broadcast_to((ws.cta * m.smem.stride + offsets) // width, (*ws.lead, 32))
     chosen = slice(None) if active is None else np.broadcast_to(active, at.shape)
     at = at[chosen]
-    data, state = m.smem.flat[width], m.smem.flat_state[width]
+    if m.strict:
+        _note_store(m, ws, active, instr, address, at, width, count)
+    data = m.smem.flat[width]
+    for i, value in enumerate(values):
+        data[at + i] = ws.full(value)[chosen].astype(UINT[width], copy=False)
+
+
+def _note_store(m, ws, active, instr, address, at, width: int, count: int) -> None:
+    """`count` neighbouring elements from each index in `at` on are stored: they may be, and what that makes of them."""
+    state = m.smem.flat_state[width]
     if m.tensor_core.issued or m.sources or m.wgmma.chains:
         ctas, chunks = np.divmod(np.ravel(at) * width, m.smem.stride)
         m.check_overwrite(ctas, chunks // 16, m.where(ws, instr, True if active is None else active, address))
-    for i, value in enumerate(values):
+    for i in range(count):
         for code in (MBARRIER, TMA_PENDING, COPY_PENDING):
             if (state[at + i] & UINT[width](0xFF) == code).any():
                 where = m.where(ws, instr, True if active is None else active, address)
                 raise Hazard(f"{where}: writes shared memory although {REASONS[code]}")
-        data[at + i] = ws.full(value)[chosen].astype(UINT[width])
         state[at + i] = GENERIC_WORD[width]
         m.smem.unfenced.append((width, np.ravel(at + i)))
 
@@ -211,7 +220,8 @@ def fence_proxy_async(m, ws, active, instr):
     """Ordinary stores before it are visible to TMA and the tensor core after it. Any thread's fence serves its CTA: one
     by the issuing thread, after a barrier, is as good as one by the writers.
     """
-    m.smem.fence_proxy(np.unique(ws.cta))
+    if m.strict:
+        m.smem.fence_proxy(np.unique(ws.cta))
 
 
 @effect("fence.proxy.async.global fence.mbarrier_init.release.cluster", "=", "9.7.13.4")

@@ -48,7 +48,8 @@ def alloc(m, ws, active, instr, destination, columns):
                 "would block for ever"
             )
         m.smem.flat[4][(cta * m.smem.stride + offset) // 4] = start
-        m.smem.flat_state[4][(cta * m.smem.stride + offset) // 4] = VALID_WORD[4]
+        if m.strict:
+            m.smem.flat_state[4][(cta * m.smem.stride + offset) // 4] = VALID_WORD[4]
 
 
 @effect("tcgen05.dealloc.cta_group::{1,2}.sync.aligned.b32", "=u,u", "9.7.16.7.1")
@@ -60,11 +61,12 @@ def dealloc(m, ws, active, instr, address, columns):
                 f"{m.where(ws, instr)}: tcgen05.dealloc of {columns} columns at {start:#x}, which is not "
                 f"an allocation of CTA {m.name_cta(cta)}: {m.tmem.blocks[cta]}"
             )
-        if (m.tmem.state[start : start + columns, :, :, cta] == MMA_PENDING).any():
+        if m.strict and (m.tmem.state[start : start + columns, :, :, cta] == MMA_PENDING).any():
             raise Hazard(f"{m.where(ws, instr)}: tcgen05.dealloc although {REASONS[MMA_PENDING]}")
         del m.tmem.blocks[cta][start]
         m.tmem.allocated[start : start + columns, cta] = False
-        m.tmem.state[start : start + columns, :, :, cta] = UNWRITTEN
+        if m.strict:
+            m.tmem.state[start : start + columns, :, :, cta] = UNWRITTEN
 
 
 @effect("tcgen05.relinquish_alloc_permit.cta_group::{1,2}.sync.aligned", "=", "9.7.16.7.1")
@@ -101,6 +103,8 @@ def _cells(m, ws, active, instr, address, columns: int):
             f"{_at_warps(m, ws, instr, outside)}: TMEM columns {int(column.max())} to "
             f"{int(column.max()) + columns - 1} are out of bounds (512 columns)"
         )
+    if not m.strict:
+        return quarter, ctas, column
     wide = column[:, None] + np.arange(columns)
     free = ~m.tmem.allocated[wide, ctas[:, None]]
     if free.any():
@@ -145,12 +149,12 @@ def ld_32x32b(m, ws, active, instr, address):
     if block is not None:
         span = slice(int(column[0]), int(column[0]) + columns)
         values = m.tmem.data[span, block[0], block[1]].copy()
-        states = m.tmem.state[span, block[0], :, block[1]]
     else:
         wide = (column[:, None] + np.arange(columns)).T
         values = m.tmem.data[wide, quarter, ctas].reshape(columns, *ws.lead, 32)
-        states = m.tmem.state[wide, quarter, :, ctas]
-    _require_cells(m, ws, instr, states, column, states != VALID, ("reads", "read"))
+    if m.strict:
+        states = _states(m, block, quarter, ctas, column, columns)
+        _require_cells(m, ws, instr, states, column, states != VALID, ("reads", "read"))
     return tuple(values)
 
 
@@ -162,16 +166,24 @@ def st_32x32b(m, ws, active, instr, address, values):
         first = int(column[0])
         for i, value in enumerate(values):
             m.tmem.data[first + i, block[0], block[1]] = value
-        old = m.tmem.state[first : first + columns, block[0], :, block[1]]
     else:
         wide = (column[:, None] + np.arange(columns)).T
         for i, value in enumerate(values):
             m.tmem.data[wide[i], quarter, ctas] = ws.full(value).reshape(-1, 32)
-        old = m.tmem.state[wide, quarter, :, ctas]
+    if not m.strict:
+        return
+    old = _states(m, block, quarter, ctas, column, columns)
     _require_cells(m, ws, instr, old, column, old == MMA_PENDING, ("writes", "written"))
     m.tensor_core.check_a_columns(ctas, column, columns, m.where(ws, instr))
     _mark(m, quarter, ctas, column, columns, ST_PENDING)
     m.stores.append((ws, quarter, ctas, column, columns))
+
+
+def _states(m, block, quarter, ctas, column, columns: int) -> np.ndarray:
+    """States of the cells that a batch of warps touches."""
+    if block is not None:
+        return m.tmem.state[int(column[0]) : int(column[0]) + columns, block[0], :, block[1]]
+    return m.tmem.state[(column[:, None] + np.arange(columns)).T, quarter, :, ctas]
 
 
 def _mark(m, quarter, ctas, column, columns, state) -> None:
@@ -186,6 +198,8 @@ for _n in (1, 2, 4, 8, 16, 32, 64, 128):
 @effect("tcgen05.wait::st.sync.aligned", "=", "9.7.16.8.5")
 def wait_st(m, ws, active, instr):
     """The warp's earlier tcgen05.st are complete."""
+    if not m.stores:
+        return
     left = []
     mine = np.zeros((m.n_warps, m.n_cta), bool)
     mine[ws.index] = True
@@ -275,14 +289,8 @@ def _issue(m, ctas, group, a_kind, d, a, b, idesc, accumulate, where) -> None:
     if d >> 16:
         raise Hazard(f"{where}: the accumulator's TMEM address {d:#x} must start at lane 0")
     check_columns(m, ctas, d, shape.n, "accumulator", where)
-    state = m.tmem.state[d : d + shape.n, :, :, ctas]
-    if (state == ST_PENDING).any():
-        raise Hazard(f"{where}: the accumulator may not be used: {REASONS[ST_PENDING]}")
-    if accumulate and (state == UNWRITTEN).any():
-        raise Hazard(
-            f"{where}: accumulates onto {shape.n} columns from {m.labels.column_at(d)} on, which were "
-            "never written: the first MMA must not accumulate"
-        )
+    if m.strict:
+        _check_accumulator(m, ctas, d, shape, accumulate, where)
     if a_kind == "tmem":
         if a >> 16 or shape.a_mn:
             raise Hazard(f"{where}: A in TMEM must start at lane 0 and cannot be transposed")
@@ -294,9 +302,21 @@ def _issue(m, ctas, group, a_kind, d, a, b, idesc, accumulate, where) -> None:
         require_shared(m, ctas, operand_a, "A", where)
     operand_b = shared_operand(b, shape.n // group, shape.b_mn, where)
     require_shared(m, ctas, operand_b, "B", where)
-    m.tmem.state[d : d + shape.n, :, :, ctas] = MMA_PENDING
+    if m.strict:
+        m.tmem.state[d : d + shape.n, :, :, ctas] = MMA_PENDING
     bits = m.queue.sets.bits(ctas)
     m.tensor_core.issue(Mma(ctas, bits, d, shape, operand_a, operand_b, bool(accumulate), where))
+
+
+def _check_accumulator(m, ctas, d, shape, accumulate, where) -> None:
+    state = m.tmem.state[d : d + shape.n, :, :, ctas]
+    if (state == ST_PENDING).any():
+        raise Hazard(f"{where}: the accumulator may not be used: {REASONS[ST_PENDING]}")
+    if accumulate and (state == UNWRITTEN).any():
+        raise Hazard(
+            f"{where}: accumulates onto {shape.n} columns from {m.labels.column_at(d)} on, which were "
+            "never written: the first MMA must not accumulate"
+        )
 
 
 @effect(

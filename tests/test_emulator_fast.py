@@ -1,0 +1,72 @@
+"""Fast mode (strict=False): the same bits as with every check, bounds and deadlocks still caught."""
+
+import numpy as np
+import ptx_kernels
+import pytest
+from ptx_kernels import fails, run
+
+import generator
+from generator.emulator import Deadlock, Gpu, Hazard
+from generator.run import run_observed
+from generator.verify import random_inputs
+
+FORMS = {
+    "tmem": {"head_dim": 32, "causal": True, "q_heads_per_kv": 2},
+    "smem": {"head_dim": 64, "p_staging": "smem", "dtype": "fp16"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fast_and_strict_give_the_same_bits(form):
+    kernel = generator.build(**FORMS[form])
+    dim, dtype = kernel.spec.head_dim, kernel.spec.dtype
+    inputs = random_inputs(dtype, (1, 2, 1 if form == "tmem" else 2, 130, 300), dim, dim, seed=1)
+    strict, fast = (run_observed(kernel.binary, *inputs, strict=strict) for strict in (True, False))
+    for ours, theirs in zip(strict.outputs, fast.outputs, strict=True):
+        assert ours.array.tobytes() == theirs.array.tobytes()
+    assert strict.launches[0].opcodes == fast.launches[0].opcodes
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Kernels of this test run in fast mode."""
+    monkeypatch.setattr(ptx_kernels, "Gpu", lambda: Gpu(strict=False))
+
+
+UNWRITTEN = "ld.shared.b32 %r2, [%s4]; add.u32 %r3, %r4, %r2; st.global.b32 [%out_g], %r2;"
+
+
+def test_fast_mode_does_not_check_what_was_written(fast):
+    out = np.zeros(32, np.uint32)
+    run(UNWRITTEN, out=out)
+    assert (out == 0xFFFFFFFF).all()
+
+
+def test_strict_mode_does():
+    fails(Hazard, UNWRITTEN, "never written", out=np.zeros(32, np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("ld.shared.b32 %r2, [%s4+1024];", "out of bounds"),
+        ("st.shared.b32 [%s4+2], %tid;", "misaligned"),
+        ("st.global.b32 [%out_g+128], %tid;", "is out of bounds"),
+        ("mbarrier.init.shared.b64 [%s], 1; mbarrier.arrive.shared.b64 _, [%s];", "arrival overflow"),
+    ],
+)
+def test_fast_mode_keeps_to_the_memory_and_the_barriers(body, message, fast):
+    fails(Hazard, body, message, out=np.zeros(32, np.uint32))
+
+
+def test_fast_mode_reports_a_deadlock(fast):
+    body = """setp.ne.u32 %p1, %tid, 0;
+    @!%p1 mbarrier.init.shared.b64 [%s], 1;
+    bar.sync 0;
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%s], 0;
+    @!%p2 bra WAIT;"""
+    fails(Deadlock, body, "for parity 0 of the mbarrier")
+
+
+def test_strict_must_be_said_plainly():
+    assert Gpu().strict and not Gpu(strict=False).strict
