@@ -404,13 +404,6 @@ def test_bad_arguments_of_attached(options):
         pass
 
 
-def test_tvm_ffi_is_refused():
-    with attached("sm_100a"), pytest.raises(HostError, match="--enable-tvm-ffi is not emulated"):
-        module = load("vector_add")
-        arrays = module.tensors(*[np.zeros(5, np.float32)] * 3)
-        module.cute.compile(module.add, *arrays, options="--enable-tvm-ffi")
-
-
 def test_one_emulator_at_a_time():
     with attached("sm_100a"), pytest.raises(HostError, match="attached already"), attached("sm_90a"):
         pass

@@ -120,7 +120,7 @@ def test_exception_wins_over_the_error_that_its_code_causes(runtime):
         raise RuntimeError(f"CUDA error {launch(runtime, kernel_handle(runtime))}")
 
 
-@pytest.mark.parametrize("name", ["_cudaMalloc", "_cudaGraphLaunch", "cuda_dialect_init_library_once"])
+@pytest.mark.parametrize("name", ["_cudaMalloc", "_cudaGraphLaunch", "CuteDSLRT_Function_Run"])
 def test_unimplemented_symbol_is_an_error(runtime, name):
     message = f"called {name}, which the emulated CUDA runtime does not implement"
     with pytest.raises(host.HostError, match=message), host.attached(Recorder(), PTX, CUBIN):

@@ -9,6 +9,7 @@ frames; when there is none, the pointer stays unknown and an access through it i
 from __future__ import annotations
 
 import bisect
+import ctypes
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from .gpu import Gpu
 
 _NAMES_IN_MESSAGES = 4
 _ITEMS_LOOKED_AT = 64  # of a list or dict in a variable
+_CPU, _CUDA = 1, 2  # DLDeviceType
 
 
 class KnownArrays:
@@ -82,11 +84,32 @@ def span_of(value: Any) -> tuple[int, int] | None:
         low, high = np.lib.array_utils.byte_bounds(value)
         return int(low), int(high)
     torch = sys.modules.get("torch")
-    if torch is None or type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device.type != "cpu":
+    if torch is None or type(value) not in (torch.Tensor, torch.nn.Parameter):
         return None  # a fake tensor, which has no memory, is of another type
-    low = value.data_ptr()
-    last = sum((extent - 1) * stride for extent, stride in zip(value.shape, value.stride(), strict=True))
-    return low, low + (last + 1 if value.numel() else 0) * value.element_size()
+    with torch._C.DisableTorchFunction():  # pytorch.py lets tensors say that they are on the device
+        if value.device.type != "cpu" or value.layout is not torch.strided:
+            return None
+        low = value.data_ptr()
+        last = sum((extent - 1) * stride for extent, stride in zip(value.shape, value.stride(), strict=True))
+        return low, low + (last + 1 if value.numel() else 0) * value.element_size()
+
+
+def place_on_device(capsule: Any) -> None:
+    """Let a DLPack capsule of an array in this machine's memory say that it is in the memory of CUDA device 0.
+
+    The DSL takes the address space of a tensor from it, so that code is compiled that a GPU's tensor would get.
+    DLManagedTensor begins with the data pointer and the device (i32 type, i32 number); a versioned one has a u32
+    major and minor version, two pointers and u64 flags before that.
+    """
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, (ctypes.py_object,)
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+    name = api.PyCapsule_GetName(capsule)
+    offset = {b"dltensor": 8, b"dltensor_versioned": 40}[name]
+    device = (ctypes.c_int32 * 2).from_address(api.PyCapsule_GetPointer(capsule, name) + offset)
+    if device[0] == _CPU:
+        device[0] = _CUDA
 
 
 def _describe(array: Any) -> str:

@@ -19,6 +19,8 @@ Inside the block the DSL is changed in these places, all of them put back at its
                             and raises what the emulator found, instead of a CUDA error code
     HardwareInfo            answers without a driver
     cuda.bindings           see cuda_python.py
+    torch                   see pytorch.py
+    compiled for TVM FFI    see tvm_ffi.py
 
 What was compiled outside cannot be called inside, or the other way around: its host code is linked with the other
 library. Sources: nvidia-cutlass-dsl 4.8.1, whose private names these are; a name that is missing is an error.
@@ -36,14 +38,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .arrays import KnownArrays
+from . import pytorch, tvm_ffi
+from .arrays import KnownArrays, place_on_device
 from .cuda_python import L2_BYTES, CudaPython
 from .errors import EmulatorError, LaunchError
 from .gpu import Gpu, LaunchReport
 from .host import HostError, Launch, Session, cubin_digest, cubins_of, library_path, runtime_symbols, serving
+from .imports import when_imported
 
 DEFAULT_SMS = 4
 _TESTED = "nvidia-cutlass-dsl 4.8"
@@ -110,7 +115,7 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int, lineinfo
     try:
         from cuda.bindings import driver, runtime
         from cutlass import cute  # noqa: F401  (makes the DSL's singleton)
-        from cutlass.base_dsl.compiler import CompileOptions, Compiler, EnableTVMFFI, KeepPTX
+        from cutlass.base_dsl.compiler import CompileOptions, Compiler, KeepPTX
         from cutlass.base_dsl.dsl import BaseDSL, DSLSingletonMeta
         from cutlass.base_dsl.jit_executor import JitCompiledFunction, JitExecutor
         from cutlass.cute import runtime as cute_runtime
@@ -128,10 +133,12 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int, lineinfo
         _replace(stack, dsl.envar, "disable_file_caching", lambda _: True)
         if lineinfo:
             _replace(stack, dsl.envar, "lineinfo", lambda _: True)
+    cuda_python = CudaPython(session.gpu, arrays, sms)
+    when_imported(stack, "torch", lambda torch: _redirect_torch(stack, torch, cuda_python))
     for module in (driver, runtime):
-        for name, function in CudaPython(session.gpu, arrays, sms).functions(module).items():
+        for name, function in cuda_python.functions(module).items():
             _replace(stack, module, name, lambda _, function=function: function)
-    linker = _Linker(session, folder, KeepPTX, EnableTVMFFI)
+    linker = _Linker(session, folder, KeepPTX)
     stack.callback(linker.release)
     _replace(stack, CompileOptions, "apply_envar_settings", linker.keep_ptx)
     _replace(stack, Compiler, "jit", linker.jit)
@@ -141,8 +148,17 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int, lineinfo
     _replace(stack, JitCompiledFunction, "__call__", _checking_arguments)
     for caller in (JitCompiledFunction, JitExecutor):
         _replace(stack, caller, "run_compiled_program", lambda theirs: _raising(theirs, session))
+    if find_spec("tvm_ffi") is not None:
+        for owner, name, make in tvm_ffi.replacements(session, arrays):
+            _replace(stack, owner, name, make)
     for name, answer in _hardware(sms).items():
         _replace(stack, HardwareInfo, name, lambda _, answer=answer: answer)
+
+
+def _redirect_torch(stack: ExitStack, torch: Any, cuda_python: CudaPython) -> None:
+    for owner, name, make in pytorch.redirections(torch, cuda_python.attribute):
+        _replace(stack, owner, name, make)
+    stack.enter_context(pytorch.device_mode())
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -165,8 +181,8 @@ def _set_environment(stack: ExitStack, name: str, value: str) -> None:
 class _Linker:
     """What replaces the DSL's last steps: the PTX is kept, and host code is linked against host.c."""
 
-    def __init__(self, session: _Attachment, folder: str, keep_option: type, tvm_option: type) -> None:
-        self._session, self._folder, self._keep_option, self._tvm_option = session, folder, keep_option, tvm_option
+    def __init__(self, session: _Attachment, folder: str, keep_option: type) -> None:
+        self._session, self._folder, self._keep_option = session, folder, keep_option
         self._options: Any = None  # of the compilation under way
         self._kept: list[Any] = []  # options switched on here
 
@@ -178,8 +194,6 @@ class _Linker:
     def keep_ptx(self, theirs: Callable[..., None]) -> Callable[..., None]:
         def apply_envar_settings(options: Any, envar: Any, function_name: str) -> None:
             theirs(options, envar, function_name)
-            if options.options[self._tvm_option].value:  # its host code has another calling convention
-                raise HostError(f"{function_name}: --enable-tvm-ffi is not emulated: compile without it")
             keep = options.options[self._keep_option]
             if not keep.value:  # the program does not keep it for itself
                 keep.value = True
@@ -250,6 +264,7 @@ def _registering_tensor(theirs: Callable[..., None], arrays: KnownArrays) -> Cal
     def __init__(tensor: Any, array: Any, *arguments: Any, **options: Any) -> None:
         arrays.add(array)
         theirs(tensor, array, *arguments, **options)
+        place_on_device(tensor._dlpack_data)
 
     return __init__
 

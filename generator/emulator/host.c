@@ -32,7 +32,6 @@
     X(_cudaMemset) X(_cudaMemsetAsync) X(_cudaOccupancyMaxActiveBlocksPerMultiprocessor) X(_cudaProfilerStart)        \
     X(_cudaProfilerStop) X(_cudaSetDevice) X(_cudaStreamAddCallback) X(_cudaStreamBeginCapture) X(_cudaStreamCreate)  \
     X(_cudaStreamDestroy) X(_cudaStreamEndCapture) X(_cudaStreamSynchronize) X(_cudaStreamWaitEvent)                  \
-    X(cuda_dialect_init_library_once) X(cuda_dialect_unload_library_once)                                             \
     X(CuteDSLRT_Function_Run) X(CuteDSLRT_Module_Create_From_Bytes) X(CuteDSLRT_Module_Destroy)                       \
     X(CuteDSLRT_Module_Get_Function) X(CuteDSLRT_NvJaxCutlassCallExecute)                                             \
     X(CuteDSLRT_NvJaxCutlassCallExecuteNoCudaGraph) X(CuteDSLRT_NvJaxCutlassCallExecuteNoCudaGraph_v1)                \
@@ -40,8 +39,8 @@
     X(CuteDSLRT_NvJaxCutlassCallExecute_v2) X(CuteDSLRT_NvJaxCutlassCallInstantiate_v2)                               \
     X(CuteDSLRT_NvJaxCutlassCallPrepare) X(CuteDSLRT_NvJaxCutlassCallPrepare_v1)                                      \
     X(CuteDSLRT_NvJaxCutlassCallPrepare_v2) X(CuteDSLRT_NvJaxCutlassCallStateTypeId_v2)                               \
-    X(CuteDSLRT_NvJaxCutlassCallStateTypeInfo_v2) X(CuteDSLRT_TVMFFISetRaisedCudaError)                               \
-    X(CuteDSLRT_TVMFFISetRaisedCudaLaunchError) X(cuda_dialect_assert_success) X(cuda_dialect_print_on_error)
+    X(CuteDSLRT_NvJaxCutlassCallStateTypeInfo_v2) X(CuteDSLRT_TVMFFISetRaisedCudaLaunchError)                         \
+    X(cuda_dialect_assert_success) X(cuda_dialect_print_on_error)
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -50,10 +49,10 @@ typedef int64_t (*dispatcher_t)(int32_t symbol, const uint64_t *arguments);
 static dispatcher_t dispatcher = NULL;
 
 #define AS_INDEX(name) INDEX_##name,
-enum { HOST_SYMBOLS(AS_INDEX) SYMBOL_COUNT };
+enum { HOST_SYMBOLS(AS_INDEX) AS_INDEX(cuda_dialect_init_library_once) SYMBOL_COUNT };
 
 #define AS_STRING(name) #name,
-static const char *const symbol_names[] = {HOST_SYMBOLS(AS_STRING) NULL};
+static const char *const symbol_names[] = {HOST_SYMBOLS(AS_STRING) AS_STRING(cuda_dialect_init_library_once) NULL};
 
 static int64_t dispatch(int32_t symbol, const uint64_t *arguments) {
     if (dispatcher == NULL) {
@@ -80,6 +79,33 @@ EXPORT const char *emulated_CuteDSLRT_GetErrorName(int32_t error) {
 }
 EXPORT const char *emulated_CuteDSLRT_GetErrorString(int32_t error) {
     return emulated_cuda_dialect_get_error_name(error);
+}
+
+/* Unloading happens when compiled code is torn down, maybe after Python: a library's handle simply stays. */
+EXPORT void emulated_cuda_dialect_unload_library_once(uint64_t *state) { (void)state; }
+
+/* A function compiled for TVM FFI tells its caller of an error through TVM FFI, whose functions for that it passes. */
+#define RAISED_KIND "CUDADialectError"
+#define RAISED_MESSAGE "CUDA Error Code: "
+
+EXPORT void emulated_CuteDSLRT_TVMFFISetRaisedCudaError(void (*raise)(const char *, const char **, int32_t),
+                                                        int32_t error) {
+    char text[16];
+    const char *parts[] = {RAISED_MESSAGE, text};
+    snprintf(text, sizeof text, "%d", (int)error);
+    raise(RAISED_KIND, parts, 2);
+}
+
+EXPORT int64_t emulated_cuda_dialect_init_library_once(uint64_t library, uint64_t init, uint64_t load,
+                                                       void (*raise)(const char *, const char *)) {
+    const uint64_t arguments[] = {library, init, load};
+    const int64_t error = dispatch(INDEX_cuda_dialect_init_library_once, arguments);
+    if (error != 0) {
+        char message[48];
+        snprintf(message, sizeof message, RAISED_MESSAGE "%d", (int)error);
+        raise(RAISED_KIND, message);
+    }
+    return error;
 }
 
 /* The interface to host.py. */

@@ -124,6 +124,7 @@ class Session:
 
 # Undefined symbols of a host object that are the linker's or the C library's (a compiler may copy with a call).
 _NOT_OF_THE_RUNTIME = {"_GLOBAL_OFFSET_TABLE_", "memcpy", "memmove", "memset"}
+_OF_TVM_FFI = "TVMFFI"  # what names of its library begin with; it needs no CUDA
 
 # Handles outlive a session: the compiled host function keeps them in its own static memory.
 _libraries: dict[int, str] = {}
@@ -206,7 +207,7 @@ def redirect(host_object: bytes) -> bytes:
     for at in range(symbols + 24, symbols + symbols_size, 24):  # the first symbol is a null entry
         name_at, section = struct.unpack_from("<IxxH", image, at)
         name = table[name_at : table.index(0, name_at)].decode()
-        if section != 0 or name in _NOT_OF_THE_RUNTIME:
+        if section != 0 or name in _NOT_OF_THE_RUNTIME or name.startswith(_OF_TVM_FFI):
             continue
         if name not in _exported:
             raise HostError(f"the host function needs {name!r}, which the emulated CUDA runtime does not export")
@@ -259,7 +260,10 @@ def _dispatch(symbol: int, arguments: Any) -> int:
 
 
 _symbols: list[str] = []  # by index, as host.c numbers them
-_exported: set[str] = {"cuda_dialect_get_error_name", "CuteDSLRT_GetErrorName", "CuteDSLRT_GetErrorString"}
+_exported: set[str] = {  # and what host.c answers by itself
+    *("cuda_dialect_get_error_name", "CuteDSLRT_GetErrorName", "CuteDSLRT_GetErrorString"),
+    *("cuda_dialect_unload_library_once", "CuteDSLRT_TVMFFISetRaisedCudaError"),
+}
 _install_lock = threading.Lock()
 
 
@@ -320,6 +324,20 @@ def _load_library(session: Session, arguments: Any) -> None:
     handle = next(_handles)
     _libraries[handle] = attached[0]
     _write(arguments[0], ctypes.c_uint64, handle)
+
+
+@_answers("cuda_dialect_init_library_once")
+def _load_library_once(session: Session, arguments: Any) -> None:
+    """(library *, cudaError_t (*init)(library *), cudaError_t (*load)(library *, device))"""
+    library = ctypes.cast(arguments[0], ctypes.POINTER(ctypes.c_uint64))
+    if library[0]:
+        return
+    initialize = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(arguments[1])
+    load_to_device = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)(arguments[2])
+    code = initialize(arguments[0]) or load_to_device(arguments[0], 0)
+    if code:
+        library[0] = 0
+        raise session.error or HostError(f"loading the cubin failed with CUDA error {code}")
 
 
 @_answers("_cudaLibraryUnload")
