@@ -1,9 +1,9 @@
 """PyTorch's CUDA device, for programs that put their tensors on one: the emulated Gpu, whose memory is the machine's.
 
-While an emulator is attached, `device="cuda"`, `.cuda()` and `.to("cuda")` give tensors in ordinary memory, marked as the
-device's. They answer `device` and `is_cuda` as a GPU's tensors would, what is computed from them is on the device too,
-and PyTorch's own operations on them run on the CPU. Moving between host and device copies, so a program that forgets to
-copy back sees the same stale values as on a GPU. `torch.cuda` answers for the one device.
+While an emulator is attached, `device="cuda"`, `.cuda()` and `.to("cuda")` give tensors in ordinary memory, marked as
+the device's. They answer `device` and `is_cuda` as a GPU's tensors would, what is computed from them is on the device
+too, and PyTorch's own operations on them run on the CPU. Moving between host and device copies, so a program that
+forgets to copy back sees the same stale values as on a GPU. `torch.cuda` answers for the one device.
 
 Operators that were registered with torch.library for CUDA only (`custom_op(..., device_types="cuda")`) are called with
 such tensors too. Fake tensors are left alone. CUDA graphs, memory statistics and generators of random numbers on the
