@@ -5,11 +5,12 @@ python -m generator.emulator.document > docs/instructions.md
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
 from .flow import CONTROL, IGNORED, MOVES, PARAM_LOADS
-from .table import TABLE
+from .table import FAMILIES, TABLE, expand
 from .translate import Translator
 
 SECTIONS = {
@@ -29,6 +30,7 @@ SECTIONS = {
     "9.7.16": "Tensor core of generation 5 (sm_100a)",
     "9.7.19": "Miscellaneous",
 }
+_TAIL = re.compile(r"(\.v\d)?\.(\{[^{}]*\}|\w+)$")  # vector and type
 # What the translator does without a table entry: moves only rename, parameters are bound at launch.
 TRANSLATED = (
     (MOVES, {"mov": "9.7.9.4", "cvta": "9.7.9.20"}),
@@ -54,6 +56,21 @@ def names_by_place() -> dict[tuple[str, str], set[str]]:
             mnemonic = name.split(".")[0]
             found[sections[mnemonic], mnemonic].add(name)
     return found
+
+
+def families_by_place() -> dict[tuple[str, str], list[str]]:
+    """(ISA section, mnemonic) → patterns of the families: those that differ in vector and type are drawn together."""
+    heads: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for mnemonic, family in FAMILIES.items():
+        for entry in family:
+            tail = _TAIL.search(entry.name)
+            heads[entry.isa, mnemonic][entry.name[: tail.start()]] += expand(tail[0])
+    return {
+        place: sorted(
+            head + (tails[0] if len(tails) == 1 else "{" + ",".join(tails) + "}") for head, tails in of.items()
+        )
+        for place, of in heads.items()
+    }
 
 
 def collapse(names: Iterable[str]) -> list[str]:
@@ -102,11 +119,17 @@ def section_key(isa: str) -> tuple[int, ...]:
 
 def document() -> str:
     """The whole page."""
-    places = names_by_place()
-    total = sum(len(names) for names in places.values())
-    lines = [HEAD, f"{total} opcodes of {len({m for _, m in places})} families."]
+    places, families = names_by_place(), families_by_place()
+    rows: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for place, names in places.items():
+        rows[place] += [pattern[1:] for pattern in collapse(names)]
+    for place, patterns in families.items():
+        rows[place] += patterns
+    sizes = {place: sum(len(expand(pattern)) for pattern in patterns) for place, patterns in rows.items()}
+    total = sum(sizes.values())
+    lines = [HEAD, f"{total} opcodes of {len({m for _, m in rows})} families."]
     chapters: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for isa, mnemonic in places:
+    for isa, mnemonic in rows:
         chapters[".".join(isa.split(".")[:3])].append((isa, mnemonic))
     for chapter in sorted(chapters, key=section_key):
         lines += [
@@ -117,9 +140,8 @@ def document() -> str:
             "|---|---|---|---|",
         ]
         for isa, mnemonic in sorted(chapters[chapter], key=lambda place: (section_key(place[0]), place[1])):
-            names = places[isa, mnemonic]
-            patterns = "<br>".join(f"`{p[1:]}`" for p in collapse(names))
-            lines.append(f"| {mnemonic} | {isa} | {len(names)} | {patterns} |")
+            patterns = "<br>".join(f"`{pattern}`" for pattern in rows[isa, mnemonic])
+            lines.append(f"| {mnemonic} | {isa} | {sizes[isa, mnemonic]} | {patterns} |")
     specials = ", ".join(f"`%{name}`" for name in sorted(Translator.SPECIALS))
     lines += ["", "## Special registers (§10)", "", specials + ".", ""]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import UnsupportedInstruction
 from .parse import Address, Imm, Instr, Kernel, Not, Pair, Reg, Vector
-from .table import TABLE, Entry
+from .table import Entry, find
 
 CONTROL = {"bra", "bra.uni", "ret", "exit"}
 SPACES = ("global", "param", "local", "shared", "shared::cta", "shared::cluster")  # generic: the address itself
@@ -45,7 +45,7 @@ def entry_of(instr: Instr) -> Entry | None:
     """
     if instr.opcode in CONTROL or instr.opcode in MOVES or instr.opcode in PARAM_LOADS or instr.opcode in IGNORED:
         return None
-    found = TABLE.get(instr.opcode)
+    found = find(instr.opcode)
     if found is None:
         raise UnsupportedInstruction(
             f"PTX line {instr.line}: the emulator does not know {instr.opcode!r} in {instr.text!r}"

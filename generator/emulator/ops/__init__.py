@@ -2,6 +2,7 @@
 
 from . import (
     access,
+    atomic,
     barrier,
     bits,
     carry,
@@ -23,6 +24,7 @@ from . import (
 
 __all__ = [
     "access",
+    "atomic",
     "barrier",
     "bits",
     "carry",

@@ -8,10 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..cluster import OFFSET_MASK
-from ..errors import Hazard, UnsupportedInstruction
-from ..formats import decode, encode, pack16
+from ..errors import Hazard
 from ..memory import GENERIC, LOCAL_BASE, PARAM_BASE, REASONS, UINT, UNWRITTEN, VALID, WINDOW_BASE
-from ..table import TABLE, effect, expand
+from ..table import family
 from .local import ld_local, st_local
 from .memory import KIND, WIDTHS, ld_global, ld_shared, loaded_kind, shape_of, st_global, st_shared, to_register
 
@@ -77,67 +76,77 @@ def _without_policy(f):
     return lambda m, ws, active, instr, *operands: f(m, ws, active, instr, *operands[:-1])
 
 
-def _more(patterns: list[str], signature: str, isa: str, f) -> None:
-    """Register what `ops.memory` has not registered yet: it holds the plain forms."""
-    names = [name for pattern in patterns for name in expand(pattern) if name not in TABLE]
-    hinted = [name for name in names if ".L2::cache_hint" in name]
-    if hinted:
-        effect(" ".join(hinted), f"{signature},U", isa)(_without_policy(f))
-    plain = [name for name in names if ".L2::cache_hint" not in name]
-    if plain:
-        effect(" ".join(plain), signature, isa)(f)
-
-
 _L1 = "{,.L1::evict_normal,.L1::evict_unchanged,.L1::evict_first,.L1::evict_last,.L1::no_allocate}"
-_L2 = "{,.L2::evict_last,.L2::evict_normal,.L2::evict_first}"
+_L2 = "{,.L2::evict_last,.L2::evict_normal,.L2::evict_first}"  # 256-bit accesses only
+_PREFETCH = "{,.L2::64B,.L2::128B,.L2::256B}"
+_SCOPES = "{cta,cluster,gpu,sys}"
 _HINT = "{,.L2::cache_hint}"
-_LD = [f"ld.{{weak,volatile,relaxed.{s},acquire.{s}}}" for s in ("cta", "cluster", "gpu", "sys")]
-_ST = [f"st.{{weak,volatile,relaxed.{s},release.{s}}}" for s in ("cta", "cluster", "gpu", "sys")]
+_CACHES = {"ld": "{ca,cg,cs,lu,cv}", "st": "{wb,cg,cs,wt}"}
+_STRONG = {"ld": "ld.{relaxed,acquire}", "st": "st.{relaxed,release}"}
+_ISA = {"ld": "9.7.9.8", "st": "9.7.9.11"}
 
 
-def _vectors():
-    for kind, width in WIDTHS.items():
-        for count in (1, 2, 4, 8):
-            if width * count <= (32 if width >= 4 else 16):
-                yield kind, width, count, f".v{count}" if count > 1 else ""
+def _spellings(mnemonic: str, tail: str) -> dict[str, list[str]]:
+    """Patterns of a load or store by state space; `tail`: its vector and type."""
+    weak, strong, found = f"{mnemonic}{{,.weak}}", f"{_STRONG[mnemonic]}.{_SCOPES}", {}
+    for space in ("", ".global"):
+        prefetch = _PREFETCH if mnemonic == "ld" else ""
+        found[space[1:]] = [
+            f"{weak}{space}.{_CACHES[mnemonic]}{_HINT}{prefetch}{tail}",
+            f"{weak}{space}{_L1}{_HINT}{prefetch}{tail}",
+            f"{strong}{space}{_L1}{_HINT}{prefetch}{tail}",
+            f"{mnemonic}{'.volatile' if '.v' in tail else '{.volatile,.mmio.relaxed.sys}'}{space}{tail}",
+        ]
+    if mnemonic == "ld":
+        found["global"] += [
+            f"ld.global.{{ca,cg,cs}}.nc{_HINT}{_PREFETCH}{tail}",
+            f"ld.global.nc{_L1}{_HINT}{_PREFETCH}{tail}",
+        ]
+        found["const"] = [f"ld{{,.weak}}.const{tail}"]
+    shared = ".{shared,shared::cta,shared::cluster}"
+    found["shared"] = [f"{mnemonic}{{,.weak,.volatile}}{shared}{tail}", f"{strong}{shared}{tail}"]
+    found["local"] = [f"{mnemonic}{{,.weak,.volatile}}.local{tail}"]
+    return found
 
 
-for _t, _w, _n, _v in _vectors():
-    _star = "*" if _n > 1 else ""
-    _load, _store = f"{_star}{loaded_kind(_t)}=a", f"=a,{_star}{KIND[_w]}"
-    for _space, _ld, _st in (
-        ("", ld_generic, st_generic),
-        (".shared", ld_shared, st_shared),
-        (".shared::cta", ld_shared, st_shared),
-        (".global", ld_global, st_global),
-    ):
-        if _w * _n > 16 and _space != ".global":
+def _wide_spellings(mnemonic: str, tail: str) -> dict[str, list[str]]:
+    """The same for 256-bit vectors, which lie in global memory."""
+    cached = f"{_L1}{_L2}{_HINT}{_PREFETCH if mnemonic == 'ld' else ''}{tail}"
+    heads = (f"{mnemonic}{{,.weak}}", f"{_STRONG[mnemonic]}.{_SCOPES}")
+    found = [*(f"{head}{{,.global}}{cached}" for head in heads), f"{mnemonic}.volatile{{,.global}}{tail}"]
+    return {"global": found + [f"ld.global.nc{cached}"] * (mnemonic == "ld")}
+
+
+def _register(pattern: str, signature: str, isa: str, run) -> None:
+    """With a cache policy there is one more operand."""
+    family(pattern.replace(_HINT, ""), signature, isa)(run)
+    if _HINT in pattern:
+        family(pattern.replace(_HINT, ".L2::cache_hint"), f"{signature},U", isa)(_without_policy(run))
+
+
+_RUN = {"ld": {"": ld_generic, "const": ld_global, **_LOADS}, "st": {"": st_generic, **_STORES}}
+for _types in ("b8,u8", "s8", "b16,u16", "s16", "b32,u32,s32,f32", "b64,u64,s64,f64", "b128"):
+    _first = _types.split(",")[0]
+    _w = WIDTHS[_first]
+    for _n in (1, 2, 4, 8):
+        if _w * _n > (32 if _w in (4, 8) else 16):
             continue
-        _ends = [f"ld{_space}{_v}.{_t}"] + [f"{h}{_space}{_v}.{_t}" for h in _LD]
-        if "shared" not in _space:
-            _ends += [f"ld{_space}.{{ca,cg,cs,lu,cv}}{_v}.{_t}"]
-        if _space == ".global":
-            _ends += [
-                f"ld.global{{,.nc}}{_L1}{_L2}{_HINT}{_v}.{_t}",
-                f"ld.global{{,.nc}}{_L1}{_HINT}.L2::{{64B,128B,256B}}{_v}.{_t}",
-                f"ld.global{{,.ca,.cg,.cs}}.nc{_HINT}{_v}.{_t}",
-            ]
-        _more(list(dict.fromkeys(n for p in _ends for n in expand(p))), _load, "9.7.9.8", _ld)
-        _ends = [f"st{_space}{_v}.{_t}"] + [f"{h}{_space}{_v}.{_t}" for h in _ST]
-        if "shared" not in _space:
-            _ends += [f"st{_space}.{{wb,cg,cs,wt}}{_v}.{_t}"]
-        if _space == ".global":
-            _ends += [f"st.global{_L1}{_L2}{_HINT}{_v}.{_t}"]
-        _more(list(dict.fromkeys(n for p in _ends for n in expand(p))), _store, "9.7.9.11", _st)
+        _tail = f"{f'.v{_n}' if _n > 1 else ''}.{{{_types}}}"
+        _star = "*" if _n > 1 or _w == 16 else ""
+        _kind = "U" if _w == 16 else loaded_kind(_first)
+        for _mnemonic in ("ld", "st"):
+            _signature = f"{_star}{_kind}=a" if _mnemonic == "ld" else f"=a,{_star}{'U' if _w == 16 else KIND[_w]}"
+            _patterns = (_wide_spellings if _w * _n == 32 else _spellings)(_mnemonic, _tail)
+            for _space, _names in _patterns.items():
+                for _pattern in _names:
+                    _register(_pattern, _signature, _ISA[_mnemonic], _RUN[_mnemonic][_space])
 
 
-# -- atomics -----------------------------------------------------------------------------------------------------------
+# -- what atomics touch ------------------------------------------------------------------------------------------------
 def place(m, cta: int, address: int, nbytes: int, where, shared: bool):
     """`nbytes` bytes that a lane reads and writes: (a view of the bytes, a function to call once they are written)."""
     if shared:
-        offset = (address & OFFSET_MASK) - WINDOW_BASE
-        if m.cluster.size > 1 and m.cluster.rank(cta) != address >> 24 and address >> 24:
-            raise UnsupportedInstruction(f"{where}: an atomic on another CTA's shared memory is not supported yet")
+        offset = (address & OFFSET_MASK if m.cluster.size > 1 else address) - WINDOW_BASE
         if offset < 0 or offset + nbytes > m.smem.size or offset % nbytes:
             raise Hazard(f"{where}: shared offset {offset} is out of bounds or misaligned for {nbytes} bytes")
         data = m.smem.data[cta, offset : offset + nbytes]
@@ -161,101 +170,3 @@ def place(m, cta: int, address: int, nbytes: int, where, shared: bool):
     if written is not None and not written[address - start : address - start + nbytes].all():
         raise Hazard(f"{where}: updates global memory although {REASONS[UNWRITTEN]}")
     return view[address - start : address - start + nbytes], lambda: None
-
-
-def _pairwise(form):
-    def add(x, y, _):
-        low, high = (
-            encode(form, decode(form, np.uint16(int(x) >> s & 0xFFFF)) + decode(form, np.uint16(int(y) >> s & 0xFFFF)))
-            for s in (0, 16)
-        )
-        return pack16(np.uint16(high), np.uint16(low))
-
-    return add
-
-
-def _single(form):
-    return lambda x, y, _: np.uint16(encode(form, decode(form, x) + decode(form, y)))
-
-
-_INTEGER = {
-    "add": lambda x, y, _: x + y,
-    "min": lambda x, y, _: min(x, y),
-    "max": lambda x, y, _: max(x, y),
-    "and": lambda x, y, _: x & y,
-    "or": lambda x, y, _: x | y,
-    "xor": lambda x, y, _: x ^ y,
-    "exch": lambda x, y, _: y,
-    "cas": lambda x, y, z: z if x == y else x,
-    "inc": lambda x, y, _: type(x)(0) if x >= y else x + type(x)(1),
-    "dec": lambda x, y, _: y if x == 0 or x > y else x - type(x)(1),
-}
-_ATOMS = [  # operation, types, register letter, NumPy type, function
-    *(("add", t, k, d, _INTEGER["add"]) for t, k, d in (("u32", "u", "u4"), ("s32", "u", "i4"), ("u64", "U", "u8"))),
-    *(("add", t, k, d, _INTEGER["add"]) for t, k, d in (("f32", "u", "f4"), ("f64", "U", "f8"), ("s64", "U", "i8"))),
-    *((o, t, k, d, _INTEGER[o]) for o in ("min", "max") for t, k, d in (("u32", "u", "u4"), ("s32", "u", "i4"))),
-    *((o, t, k, d, _INTEGER[o]) for o in ("min", "max") for t, k, d in (("u64", "U", "u8"), ("s64", "U", "i8"))),
-    *((o, "b32", "u", "u4", _INTEGER[o]) for o in ("and", "or", "xor", "exch")),
-    *((o, "b64", "U", "u8", _INTEGER[o]) for o in ("and", "or", "xor", "exch")),
-    *(("cas", t, k, d, _INTEGER["cas"]) for t, k, d in (("b16", "h", "u2"), ("b32", "u", "u4"), ("b64", "U", "u8"))),
-    *((o, "u32", "u", "u4", _INTEGER[o]) for o in ("inc", "dec")),
-    *(("add.noftz", f"{f}x2", "u", "u4", _pairwise(f)) for f in ("f16", "bf16")),
-    *(("add.noftz", f, "h", "u2", _single(f)) for f in ("f16", "bf16")),
-]  # fmt: skip
-
-
-def _atomic(space: str, dtype: str, function, returns: bool, vector: int = 1):
-    """Read, combine, write: one lane after the other, in the order of their numbers."""
-    dtype = np.dtype(dtype)
-
-    def run(m, ws, active, instr, address, b, c=None):
-        on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
-        where = m.where(ws, instr, on, address)
-        warps, ctas = ws.flat_pairs()
-        rows, lanes = np.nonzero(on.reshape(-1, 32))
-        addresses = ws.full(address).reshape(-1, 32)
-        items = b if vector > 1 else (b,)
-        values = [np.ascontiguousarray(ws.full(v)).reshape(-1, 32).view(dtype) for v in items]
-        third = None if c is None else np.ascontiguousarray(ws.full(c)).reshape(-1, 32).view(dtype)
-        old = [np.zeros(addresses.shape, dtype) for _ in items]
-        for row, lane in zip(rows.tolist(), lanes.tolist(), strict=True):
-            at = int(addresses[row, lane])
-            shared = space == "shared" or (space == "" and at < LOCAL_BASE)
-            target, wrote = place(m, int(ctas[row]), at, dtype.itemsize * vector, where, shared)
-            cells = target.view(dtype)
-            for i, value in enumerate(values):
-                old[i][row, lane] = cells[i]
-                cells[i] = function(cells[i], value[row, lane], None if third is None else third[row, lane])
-            wrote()
-        if not returns:
-            return None
-        unsigned = [o.view(f"u{dtype.itemsize}").reshape(*ws.lead, 32) for o in old]
-        return tuple(unsigned) if vector > 1 else unsigned[0]
-
-    return run
-
-
-_ORDERS = "{,.relaxed,.acquire,.release,.acq_rel}{,.cta,.cluster,.gpu,.sys}"
-for _space in ("", ".global", ".shared", ".shared::cta"):
-    _base = "shared" if "shared" in _space else _space[1:]
-    for _op, _t, _k, _d, _f in _ATOMS:
-        _sources = f"a,{_k},{_k}" if _op == "cas" else f"a,{_k}"
-        for _hint in ("", ".L2::cache_hint") if _base != "shared" else ("",):
-            _run = _atomic(_base, _d, _f, True)
-            effect(f"atom{_ORDERS}{_space}.{_op}{_hint}.{_t}", f"{_k}={_sources}{_hint and ',U'}", "9.7.13.5")(
-                _without_policy(_run) if _hint else _run
-            )
-            if _op not in ("exch", "cas"):
-                _run = _atomic(_base, _d, _f, False)
-                effect(f"red{_ORDERS}{_space}.{_op}{_hint}.{_t}", f"={_sources}{_hint and ',U'}", "9.7.13.7")(
-                    _without_policy(_run) if _hint else _run
-                )
-    if _base == "global":
-        for _n in (2, 4):
-            _run = _atomic("global", "f4", _INTEGER["add"], True, _n)
-            effect(f"atom{_ORDERS}.global.add.v{_n}.f32", "*u=a,*u", "9.7.13.5")(_run)
-            _run = _atomic("global", "f4", _INTEGER["add"], False, _n)
-            effect(f"red{_ORDERS}.global.add.v{_n}.f32", "=a,*u", "9.7.13.7")(_run)
-            for _form in ("f16", "bf16"):
-                _run = _atomic("global", "u4", _pairwise(_form), False, _n)
-                effect(f"red{_ORDERS}.global.add.noftz.v{_n}.{_form}x2", "=a,*u", "9.7.13.7")(_run)

@@ -45,7 +45,7 @@ def _extended(subtract: bool, reads: bool, writes: bool, product=None):
     return run
 
 
-for _types, _kind in (("u32,s32,b32", "u"), ("u64,s64,b64", "U")):
+for _types, _kind in (("u32,s32", "u"), ("u64,s64", "U")):
     _sig = f"{_kind}={_kind},{_kind}"
     effect(f"add.cc.{{{_types}}}", _sig, "9.7.2.1")(_extended(False, False, True))
     effect(f"addc.{{{_types}}}", _sig, "9.7.2.2")(_extended(False, True, False))

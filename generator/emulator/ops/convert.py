@@ -81,6 +81,10 @@ def _float_to_float(to, source, mode="rn", ftz=False, sat=False, clamp=False, fi
 
 
 def _register(name: str, signature: str, f) -> None:
+    """Nothing saturates to or from bf16, and no 8-bit integer converts to or from it."""
+    *modifiers, to, source = name.split(".")
+    if "bf16" in (to, source) and ("sat" in modifiers or {to, source} & {"u8", "s8"}):
+        return
     alu(name, signature, ISA)(FAST.get(name, f))
 
 
@@ -219,11 +223,12 @@ for _int, _ik in INTEGERS.items():
         for _mode in MODES:
             for _sat in ("", ".sat"):
                 _f = _int_to_float(_float, _int, _mode, bool(_sat))
-                alu(f"cvt.{_mode}{_sat}.{_float}.{_int}", f"{_fk}={_ik}", ISA)(_f)
+                _register(f"cvt.{_mode}{_sat}.{_float}.{_int}", f"{_fk}={_ik}", _f)
         for _mode, _whole in WHOLE.items():
             for _ftz in ("", ".ftz") if _float == "f32" else ("",):
                 _f = _float_to_int(_int, _float, _whole, bool(_ftz))
-                alu(f"cvt.{_mode}{_ftz}{{,.sat}}.{_int}.{_float}", f"{_ik}={_fk}", ISA)(_f)
+                for _sat in ("", ".sat"):
+                    _register(f"cvt.{_mode}{_ftz}{_sat}.{_int}.{_float}", f"{_ik}={_fk}", _f)
 
 
 # -- between integers --------------------------------------------------------------------------------------------------
@@ -256,7 +261,9 @@ for _to, _tk in INTEGERS.items():
     for _from, _fk in INTEGERS.items():
         _all = (*_steps(_from), *_steps(_to), DTYPES[_tk])
         alu(f"cvt.{_to}.{_from}", f"{_tk}={_fk}", ISA)(_converter(*_all))
-        alu(f"cvt.sat.{_to}.{_from}", f"{_tk}={_fk}", ISA)(_saturating(_to, _from))
+        _limits, _values = np.iinfo(_value_dtype(_to)), np.iinfo(_value_dtype(_from))
+        if _values.min < _limits.min or _values.max > _limits.max:  # otherwise there is nothing to saturate
+            alu(f"cvt.sat.{_to}.{_from}", f"{_tk}={_fk}", ISA)(_saturating(_to, _from))
 
 
 def _pack_two(to):

@@ -6,8 +6,7 @@ import numpy as np
 
 from ..errors import Hazard
 from ..memory import LOCAL_BASE, REASONS, UINT, UNWRITTEN
-from ..table import effect
-from .memory import KIND, WIDTHS, loaded_kind, shape_of, to_register
+from .memory import shape_of, to_register
 
 
 def _memory(m) -> tuple[np.ndarray, np.ndarray]:
@@ -60,12 +59,3 @@ def st_local(m, ws, active, instr, address, values):
     words = np.stack([ws.full(v)[lanes].astype(UINT[width]) for v in items], axis=1)
     data[cells] = np.ascontiguousarray(words).view(np.uint8)
     written[cells] = True
-
-
-for _t, _w in WIDTHS.items():
-    effect(f"ld{{,.volatile}}.local.{_t}", f"{loaded_kind(_t)}=a", "9.7.9.8")(ld_local)
-    effect(f"st{{,.volatile}}.local.{_t}", f"=a,{KIND[_w]}", "9.7.9.11")(st_local)
-    for _v in (2, 4):
-        if _w * _v <= 16:
-            effect(f"ld.local.v{_v}.{_t}", f"*{loaded_kind(_t)}=a", "9.7.9.8")(ld_local)
-            effect(f"st.local.v{_v}.{_t}", f"=a,*{KIND[_w]}", "9.7.9.11")(st_local)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..cluster import OFFSET_MASK
-from ..errors import Hazard, UnsupportedInstruction
+from ..cluster import OFFSET_MASK, RANK_SHIFT
+from ..errors import Hazard
 from ..memory import (
     COPY_PENDING,
     GENERIC,
@@ -36,6 +36,7 @@ WIDTHS = {
     "u64": 8,
     "s64": 8,
     "f64": 8,
+    "b128": 16,  # as two 64-bit halves
 }
 KIND = {1: "h", 2: "h", 4: "u", 8: "U"}
 SIGNED_KIND = {1: "i", 2: "i", 4: "s", 8: "S"}
@@ -59,7 +60,35 @@ def shape_of(instr) -> tuple[int, int]:
     """(bytes an element, elements) of a load or store, from its modifiers."""
     parts = instr.opcode.split(".")
     count = next((int(p[1:]) for p in parts if p in ("v2", "v4", "v8")), 1)
-    return WIDTHS[parts[-1]], count
+    return (8, 2) if parts[-1] == "b128" else (WIDTHS[parts[-1]], count)
+
+
+def owners(m, ws, active, instr, address) -> np.ndarray:
+    """CTA index, broadcastable to the lanes, that each shared address lies in: a peer's for shared::cluster addresses.
+
+    A .shared or .shared::cta access to a peer's window, and one to a CTA that has exited, is a Hazard.
+    """
+    if m.cluster.size == 1:
+        return ws.cta
+    own, addresses = ws.full(ws.cta), ws.full(address)
+    on = np.ones(own.shape, bool) if active is None else ws.full(active)
+    ranks = addresses.astype(np.int64) >> RANK_SHIFT
+    if instr.opcode.split(".")[1] != "cp" and {"shared", "shared::cta"} & set(instr.opcode.split(".")):
+        foreign = on & (ranks != 0) & (ranks != m.cluster.rank(own))
+        if foreign.any():
+            raise Hazard(
+                f"{m.where(ws, instr, foreign, address)}: a .shared::cta access to another CTA's shared memory: "
+                "name the space shared::cluster"
+            )
+        return ws.cta
+    targets = m.cluster.target(own, np.where(on, addresses, 0), m.where(ws, instr, on, address))
+    left = on & (targets != own) & (m.pc == len(m.program.blocks)).all(axis=0)[targets]
+    if left.any():
+        raise Hazard(
+            f"{m.where(ws, instr, left, address)}: touches the shared memory of a CTA that has exited: "
+            "no CTA of a cluster may leave before its peers are done with it (barrier.cluster)"
+        )
+    return np.where(on, targets, own)
 
 
 def shared_offsets(m, ws, active, instr, address, nbytes: int) -> np.ndarray:
@@ -67,7 +96,8 @@ def shared_offsets(m, ws, active, instr, address, nbytes: int) -> np.ndarray:
 
     Inactive lanes get offset 0.
     """
-    offsets = (np.asarray(address).astype(np.int64) & OFFSET_MASK) - WINDOW_BASE
+    offsets = np.asarray(address).astype(np.int64)
+    offsets = (offsets & OFFSET_MASK if m.cluster.size > 1 else offsets) - WINDOW_BASE
     bad = (offsets < 0) | (offsets + nbytes > m.smem.size) | (offsets % nbytes != 0)
     if active is not None:
         bad = bad & active
@@ -103,7 +133,7 @@ def check_state(m, ws, active, instr, states, width: int, address) -> None:
 def ld_shared(m, ws, active, instr, address):
     width, count = shape_of(instr)
     offsets = shared_offsets(m, ws, active, instr, address, width * count)
-    at = (ws.cta * m.smem.stride + offsets) // width
+    at = (owners(m, ws, active, instr, address) * m.smem.stride + offsets) // width
     data, state = m.smem.flat[width], m.smem.flat_state.get(width)
     results = []
     for i in range(count):
@@ -117,7 +147,7 @@ def st_shared(m, ws, active, instr, address, values):
     width, count = shape_of(instr)
     offsets = shared_offsets(m, ws, active, instr, address, width * count)
     values = values if count > 1 else (values,)
-    at = np.broadcast_to((ws.cta * m.smem.stride + offsets) // width, (*ws.lead, 32))
+    at = np.broadcast_to((owners(m, ws, active, instr, address) * m.smem.stride + offsets) // width, (*ws.lead, 32))
     chosen = slice(None) if active is None else np.broadcast_to(active, at.shape)
     at = at[chosen]
     if m.strict:
@@ -142,22 +172,10 @@ def _note_store(m, ws, active, instr, address, at, width: int, count: int) -> No
         m.smem.unfenced.append((width, np.ravel(at + i)))
 
 
-for _t, _w in WIDTHS.items():
-    for _space in ("shared", "shared::cta"):
-        effect(f"ld{{,.volatile,.relaxed.cta,.acquire.cta}}.{_space}.{_t}", f"{loaded_kind(_t)}=a", "9.7.9.8")(
-            ld_shared
-        )
-        effect(f"st{{,.volatile,.relaxed.cta,.release.cta}}.{_space}.{_t}", f"=a,{KIND[_w]}", "9.7.9.11")(st_shared)
-        for _v in (2, 4):
-            if _w * _v <= 16:
-                effect(f"ld.{_space}.v{_v}.{_t}", f"*{loaded_kind(_t)}=a", "9.7.9.8")(ld_shared)
-                effect(f"st.{_space}.v{_v}.{_t}", f"=a,*{KIND[_w]}", "9.7.9.11")(st_shared)
+def global_parts(m, ws, active, instr, address, nbytes: int):
+    """One part an array that the running lanes touch: (its bytes, offsets int64, lanes bool, written bytes).
 
-
-def global_view(m, ws, active, instr, address, nbytes: int):
-    """Addresses → (bytes of the array, offsets int64, active lanes bool, written bytes); checks bounds and alignment.
-
-    The last is None for an array that came initialized.
+    Checks bounds and alignment. Written bytes are None for an array that came initialized.
     """
     addresses = ws.full(address)
     lanes = np.ones(addresses.shape, bool) if active is None else np.broadcast_to(active, addresses.shape)
@@ -169,19 +187,32 @@ def global_view(m, ws, active, instr, address, nbytes: int):
             f"{m.where(ws, instr, bad, address)}: global address is misaligned: it must be a multiple of {nbytes}"
         )
     found = m.gmem.find(low, high)
-    if found is None:
-        for value in np.unique(chosen):  # the lanes may lie in several arrays, or one of them is out of bounds
-            m.gmem.require(int(value), int(value) + nbytes, m.where(ws, instr, lanes & (addresses == value), address))
-        raise UnsupportedInstruction(
-            f"{m.where(ws, instr, lanes)}: one instruction that touches several arrays is not supported yet"
-        )
-    start, view = found
-    return view, addresses.astype(np.int64) - start, lanes, m.gmem.written.get(start)
+    if found is not None:
+        start, view = found
+        return [(view, addresses.astype(np.int64) - start, lanes, m.gmem.written.get(start))]
+    parts: dict[int, tuple] = {}
+    for value in np.unique(chosen):  # the lanes lie in several arrays, or one of them is out of bounds
+        here = lanes & (addresses == value)
+        start, view = m.gmem.require(int(value), int(value) + nbytes, m.where(ws, instr, here, address))
+        before = parts[start][1] if start in parts else False
+        parts[start] = (view, before | here)
+    return [
+        (view, addresses.astype(np.int64) - start, here, m.gmem.written.get(start))
+        for start, (view, here) in parts.items()
+    ]
 
 
 def ld_global(m, ws, active, instr, address):
     width, count = shape_of(instr)
-    view, offsets, lanes, written = global_view(m, ws, active, instr, address, width * count)
+    merged = None
+    for part in global_parts(m, ws, active, instr, address, width * count):
+        found = _ld_part(m, ws, instr, address, width, count, part)
+        merged = found if merged is None else [np.where(part[2], f, o) for f, o in zip(found, merged, strict=True)]
+    return tuple(merged) if count > 1 else merged[0]
+
+
+def _ld_part(m, ws, instr, address, width: int, count: int, part) -> list[np.ndarray]:
+    view, offsets, lanes, written = part
     offsets = np.where(lanes, offsets, offsets[lanes][0])
     if written is not None:
         fresh = (written[offsets[..., None] + np.arange(width * count)] == 0).any(axis=-1)
@@ -191,31 +222,22 @@ def ld_global(m, ws, active, instr, address):
     for i in range(count):
         index = (offsets + i * width)[..., None] + np.arange(width)
         results.append(to_register(view[index].view(UINT[width])[..., 0], instr, width))
-    return tuple(results) if count > 1 else results[0]
+    return results
 
 
 def st_global(m, ws, active, instr, address, values):
     width, count = shape_of(instr)
-    view, offsets, lanes, written = global_view(m, ws, active, instr, address, width * count)
-    if written is not None:
-        written[offsets[lanes][:, None] + np.arange(width * count)] = 1
-    for i, value in enumerate(values if count > 1 else (values,)):
-        raw = np.ascontiguousarray(ws.full(value)[lanes].astype(UINT[width])).view(np.uint8).reshape(-1, width)
-        view[(offsets[lanes] + i * width)[:, None] + np.arange(width)] = raw
+    for view, offsets, lanes, written in global_parts(m, ws, active, instr, address, width * count):
+        if written is not None:
+            written[offsets[lanes][:, None] + np.arange(width * count)] = 1
+        for i, value in enumerate(values if count > 1 else (values,)):
+            raw = np.ascontiguousarray(ws.full(value)[lanes].astype(UINT[width])).view(np.uint8).reshape(-1, width)
+            view[(offsets[lanes] + i * width)[:, None] + np.arange(width)] = raw
 
 
-_LD = "ld.global{,.nc,.L1::no_allocate,.L1::evict_last,.nc.L1::no_allocate,.nc.L1::evict_last}"
-_ST = "st.global{,.L1::no_allocate}"
-for _t, _w in WIDTHS.items():
-    effect(f"{_LD}.{_t}", f"{loaded_kind(_t)}=a", "9.7.9.8")(ld_global)
-    effect(f"{_ST}.{_t}", f"=a,{KIND[_w]}", "9.7.9.11")(st_global)
-    for _v in (2, 4):
-        if _w * _v <= 16:
-            effect(f"{_LD}.v{_v}.{_t}", f"*{loaded_kind(_t)}=a", "9.7.9.8")(ld_global)
-            effect(f"{_ST}.v{_v}.{_t}", f"=a,*{KIND[_w]}", "9.7.9.11")(st_global)
-
-
-@effect("fence.proxy.async{,.shared::cta}", "=", "9.7.13.4")
+@effect("fence.proxy.async{,.shared::cta,.shared::cluster} membar.proxy.async", "=", "9.7.13.4")
+@effect("fence.proxy.async::generic.acquire.sync_restrict::shared::cluster.cluster", "=", "9.7.13.4")
+@effect("fence.proxy.async::generic.release.sync_restrict::shared::cta.cluster", "=", "9.7.13.4")
 def fence_proxy_async(m, ws, active, instr):
     """Ordinary stores before it are visible to TMA and the tensor core after it. Any thread's fence serves its CTA: one
     by the issuing thread, after a barrier, is as good as one by the writers.
@@ -224,19 +246,28 @@ def fence_proxy_async(m, ws, active, instr):
         m.smem.fence_proxy(np.unique(ws.cta))
 
 
-@effect("fence.proxy.async.global fence.mbarrier_init.release.cluster", "=", "9.7.13.4")
-@effect("fence.proxy.tensormap::generic.release.gpu", "=", "9.7.13.4")
-@effect("fence.{acq_rel,sc}.{cta,cluster,gpu,sys} membar.{cta,gl,sys}", "=", "9.7.13.4")
+_SCOPES = "{cta,cluster,gpu,sys}"
+
+
+@effect("fence.proxy.{alias,async.global} membar.proxy.alias", "=", "9.7.13.4")
+@effect(f"fence.proxy.tensormap::generic.release.{_SCOPES} fence.mbarrier_init.release.cluster", "=", "9.7.13.4")
+@effect("fence.{acquire.sync_restrict::shared::cluster,release.sync_restrict::shared::cta}.cluster", "=", "9.7.13.4")
+@effect(f"fence{{,.sc,.acq_rel,.acquire,.release}}.{_SCOPES} membar.{{cta,gl,sys}}", "=", "9.7.13.4")
 def fence(m, ws, active, instr):
     """Orders proxies and scopes. Lanes of the emulator see each other's stores at once, so nothing is left to do."""
 
 
-@effect("prefetch.tensormap{,.param}", "=a", "9.7.9.17")
+@effect("prefetch{,.const,.param}.tensormap", "=a", "9.7.9.17")
 def prefetch_tensormap(m, ws, active, instr, address):
     """A hint."""
 
 
-@effect("createpolicy.fractional.L2::{evict_last,evict_first,evict_normal}.b64", "U=?f", "9.7.9.18")
-def createpolicy(m, ws, active, instr, fraction=None):
+_POLICY = "L2::{evict_last,evict_first,evict_normal,evict_unchanged}{,.L2::evict_unchanged,.L2::evict_first}.b64"
+
+
+@effect(f"createpolicy.fractional.{_POLICY}", "U=?f", "9.7.9.18")
+@effect(f"createpolicy.range{{,.global}}.{_POLICY}", "U=a,u,u", "9.7.9.18")
+@effect("createpolicy.cvt.L2.b64", "U=U", "9.7.9.18")
+def createpolicy(m, ws, active, instr, *operands):
     """An opaque cache policy; caches are not modelled."""
     return np.uint64(0)

@@ -137,8 +137,9 @@ def _load_one(m, ws, active, instr, destination, source, barrier, policy=None):
 
 for _rank in range(1, 6):
     for _multicast, _run, _signature in (("", _load_one, "=a,T,a,?U"), (".multicast::cluster", load, "=a,T,a,h,?U")):
+        _spaces = "shared::cluster" if _multicast else "{shared::cta,shared::cluster}"
         _names = [
-            f"cp.async.bulk.tensor.{_rank}d.{{shared::cta,shared::cluster}}.global{{,.tile}}"
+            f"cp.async.bulk.tensor.{_rank}d.{_spaces}.global{{,.tile}}"
             f".mbarrier::complete_tx::bytes{_multicast}{_suffix}"
             for _suffix in (
                 "{,.L2::cache_hint}",
