@@ -23,7 +23,7 @@ from .emit import is_current, kernel_path, write_bytes, write_kernel, write_text
 from .matrix import SHAPE_FORMAT, Shape, load_matrix, parse_shape, run_cases, shapes_of
 from .options import kernel_spec, spec_options
 from .plan import Plan, plan_kernel
-from .resources import generated_dir
+from .resources import checkout_root, generated_dir
 from .spec import SpecError
 from .survey import survey_kernel
 
@@ -55,6 +55,11 @@ Fast = typer.Option(False, "--fast", help="skip the hazard checks: several times
 Sms = typer.Option(4, "--sms", min=1, help="multiprocessors that the GPU says it has")
 LineInfo = typer.Option(False, "--lineinfo", help="compile with line information: messages name the source line")
 LaunchesFile = typer.Option(None, "--json", metavar="FILE", help="write what was launched here")
+OneShape = typer.Option(None, "--shape", metavar=SHAPE_FORMAT, help="of a specification's random inputs")
+Two = typer.Option(2, "--jobs", min=1, help="processes")
+MutantsFile = typer.Option(None, "--json", metavar="FILE", help="write every mutant and what became of it here")
+WriteDocs = typer.Option(False, "--write-docs", help="bring docs/mutation.md up to date for these kernels")
+Target = typer.Argument(None, metavar="[KERNEL | SCRIPT.py [ARGS]...]", help="as of verify, or as of emulate")
 JsonFile = typer.Option(None, "--json", metavar="FILE", help="write all rows here")
 
 
@@ -239,6 +244,49 @@ def emulate(
         write_text(json_file, present.document(facts | {"launches": launches}) + "\n")
     if code:
         raise typer.Exit(code)
+
+
+@command
+@spec_options
+def mutate(
+    fields: dict[str, Any],
+    target: list[str] | None = Target,
+    sms: int = Sms,
+    shape: str | None = OneShape,
+    seed: int = Seed,
+    jobs: int = Two,
+    json_file: Path | None = MutantsFile,
+    write_docs: bool = WriteDocs,
+) -> None:
+    """Break every synchronization instruction of a kernel, one at a time, and see whether the emulator notices.
+
+    Exit code 1 when a mutant is missed.
+    """
+    from . import mutate as mutation
+
+    words = target or []
+    step = present.counted("mutants", lambda outcome: f"line {outcome.line} {outcome.kind}: {outcome.result}")
+    if words and words[0].endswith(".py"):
+        arch = fields.get("arch", "sm_100a")
+        outcomes, run = mutation.mutate_script(Path(words[0]), words[1:], arch, sms, jobs=jobs, done=step)
+        if run.error is not None:
+            present.say(run.message)
+            raise typer.Exit(BAD_INPUT)
+    else:
+        chosen = plan_kernel(kernel_spec(words[0] if words else None, fields))
+        binary = _compiled(chosen, None)
+        extents = parse_shape(shape, chosen.spec.q_heads_per_kv) if shape else mutation.shape_for(binary)
+        outcomes = mutation.mutate_kernel(binary, extents, seed=seed, jobs=jobs, done=step)
+    present.console().print(present.mutation_table(mutation.tally(outcomes), mutation.RESULTS))
+    if json_file is not None:
+        write_text(json_file, present.document([vars(outcome) for outcome in outcomes]) + "\n")
+    if write_docs:
+        present.say(f"wrote {mutation.write_docs(outcomes, (checkout_root() or Path.cwd()) / 'docs')}")
+    missed = [outcome for outcome in outcomes if outcome.result == "missed"]
+    for outcome in missed:
+        present.say(f"missed: {outcome.kernel} PTX line {outcome.line}, {outcome.kind} ({outcome.opcode})")
+    if missed:
+        raise typer.Exit(VERIFICATION_FAILED)
 
 
 def _compiled(chosen: Plan, source: Path | None, lineinfo: bool = False) -> Any:

@@ -5,9 +5,11 @@ Tables go to stdout, or to stderr when stdout carries a JSON document; progress 
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -231,6 +233,31 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             for item in plan.rejected
         ],
     }
+
+
+def counted(name: str, describe: Callable[[Item], str]) -> Callable[[Item], None]:
+    """A function to call with items as they come: a line each on stderr, none on a terminal but the last."""
+    screen, count = console(to_stderr=True), itertools.count(1)
+
+    def show(item: Item) -> None:
+        end = "\r" if screen.is_terminal else "\n"
+        screen.print(
+            f"{name} {next(count)} {describe(item)}"[: screen.width - 1], markup=False, end=end, soft_wrap=True
+        )
+
+    return show
+
+
+def mutation_table(tally: Mapping[str, Counter[str]], results: Sequence[str]) -> Table:
+    """Kinds of mutants and how many came to which result."""
+    table = _table("mutants of", "all", *results, left=("mutants of",))
+    for kind, counts in tally.items():
+        missed = [f"[red]{counts[r]}[/]" if r == "missed" and counts[r] else str(counts[r] or "-") for r in results]
+        table.add_row(escape(kind), str(counts.total()), *missed)
+    total = sum(tally.values(), Counter())
+    table.add_section()
+    table.add_row("all", str(total.total()), *(str(total[r]) for r in results))
+    return table
 
 
 def report_table(rows: Iterable[dict[str, Any]]) -> Table:

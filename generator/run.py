@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -33,6 +33,7 @@ from .emulator import Gpu, Labels
 from .emulator.host import HostError, attached, library_path, redirect
 
 BACKENDS = ("emulator", "cuda")
+Prepare = Callable[[Gpu, Sequence[Output]], None]
 _COMPUTE_CAPABILITY = {"sm_90a": (9, 0), "sm_100a": (10, 0)}
 
 
@@ -77,15 +78,18 @@ def run_observed(
     scale: float | None = None,
     backend: str | None = None,
     strict: bool = True,
+    prepare: Prepare | None = None,
 ) -> Run:
-    """run_kernel on CPU arrays, with outputs that tell what was written; strict: see Gpu. For verification."""
+    """run_kernel on CPU arrays, with outputs that tell what was written; strict: see Gpu. prepare: called with the Gpu
+    and the outputs before the emulator runs. For verification.
+    """
     views = check_inputs(binary.spec, q, k, v)
     if views[0].device != "cpu":
         raise CallError("device", views[0].device, "only CPU arrays are observed", "pass NumPy arrays")
     scale = _check_scale(binary, scale)
     outputs = tuple(Output(*layout) for layout in output_layout(binary.spec, views[0]))
     backend = _check_backend(backend, views)
-    execute = {"emulator": partial(_run_emulated, strict=strict), "cuda": _run_copied}[backend]
+    execute = {"emulator": partial(_run_emulated, strict=strict, prepare=prepare), "cuda": _run_copied}[backend]
     _host_function(binary.host_object, binary.host_symbol, backend)  # loaded once a kernel, not timed
     start = time.perf_counter()
     launches = execute(binary, views, outputs, scale)
@@ -143,7 +147,12 @@ def _host_function(host_object: bytes, symbol: str, backend: str) -> HostFunctio
 
 
 def _run_emulated(
-    binary: Binary, views: Sequence[View], outputs: Sequence[Output], scale: float, strict: bool
+    binary: Binary,
+    views: Sequence[View],
+    outputs: Sequence[Output],
+    scale: float,
+    strict: bool,
+    prepare: Prepare | None,
 ) -> tuple[Any, ...]:
     gpu = Gpu(arch=binary.spec.arch, strict=strict)
     gpu.labels = _labels(binary.plan.budget)
@@ -151,6 +160,8 @@ def _run_emulated(
         gpu.add_array((address, size), name=names, initialized=True)
     for output in outputs:
         gpu.add_array((output.array.ctypes.data, output.array.nbytes), name=output.name, initialized=False)
+    if prepare is not None:
+        prepare(gpu, outputs)
     arguments = [view.argument() for view in (*views, *(output.view() for output in outputs))]
     function = _host_function(binary.host_object, binary.host_symbol, "emulator")
     with attached(gpu, binary.ptx, binary.cubin):

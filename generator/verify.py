@@ -26,7 +26,7 @@ from .arrays import DTYPES, Output
 from .compile import Binary
 from .emulator.errors import Deadlock, EmulatorError, Hazard
 from .reference import Attention, attention, normalize, rounding_model
-from .run import run_observed
+from .run import Prepare, run_observed
 
 COS_MIN = 0.99999
 REL_ERR_FACTOR = 2.0
@@ -93,10 +93,16 @@ class Report:
 
 
 def verify_kernel(
-    binary: Binary, shape: Sequence[int], *, backend: str = "emulator", seed: int = 0, strict: bool = True
+    binary: Binary,
+    shape: Sequence[int],
+    *,
+    backend: str = "emulator",
+    seed: int = 0,
+    strict: bool = True,
+    prepare: Prepare | None = None,
 ) -> Report:
     """Run the kernel on random data of `shape` (B, Hq, Hkv, Sq, Skv) and compare it with the reference; strict: with
-    the emulator's hazard checks.
+    the emulator's hazard checks; prepare: see run_observed.
 
     Hazards and launch failures are failed reports, not exceptions; a shape that the kernel was not built for raises
     CallError, and a machine without the GPU asked for raises RunError.
@@ -105,7 +111,7 @@ def verify_kernel(
     q, k, v = random_inputs(spec.dtype, shape, spec.head_dim, spec.v_dim, seed)
     start = time.perf_counter()
     try:
-        run = run_observed(binary, q, k, v, backend=backend, strict=strict)
+        run = run_observed(binary, q, k, v, backend=backend, strict=strict, prepare=prepare)
     except EmulatorError as error:
         hazards = int(isinstance(error, (Hazard, Deadlock)))
         failure = f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ PACKAGE = Path(generator.resources.__file__).parent
 # Upstream first. A module imports only modules to its left.
 FLOW = (
     *("resources", "spec", "arch", "budget", "plan", "survey", "emit"),
-    *("dsl", "cache", "cubin", "compile", "arrays", "run", "kernel", "reference", "verify", "matrix"),
+    *("dsl", "cache", "cubin", "compile", "arrays", "run", "kernel", "reference", "verify", "mutate", "matrix"),
     *("options", "present", "__init__", "cli", "__main__"),
 )
 

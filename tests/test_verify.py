@@ -196,7 +196,7 @@ def test_emulator_errors_are_failed_reports(kernel, monkeypatch, error, hazards)
 def test_a_failing_row_is_valid_json(kernel, monkeypatch):
     """Nothing was written: every figure is NaN, and the row must still be JSON."""
 
-    def unwritten(binary, q, k, v, backend):
+    def unwritten(binary, q, k, v, **options):
         return Run(tuple(Output(*layout) for layout in output_layout(binary.spec, view_of("q", q))), 0.0, ())
 
     monkeypatch.setattr(verify, "run_observed", unwritten)

@@ -83,6 +83,16 @@ class Mbarriers:
             self.pending[slot, done] = self.expected[slot, done]
         return done
 
+    def check_exit(self) -> None:
+        """Copies may not have signalled more bytes than were expected: some wait ended, or would end, too early."""
+        left = np.argwhere(self.live & (self.tx < 0))
+        if len(left):
+            slot, cta = (int(i) for i in left[0])
+            raise Hazard(
+                f"CTA {cta} exits, and copies have signalled {-int(self.tx[slot, cta])} bytes more than were expected "
+                f"on the {self.name(slot)}: make expect_tx and the copies agree (one lane issues a copy)"
+            )
+
     def name(self, slot: int) -> str:
         return f"mbarrier at {self.labels.shared_at(self.offsets[slot])}"
 

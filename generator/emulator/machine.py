@@ -360,6 +360,7 @@ class Machine:
     def _check_exit(self) -> None:
         check_bulk_at_exit(self)
         self.wgmma.check_exit()
+        self.mbarriers.check_exit()
         leaked = np.nonzero(self.tmem.allocated.any(axis=0))[0]
         if len(leaked):
             cta = int(leaked[0])

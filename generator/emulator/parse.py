@@ -210,7 +210,7 @@ class _KernelParser:
 
     def _operand(self, text: str, line: int):
         if text[0] == "{":
-            return Vector(tuple(self.operand(t, line) for t in _split(text[1:-1])))
+            return Vector(tuple(self.operand(t, line) for t in split_operands(text[1:-1])))
         if text[0] == "[":
             return self._address(text[1:-1].strip(), line)
         if text[0] == "!":
@@ -239,7 +239,7 @@ class _KernelParser:
         return reg
 
     def _address(self, text: str, line: int) -> Address:
-        first, *more = _split(text)
+        first, *more = split_operands(text)
         base, sign, offset = first, 1, "0"
         plus = re.match(r"(.+?)\s*([+-])\s*(-?\w+)$", first)
         if plus:
@@ -261,7 +261,7 @@ class _KernelParser:
             if not match:
                 raise PtxSyntaxError(f"PTX line {line}: cannot read {text!r}")
             negated, guard, opcode, rest = match.groups()
-            operands = tuple(self.operand(t, line) for t in _split(rest)) if rest else ()
+            operands = tuple(self.operand(t, line) for t in split_operands(rest)) if rest else ()
             guard_reg = self._register(guard, line) if guard else None
             instr = Instr(opcode, operands, guard_reg, bool(negated), line, text, self.source)
             self.pending.append((instr, self.scope))
@@ -321,7 +321,7 @@ def _number(text: str) -> Imm | None:
     return None
 
 
-def _split(text: str) -> list[str]:
+def split_operands(text: str) -> list[str]:
     """Split at the commas outside every bracket."""
     if "{" not in text and "[" not in text:
         return [t.strip() for t in text.split(",")] if text.strip() else []
@@ -386,6 +386,11 @@ def _parse_body(parser: _KernelParser, text: str, start: int, line: int) -> int:
     raise PtxSyntaxError(f"PTX line {line}: the text ends inside kernel {parser.kernel.name}: it was cut off")
 
 
+def strip_comments(text: str) -> str:
+    """The text without comments; every line keeps its number."""
+    return _COMMENT.sub(_blank, text)
+
+
 def parse_ptx(text: str) -> Module:
     """Parse a PTX module.
 
@@ -396,7 +401,7 @@ def parse_ptx(text: str) -> Module:
     Raises:
         PtxSyntaxError: cut-off text, undeclared registers, unknown directives.
     """
-    text = _COMMENT.sub(_blank, drop_asm_locs(text))
+    text = strip_comments(drop_asm_locs(text))
     target = re.search(r"^\s*\.target\s+(\w+)", text, re.M)
     version = re.search(r"^\s*\.version\s+(\S+)", text, re.M)
     if not target or not version:

@@ -6,7 +6,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from .attach import DEFAULT_SMS, attached
 from .errors import EmulatorError, LaunchError, PtxSyntaxError, UnsupportedInstruction
-from .gpu import LaunchReport
+from .gpu import Gpu, LaunchReport
 from .host import HostError
 
 
@@ -47,9 +47,11 @@ def run_script(
     arguments: Sequence[str] = (),
     arch: str = "sm_100a",
     sms: int = DEFAULT_SMS,
+    prepare: Callable[[Gpu], None] | None = None,
     **options: Any,
 ) -> ScriptRun:
     """Run a file as the main program, with what it compiles attached to an emulated GPU. options: those of attached.
+    prepare: called with the Gpu before the program runs.
 
     Raises EmulatorError when there is no such program or GPU; whatever the program itself does is in the result.
     """
@@ -59,6 +61,8 @@ def run_script(
     try:
         with _main_program(script, arguments), attached(arch, sms=sms, **options) as gpu:
             launches = gpu.launches
+            if prepare is not None:
+                prepare(gpu)
             _run(script)
     except _Ended as end:
         return ScriptRun(tuple(launches), end.__cause__, _message(script, end.__cause__))

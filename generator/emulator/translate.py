@@ -25,6 +25,7 @@ from .flow import (
 from .formats import pack16
 from .memory import LOCAL_BASE, PARAM_BASE, WINDOW_BASE
 from .parse import Instr, Kernel, Reg, Vector
+from .table import Entry
 from .values import DTYPE
 
 
@@ -102,9 +103,11 @@ class Translator:
         "total_smem_size",
     )
 
-    def __init__(self, kernel: Kernel, strict: bool = True):
-        """`strict`: with checks of registers that may be unwritten or in flight."""
-        self.strict = strict
+    def __init__(self, kernel: Kernel, strict: bool = True, wrap: Callable[[Entry], Callable] | None = None):
+        """`strict`: with checks of registers that may be unwritten or in flight. `wrap`: gives what is called in place
+        of an entry's function, for those who look on.
+        """
+        self.strict, self.wrap = strict, wrap
         kernel = self.kernel = replace(kernel, instrs=fold_scale_d(kernel))
         self.blocks = find_blocks(kernel)
         solve_liveness(kernel, self.blocks)
@@ -203,7 +206,7 @@ class Translator:
         key = id(entry.run)
         if key not in self.functions:
             self.functions[key] = f"F{len(self.functions)}_{getattr(entry.run, '__name__', 'op').strip('<>')}"
-            self.globals[self.functions[key]] = entry.run
+            self.globals[self.functions[key]] = entry.run if self.wrap is None else self.wrap(entry)
         return self.functions[key]
 
     def info(self, instr: Instr) -> str:

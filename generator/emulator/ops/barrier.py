@@ -38,8 +38,13 @@ def by_address(m, ws, active, instr, address):
 def mbarrier_init(m, ws, active, instr, address, count):
     offsets = ws.full(shared_offsets(m, ws, active, instr, address, 8))
     lanes = np.ones(offsets.shape, bool) if active is None else ws.full(active)
-    for offset, ctas, _ in by_address(m, ws, active, instr, address):
+    for offset, ctas, inits in by_address(m, ws, active, instr, address):
         where = m.where(ws, instr, lanes & (offsets == offset))
+        if (inits > 1).any():
+            raise Hazard(
+                f"{where}: {int(inits.max())} lanes initialize the same mbarrier; to do so with a live one is "
+                "undefined: elect one"
+            )
         value = _uniform(ws, lanes & (offsets == offset), count, where)
         m.mbarriers.init(offset, ctas, value, where)
         if m.strict:

@@ -1,0 +1,187 @@
+"""Mutants that cannot be told from the original: a reviewed list by kind and context, each entry with its proof.
+
+An entry looks at the program around the mutated instruction and at what a run of the original did there, never at line
+numbers, so that it holds for kernels that nobody has seen yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .flow import MOVES, defs_and_uses
+from .mutants import Mutant
+from .parse import Imm, Instr, Kernel
+from .recorder import Event, Place, Recorder
+
+# What tells other warps, or the asynchronous proxy, that something before it is done.
+SIGNALS = ("mbarrier.arrive", "bar", "tcgen05.commit", "tcgen05.mma", "tcgen05.st", "tcgen05.dealloc", "cp.async.bulk")
+STORES = ("st.", "stmatrix", "red.", "atom.", "cp.async.c")
+
+
+@dataclass(frozen=True)
+class Context:
+    """The original kernel, and what its warps did in one run."""
+
+    kernel: Kernel
+    recorder: Recorder
+
+    def index(self, mutant: Mutant) -> int:
+        return next(
+            i
+            for i, instr in enumerate(self.kernel.instrs)
+            if instr.line == mutant.line and instr.opcode == mutant.opcode
+        )
+
+    def events(self, line: int) -> Iterator[tuple[tuple[int, int], Event]]:
+        """((CTA, warp), event) of every event at a PTX line."""
+        for who, events in self.recorder.events.items():
+            yield from ((who, event) for event in events if event.line == line)
+
+    def last_waited(self, place: Place) -> int:
+        """The last phase of an mbarrier that some warp waits for; -1 for none."""
+        waits = (e for es in self.recorder.events.values() for e in es if e.kind == "wait" and place in e.places)
+        return max((event.phase for event in waits), default=-1)
+
+    def guarded_by(self, index: int) -> list[Instr]:
+        """Instructions that the branch after instruction `index` jumps over."""
+        for at in range(index + 1, min(index + 6, len(self.kernel.instrs))):
+            instr = self.kernel.instrs[at]
+            if instr.opcode.startswith("bra") and instr.guard is not None:
+                end = self.kernel.labels[instr.operands[0].name]
+                return self.kernel.instrs[at + 1 : end]
+        return []
+
+
+def _passes_at_once(context: Context, mutant: Mutant) -> bool:
+    """A wait with the immediate parity 1, for the phase before the first."""
+    instr = context.kernel.instrs[context.index(mutant)]
+    events = [event for _, event in context.events(mutant.line)]
+    return instr.operands[2] == Imm(1) and bool(events) and all(event.phase < 0 for event in events)
+
+
+def _never_waited_for(context: Context, mutant: Mutant) -> bool:
+    """Every arrival of the instruction completes a phase later than the last that anybody waits for."""
+    found = False
+    for who, event in context.events(mutant.line):
+        for place in event.places:
+            arrivals = [
+                (other, e)
+                for other, events in context.recorder.events.items()
+                for e in events
+                if e.kind in ("arrive", "commit") and place in e.places
+            ]
+            inits = [
+                e.count for es in context.recorder.events.values() for e in es if e.kind == "init" and place in e.places
+            ]
+            if len(inits) != 1 or {other for other, _ in arrivals} != {who}:
+                return False
+            number = next(i for i, (_, e) in enumerate(arrivals) if e is event)
+            if number // inits[0] <= context.last_waited(place):
+                return False
+            found = True
+    return found
+
+
+def _registers_used(context: Context, mutant: Mutant) -> bool:
+    """Every register of the tcgen05.ld before the wait is used by an instruction before the next signal."""
+    instrs, start = context.kernel.instrs, context.index(mutant)
+    loaded: set[int] = set()
+    while start and not instrs[start - 1].opcode.startswith(("tcgen05.wait::ld", "bra", "ret", *SIGNALS)):
+        start -= 1
+        if instrs[start].opcode.startswith("tcgen05.ld"):
+            loaded |= {reg.index for reg in defs_and_uses(instrs[start])[0]}
+    if not loaded:
+        return False
+    copies: dict[int, set[int]] = {}  # register → loaded registers that moves have put into it
+    for instr in instrs[start:]:
+        defs, uses = defs_and_uses(instr)
+        held = {origin for reg in uses for origin in copies.get(reg.index, {reg.index} & loaded)}
+        if instr.opcode in MOVES:
+            for reg in defs:
+                copies[reg.index] = held
+        else:
+            loaded -= held
+        if not loaded:
+            return True
+        if instr.opcode.startswith((*SIGNALS, "bra", "ret")) and not instr.opcode.startswith("bar.warp"):
+            return False
+    return False
+
+
+def _lanes_in_step(context: Context, mutant: Mutant) -> bool:
+    """Since the last bar.warp.sync no lane stored to memory, tcgen05 work was waited for, elect.sync follows."""
+    instrs, index = context.kernel.instrs, context.index(mutant)
+    if not instrs[index + 1].opcode.startswith("elect.sync"):
+        return False
+    waited = False
+    for instr in reversed(instrs[:index]):
+        if instr.opcode.startswith(STORES):
+            return False
+        waited = waited or instr.opcode.startswith("tcgen05.wait::")
+        if instr.opcode.startswith(("bar.warp", "bar.sync", "barrier.sync")):
+            break
+    return waited
+
+
+def _repeats_a_store(context: Context, mutant: Mutant) -> bool:
+    """The elected lane only issues bulk stores from shared memory and commits them."""
+    instrs = [
+        i
+        for i in context.guarded_by(context.index(mutant))
+        if i.opcode.startswith((*SIGNALS, "st.", "cp.", "mbarrier"))
+    ]
+    stores = [i for i in instrs if ".global.shared::cta" in i.opcode and ".reduce" not in i.opcode]
+    return bool(stores) and all(i in stores or i.opcode == "cp.async.bulk.commit_group" for i in instrs)
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Kinds of mutants, the context in which they change nothing, and why they do not."""
+
+    kinds: tuple[str, ...]
+    holds: Callable[[Context, Mutant], bool]
+    reason: str
+
+
+EQUIVALENT: tuple[Equivalence, ...] = (
+    Equivalence(
+        ("mbarrier wait removed",),
+        _passes_at_once,
+        "the wait is for the phase before the first (immediate parity 1 on a fresh mbarrier), which counts as "
+        "complete: it never blocks and orders nothing",
+    ),
+    Equivalence(
+        ("tcgen05.commit removed", "mbarrier.arrive removed"),
+        _never_waited_for,
+        "the phase that this arrival completes is later than the last that any warp waits for, and nothing else "
+        "arrives on the mbarrier: nobody can see the difference",
+    ),
+    Equivalence(
+        ("tcgen05.wait::ld removed",),
+        _registers_used,
+        "every register of the loads is an operand of some instruction before the warp signals anybody: the true "
+        "dependency waits for the loads (ISA 9.7.16.6.4.5)",
+    ),
+    Equivalence(
+        ("bar.warp.sync removed",),
+        _lanes_in_step,
+        "since the warp's last barrier no lane stored to memory; the tcgen05.wait before is warp-wide (.sync.aligned), "
+        "and elect.sync, which follows, lets no lane go on before all have come: no other lane has left anything for "
+        "the elected one to signal",
+    ),
+    Equivalence(
+        ("elect.sync: every lane",),
+        _repeats_a_store,
+        "the lane only copies shared memory to global memory: 32 lanes write the same bytes to the same place, each "
+        "commits and waits for its own copy",
+    ),
+)
+
+
+def why_equivalent(mutant: Mutant, context: Context) -> str | None:
+    """The reason why a mutant is equivalent to the original, None if it is not known to be."""
+    for entry in EQUIVALENT:
+        if mutant.kind in entry.kinds and entry.holds(context, mutant):
+            return entry.reason
+    return None

@@ -1,0 +1,163 @@
+"""Runs every mutant of a launch and says what became of it.
+
+    outcomes = run_mutants(case, judge=lambda: None)
+
+Each mutant runs in the strict emulator, in a forked process with a time limit, on the inputs of the original.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from .equivalent import Context, why_equivalent
+from .errors import Deadlock, Hazard, LaunchError
+from .gpu import LaunchCase
+from .memory import WINDOW_BASE
+from .mutants import Mutant, Mutator
+from .parse import parse_ptx
+from .recorder import Recorder
+from .snapshot import Snapshot
+
+RESULTS = ("reported", "wrong numbers", "deadlocked", "equivalent", "not run", "missed")
+TIME_LIMIT = 60.0  # seconds a mutant
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant: one of RESULTS, and the message or the reason. "not run": the launch does not reach the
+    mutated instruction, so it says nothing about it.
+    """
+
+    kernel: str
+    kind: str
+    line: int
+    opcode: str
+    change: str
+    result: str
+    message: str
+    seconds: float
+
+
+class _TimeIsUp(BaseException):
+    pass
+
+
+def mutator_of(case: LaunchCase, recorder: Recorder) -> Mutator:
+    """The mutants of a case, with its mbarriers known from one run of the original and from the Gpu's labels."""
+    places: dict[int, set[int]] = {}
+    for events in recorder.events.values():
+        for event in events:
+            places.setdefault(event.line, set()).update(offset for _, offset in event.places)
+    names: dict[str, list[int]] = {}
+    for first, count, name in case.gpu.labels.shared:
+        if count == 8 and name.endswith("]"):
+            names.setdefault(name.split("[")[0], []).append(first)
+    rings = [tuple(sorted(offsets)) for offsets in names.values()]
+    frozen = {line: frozenset(offsets) for line, offsets in places.items()}
+    return Mutator(case.text, case.kernel, frozen, rings, WINDOW_BASE)
+
+
+def run_mutants(
+    case: LaunchCase,
+    judge: Callable[[], str | None] | None = None,
+    jobs: int = 2,
+    limit: float = TIME_LIMIT,
+    select: Callable[[Mutant], bool] = lambda mutant: True,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Every selected mutant of a launch, in the order of the text. Global memory is left as it was found.
+
+    Args:
+        judge: what is wrong with the outputs in global memory after a mutant ran, or None. Default: any byte of global
+            memory that differs from what the original left, as nothing but the synchronization differs.
+        jobs: processes. limit: seconds a mutant. done: called with each outcome as it comes.
+    Raises:
+        EmulatorError: the original does not pass.
+    """
+    before = Snapshot(case.gpu.gmem)
+    recorder = Recorder()
+    kernel = parse_ptx(case.text).kernels[case.kernel]
+    case.run(program=recorder.program(kernel))
+    after = Snapshot(case.gpu.gmem)
+    before.restore()
+    mutants = [mutant for mutant in mutator_of(case, recorder).mutants() if select(mutant)]
+    judge = judge or (lambda: _difference(after))
+    context = Context(kernel, recorder)
+
+    def outcome_of(index: int) -> Outcome:
+        return _outcome(case, mutants[index], context, before, judge, limit)
+
+    found: dict[int, Outcome] = {}
+    with _shared_with_children(outcome_of), ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+        futures = {pool.submit(_run_one, index): index for index in range(len(mutants))}
+        for future in as_completed(futures):
+            found[futures[future]] = future.result()
+            done(future.result())
+    return [found[index] for index in sorted(found)]
+
+
+_work: list[Callable[[int], Outcome]] = []  # what forked children run: closures cannot be sent to them
+
+
+@contextmanager
+def _shared_with_children(work: Callable[[int], Outcome]) -> Iterator[None]:
+    _work.append(work)
+    try:
+        yield
+    finally:
+        _work.pop()
+
+
+def _run_one(index: int) -> Outcome:
+    return _work[-1](index)
+
+
+def _outcome(case, mutant: Mutant, context: Context, before: Snapshot, judge, limit: float) -> Outcome:
+    start = time.perf_counter()
+    if mutant.line not in context.recorder.lines:
+        return Outcome(case.kernel, mutant.kind, mutant.line, mutant.opcode, mutant.change, "not run", "", 0.0)
+    before.restore()
+    try:
+        with _time_limit(limit):
+            case.run(text=mutant.text)
+        why = judge()
+        result, message = ("missed", "") if why is None else ("wrong numbers", why)
+    except Deadlock as error:
+        result, message = "deadlocked", str(error)
+    except (Hazard, LaunchError) as error:
+        result, message = "reported", str(error)
+    except _TimeIsUp:
+        result, message = "deadlocked", f"did not end within {limit:g} s"
+    if result == "missed":
+        reason = why_equivalent(mutant, context)
+        result, message = ("missed", "") if reason is None else ("equivalent", reason)
+    seconds = time.perf_counter() - start
+    return Outcome(case.kernel, mutant.kind, mutant.line, mutant.opcode, mutant.change, result, message, seconds)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    def stop(*_):
+        raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _difference(after: Snapshot) -> str | None:
+    found = after.difference()
+    if found is None:
+        return None
+    name, at, then, now = found
+    return f"{name}: byte {at} is {now:#04x}, {then:#04x} in the original"

@@ -1,0 +1,180 @@
+"""Records what each warp does to barriers while a launch runs: the raw material of `barrier_program` and `mutants`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from .ops.memory import shared_offsets
+from .ops.tma import _lanes, tensor_map
+from .parse import Kernel
+from .table import Entry
+from .translate import Program, Translator
+
+Place = tuple[int, int]  # an mbarrier: CTA, offset in its shared memory
+
+
+class Event(NamedTuple):
+    """One synchronization event of one warp.
+
+    kind: init, arrive, expect, wait, copy (a bulk copy that will signal), commit (of tensor-core work), sync and join
+    (bar.sync, bar.arrive), cluster_arrive, cluster_wait.
+    places: the mbarriers concerned; count: arrivals, threads or the initial count; nbytes: of a transaction; barrier:
+    number of a named barrier; parity and phase: of a wait, the phase counted from 0 (-1: before the first).
+    """
+
+    kind: str
+    line: int
+    places: tuple[Place, ...] = ()
+    count: int = 0
+    nbytes: int = 0
+    barrier: int = -1
+    parity: int = 0
+    phase: int = 0
+
+
+class Recorder:
+    """Events by (CTA, warp) of every launch of the programs that it makes; CTAs are numbered within their wave."""
+
+    def __init__(self):
+        self.events: dict[tuple[int, int], list[Event]] = defaultdict(list)
+        self.lines: set[int] = set()  # PTX lines of the instructions with effects that ran
+
+    def program(self, kernel: Kernel) -> Program:
+        """The kernel, translated so that it tells this recorder."""
+        return Translator(kernel, wrap=self._wrap).translate()
+
+    def _wrap(self, entry: Entry) -> Callable:
+        if entry.pure:
+            return entry.run
+        look = next((look for prefix, look in _LOOKS if entry.name.startswith(prefix)), _nothing)
+        return self._watched(entry.run, look)
+
+    def _watched(self, run: Callable, look: Callable) -> Callable:
+        def watched(m, ws, active, instr, *operands):
+            result = run(m, ws, active, instr, *operands)
+            self.lines.add(instr.line)
+            for key, event in look(m, ws, active, instr, operands, result):
+                self.events[key].append(event)
+            return result
+
+        return watched
+
+
+def _rows(m, ws, active, instr, address, *others, remote: bool = True):
+    """(warp, CTA, mbarrier, values of `others`) of each lane that runs."""
+    offsets = shared_offsets(m, ws, active, instr, address, 8)
+    warps, ctas, _, (named, places, *values) = _lanes(m, ws, active, (address, offsets, *others))
+    targets = m.cluster.target(ctas, named, m.where(ws, instr)) if remote else ctas
+    return zip(
+        *(x.tolist() for x in (warps, ctas, targets, places, *values)),
+        strict=True,
+    )
+
+
+def _nothing(*_):
+    return ()
+
+
+def _init(m, ws, active, instr, operands, _):
+    for warp, cta, target, offset, count in _rows(m, ws, active, instr, *operands):
+        yield (cta, warp), Event("init", instr.line, ((target, offset),), int(count))
+
+
+def _arrive(m, ws, active, instr, operands, _):
+    address, amount = operands[0], operands[1] if len(operands) > 1 and operands[1] is not None else 1
+    expects = ".expect_tx" in instr.opcode
+    totals: dict[tuple, list[int]] = {}
+    for warp, cta, target, offset, value in _rows(m, ws, active, instr, address, amount):
+        total = totals.setdefault((cta, warp, target, offset), [0, 0])
+        total[0] += 1 if expects else int(value)
+        total[1] += int(value) if expects else 0
+    for (cta, warp, target, offset), (count, nbytes) in totals.items():
+        kind, count = ("expect", 0) if instr.opcode.startswith("mbarrier.expect_tx") else ("arrive", count)
+        yield (cta, warp), Event(kind, instr.line, ((target, offset),), count, nbytes)
+
+
+def _copies_arrive(m, ws, active, instr, operands, _):
+    for key, event in _arrive(m, ws, active, instr, operands[:1], None):
+        yield key, event._replace(kind="copy")
+
+
+def _wait(m, ws, active, instr, operands, done):
+    passed = np.broadcast_to(done, (*ws.lead, 32))
+    seen = {}
+    for warp, cta, _, offset, parity, good in _rows(m, ws, active, instr, *operands[:2], passed, remote=False):
+        before = seen.get((cta, warp), (offset, parity, True))
+        seen[cta, warp] = offset, int(parity), before[2] and good
+    for (cta, warp), (offset, parity, good) in seen.items():
+        if good:
+            phase = int(m.mbarriers.phase[m.mbarriers.slot(offset), cta]) - 1
+            yield (cta, warp), Event("wait", instr.line, ((cta, offset),), parity=parity, phase=phase)
+
+
+def _tensor_load(m, ws, active, instr, operands, _):
+    _, (address, _), barrier, *rest = operands
+    multicast = rest[0] if ".multicast" in instr.opcode else 0
+    where = m.where(ws, instr)
+    for warp, cta, target, offset, pointer, mask in _rows(m, ws, active, instr, barrier, address, multicast):
+        size = tensor_map(m, int(pointer), where).box_bytes
+        peers = m.cluster.peers(cta, int(mask)) if ".multicast" in instr.opcode else (target,)
+        for peer in peers:
+            yield (cta, warp), Event("copy", instr.line, ((peer, offset),), nbytes=size)
+
+
+def _bulk_load(m, ws, active, instr, operands, _):
+    _, _, size, barrier, *_ = operands
+    for warp, cta, target, offset, nbytes in _rows(m, ws, active, instr, barrier, size):
+        if nbytes:
+            yield (cta, warp), Event("copy", instr.line, ((target, offset),), nbytes=int(nbytes))
+
+
+def _commit(m, ws, active, instr, operands, _):
+    address, mask = operands[0], operands[1] if len(operands) > 1 else None
+    for warp, cta, target, offset, bits in _rows(m, ws, active, instr, address, 0 if mask is None else mask):
+        peers = (target,) if mask is None else m.cluster.peers(cta, int(bits))
+        yield (cta, warp), Event("commit", instr.line, tuple((peer, offset) for peer in peers), 1)
+
+
+def _named(kind):
+    def look(m, ws, active, instr, operands, _):
+        barrier, count = operands[0], operands[1] if len(operands) > 1 else None
+        warps, ctas = ws.flat_pairs()
+        threads = m.n_warps * 32 if count is None else count
+        rows = (ws.full(x).reshape(-1, 32)[:, 0].tolist() for x in (barrier, threads))
+        for warp, cta, number, expected in zip(warps.tolist(), ctas.tolist(), *rows, strict=True):
+            yield (cta, warp), Event(kind, instr.line, count=int(expected), barrier=int(number))
+
+    return look
+
+
+def _cluster(kind):
+    def look(m, ws, active, instr, operands, _):
+        warps, ctas = ws.flat_pairs()
+        for warp, cta in zip(warps.tolist(), ctas.tolist(), strict=True):
+            yield (cta, warp), Event(kind, instr.line)
+
+    return look
+
+
+_LOOKS = (  # the first prefix that fits
+    ("mbarrier.init", _init),
+    ("mbarrier.arrive", _arrive),
+    ("mbarrier.expect_tx", _arrive),
+    ("mbarrier.try_wait", _wait),
+    ("mbarrier.test_wait", _wait),
+    ("cp.async.mbarrier.arrive", _copies_arrive),
+    *((f"cp.async.bulk.tensor.{rank}d.shared", _tensor_load) for rank in range(1, 6)),
+    ("cp.async.bulk.shared", _bulk_load),
+    ("tcgen05.commit", _commit),
+    *(
+        (f"{bar}.{way}", _named(kind))
+        for bar in ("bar", "bar.cta", "barrier", "barrier.cta")
+        for way, kind in (("sync", "sync"), ("arrive", "join"))
+    ),
+    ("barrier.cluster.arrive", _cluster("cluster_arrive")),
+    ("barrier.cluster.wait", _cluster("cluster_wait")),
+)

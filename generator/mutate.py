@@ -1,0 +1,151 @@
+"""The mutation test: which synchronization instructions of a kernel can be broken without anyone noticing.
+
+`bespoke mutate` runs every mutant of a kernel's PTX (emulator/mutants.py) and classifies it (emulator/mutation.py).
+For a specification the outputs of a mutant that ran are judged as `bespoke verify` judges them; for a program, whose
+reference is not known, any bit that differs from what the original wrote is wrong: nothing but the synchronization was
+changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .arrays import Output
+from .compile import Binary
+from .emulator.gpu import Gpu, LaunchCase, Observer
+from .emulator.mutation import RESULTS, Outcome, run_mutants
+from .emulator.script import ScriptRun, run_script
+from .run import run_observed
+from .verify import compare, judge, judge_writes, random_inputs
+
+Done = Callable[[Outcome], None]
+KV_TILES = 7  # whole ones: three rounds of a ring of two stages, and one more
+
+
+def shape_for(binary: Binary) -> tuple[int, int, int, int, int]:
+    """A launch that runs every instruction: whole and partial KV tiles, and with causal a tile of queries that sees no
+    key at all.
+    """
+    keys = KV_TILES * binary.tile_n + 5
+    queries = keys + 128 if binary.spec.causal else 200
+    return (1, binary.spec.q_heads_per_kv, 1, queries, keys)
+
+
+def mutate_kernel(
+    binary: Binary, shape: Sequence[int], *, seed: int = 0, jobs: int = 2, done: Done = lambda _: None
+) -> list[Outcome]:
+    """Every mutant of a compiled kernel on random inputs of `shape` (B, Hq, Hkv, Sq, Skv).
+
+    jobs: processes; done: called with each outcome as it comes. Raises EmulatorError when the kernel does not pass.
+    """
+    spec, shape = binary.spec, tuple(int(extent) for extent in shape)
+    q, k, v = random_inputs(spec.dtype, shape, spec.head_dim, spec.v_dim, seed)
+    outcomes: list[Outcome] = []
+
+    def prepare(gpu: Gpu, outputs: Sequence[Output]) -> None:
+        def wrong() -> str | None:
+            failures = [*judge(compare(binary, q, k, v, outputs)), *judge_writes(outputs)]
+            return "; ".join(failures) or None
+
+        gpu.observers.append(_mutating(outcomes, wrong, jobs, done))
+
+    run_observed(binary, q, k, v, backend="emulator", prepare=prepare)
+    return [named(outcome, spec.name) for outcome in outcomes]
+
+
+def mutate_script(
+    script: Path, arguments: Sequence[str], arch: str, sms: int, *, jobs: int = 2, done: Done = lambda _: None
+) -> tuple[list[Outcome], ScriptRun]:
+    """Every mutant of every kernel that a CuTe DSL program launches, at its first launch; and the program's own run."""
+    outcomes: list[Outcome] = []
+    run = run_script(
+        script, arguments, arch, sms, lambda gpu: gpu.observers.append(_mutating(outcomes, None, jobs, done))
+    )
+    return outcomes, run
+
+
+def _mutating(outcomes: list[Outcome], wrong: Callable[[], str | None] | None, jobs: int, done: Done) -> Observer:
+    seen: set[tuple[str, str]] = set()
+
+    @contextmanager
+    def observer(case: LaunchCase) -> Iterator[None]:
+        if (case.text, case.kernel) not in seen:
+            seen.add((case.text, case.kernel))
+            outcomes.extend(run_mutants(case, wrong, jobs, done=done))
+        yield
+
+    return observer
+
+
+def named(outcome: Outcome, kernel: str) -> Outcome:
+    """The outcome under the kernel's short name."""
+    return Outcome(**{**vars(outcome), "kernel": kernel})
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def tally(outcomes: Sequence[Outcome]) -> dict[str, Counter[str]]:
+    """Kind of mutant → how many came to which result."""
+    table: dict[str, Counter[str]] = {}
+    for outcome in outcomes:
+        table.setdefault(outcome.kind, Counter())[outcome.result] += 1
+    return dict(sorted(table.items()))
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What docs/mutation.json keeps of a kernel: the tally, and the reasons of equivalent mutants, by kind."""
+    reasons: dict[str, set[str]] = {}
+    for outcome in outcomes:
+        if outcome.result == "equivalent":
+            reasons.setdefault(outcome.kind, set()).add(outcome.message)
+    kinds = {kind: dict(counts) for kind, counts in tally(outcomes).items()}
+    return {"kinds": kinds, "reasons": {kind: sorted(texts) for kind, texts in sorted(reasons.items())}}
+
+
+def write_docs(outcomes: Sequence[Outcome], folder: Path) -> Path:
+    """Replace these kernels' entries in mutation.json, and write mutation.md from it; returns the latter's path."""
+    data = folder / "mutation.json"
+    kernels = json.loads(data.read_text()) if data.exists() else {}
+    for kernel in dict.fromkeys(outcome.kernel for outcome in outcomes):
+        kernels[kernel] = summary([outcome for outcome in outcomes if outcome.kernel == kernel])
+    data.write_text(json.dumps(dict(sorted(kernels.items())), indent=1) + "\n")
+    path = folder / "mutation.md"
+    path.write_text(markdown(kernels))
+    return path
+
+
+HEAD = """# The mutation test
+
+Every synchronization instruction of a kernel's PTX is removed or weakened, one at a time: waits, fences, commits,
+arrivals, barriers, phases, counts, stage indices, elections. Each mutant runs in the strict emulator, on the inputs of
+the original, and is *reported* (a hazard), leaves *wrong numbers*, is *deadlocked*, or is *equivalent*: a reviewed list
+(`generator/emulator/equivalent.py`) says by kind and context why nobody can tell it from the original. *Missed* is what
+is left. Written by `bespoke mutate --write-docs`; do not edit.
+"""
+
+
+def markdown(kernels: dict[str, Any]) -> str:
+    """docs/mutation.md."""
+    kernels = dict(sorted(kernels.items()))
+    shown = [result for result in RESULTS if result != "not run"]
+    lines = [HEAD, *_row("kernel", "mutants", *shown), *_row("---", *["---:"] * (len(shown) + 1))]
+    for kernel, entry in kernels.items():
+        total = sum((Counter(counts) for counts in entry["kinds"].values()), Counter())
+        lines += _row(kernel, sum(total[r] for r in shown), *(total[r] for r in shown))
+    for kernel, entry in kernels.items():
+        lines += ["", f"## {kernel}", "", *_row("kind", *RESULTS), *_row("---", *["---:"] * len(RESULTS))]
+        lines += [line for kind, n in entry["kinds"].items() for line in _row(kind, *(n.get(r, 0) for r in RESULTS))]
+    reasons = sorted({(kind, r) for entry in kernels.values() for kind, rs in entry["reasons"].items() for r in rs})
+    lines += ["", "## Why mutants are equivalent", ""]
+    lines += [f"- {kind}: {reason}." for kind, reason in reasons]
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: Any) -> list[str]:
+    return ["| " + " | ".join(str(cell) for cell in cells) + " |"]
