@@ -43,7 +43,7 @@ def ptx(body: str, declare: str = "", **arguments) -> str:
     return HEADER + head + "\n".join(prologue) + "\n" + body + "\nret;\n}\n"
 
 
-def launch(text: str, arguments: dict, block=32, grid=1, smem: int = 1024, known: dict | None = None):
+def launch(text: str, arguments: dict, block=32, grid=1, smem: int = 1024, known: dict | None = None, cluster: int = 1):
     """Launch `k` of a module; arrays among the arguments, and those in `known`, are legal global memory."""
     gpu = Gpu()
     params = []
@@ -56,19 +56,21 @@ def launch(text: str, arguments: dict, block=32, grid=1, smem: int = 1024, known
     for name, value in (known or {}).items():
         gpu.add_array(value, name)
     block, grid = ((*e, 1, 1)[:3] if isinstance(e, tuple) else (e, 1, 1) for e in (block, grid))
-    return gpu.launch(gpu.load_ptx(text), "k", grid, block, (1, 1, 1), smem, params)
+    return gpu.launch(gpu.load_ptx(text), "k", grid, block, (cluster, 1, 1), smem, params)
 
 
-def run(body: str, block=32, grid=1, smem: int = 1024, declare: str = "", known: dict | None = None, **arguments):
+def run(body: str, block=32, grid=1, smem: int = 1024, declare="", known: dict | None = None, cluster=1, **arguments):
     """Run `body` to its end; arrays among the arguments are written in place. Returns the launch report."""
-    return launch(ptx(body, declare, **arguments), arguments, block, grid, smem, known)
+    return launch(ptx(body, declare, **arguments), arguments, block, grid, smem, known, cluster)
 
 
-def fails(error: type, body: str, *parts: str, block=32, grid=1, smem: int = 1024, declare="", known=None, **arguments):
+def fails(
+    error: type, body: str, *parts: str, block=32, grid=1, smem=1024, declare="", known=None, cluster=1, **arguments
+):
     """`body` raises `error` at the line marked `// HERE` (if any), with a message that holds every part."""
     text = ptx(body, declare, **arguments)
     with pytest.raises(error) as caught:
-        launch(text, arguments, block, grid, smem, known)
+        launch(text, arguments, block, grid, smem, known, cluster)
     message = str(caught.value)
     marked = [n for n, line in enumerate(text.splitlines(), 1) if "// HERE" in line]
     if marked:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import Hazard, LaunchError
 
-UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER, GENERIC, COPY_PENDING = range(8)
+UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER, GENERIC, COPY_PENDING, ASYNC_PENDING = range(9)
 REASONS = {
     UNWRITTEN: "it was never written (fresh memory is poison)",
     TMA_PENDING: "a TMA load into it has been issued and is not known to be complete: wait on the "
@@ -26,8 +26,11 @@ REASONS = {
     GENERIC: "ordinary stores wrote it and no fence.proxy.async followed: insert one after them, before the signal",
     COPY_PENDING: "a cp.async into it has been issued and is not known to be complete: wait first "
     "(cp.async.wait_group, cp.async.wait_all, or the mbarrier of cp.async.mbarrier.arrive)",
+    ASYNC_PENDING: "an asynchronous store or reduction into it (st.async, red.async, cp.reduce.async.bulk) is not "
+    "known to be complete: wait on the mbarrier it signals first",
     MBARRIER: "it holds an mbarrier, which only mbarrier instructions may touch",
 }
+UNDER_WAY = (MBARRIER, TMA_PENDING, COPY_PENDING, ASYNC_PENDING)  # what an ordinary store may not hit
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 REPEAT = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
 VALID_WORD = {width: VALID * ones for width, ones in REPEAT.items()}  # every byte VALID, by access width

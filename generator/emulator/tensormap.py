@@ -12,7 +12,8 @@ import numpy as np
 
 from .errors import UnsupportedInstruction
 
-ELEMENT_BYTES = {0: 1, 2: 4, 6: 2, 7: 4, 10: 2}  # u8, u32, f16, f32 (or tf32), bf16
+ELEMENTS = {0: "u8", 2: "b32", 6: "f16", 7: "f32", 10: "bf16"}  # b32: u32 or s32, f32: or tf32
+ELEMENT_BYTES = {0: 1, 2: 4, 6: 2, 7: 4, 10: 2}
 KNOWN_W2 = 0xF | 0x7 << 4 | 0x1F << 7 | 0x3 << 13 | 1 << 16 | 1 << 18 | 1 << 21
 
 
@@ -26,6 +27,7 @@ class TensorMap:
     strides: tuple[int, ...]
     box: tuple[int, ...]
     swizzle: int  # 0 none, 1 32 B, 2 64 B, 3 128 B
+    element: str = "u8"  # what it holds, as in ELEMENTS
 
     @property
     def rank(self) -> int:
@@ -66,7 +68,7 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
     strides = (size, *((w[2 + d] | (w[7] >> 4 * (d - 1) & 15) << 32) * 16 for d in range(1, rank)))
     sizes = tuple(w[8 + d] + 1 for d in range(rank))
     box = ((w[13] >> 24) + 1, *((w[14] >> 8 * (d - 1) & 255) + 1 for d in range(1, rank)))
-    found = TensorMap(w[0] | w[1] << 32, size, sizes, strides, box, swizzle)
+    found = TensorMap(w[0] | w[1] << 32, size, sizes, strides, box, swizzle, ELEMENTS[kind])
     inner = box[0] * size
     if inner % 16 or (swizzle and inner > 16 << swizzle):
         raise UnsupportedInstruction(
@@ -86,11 +88,22 @@ def read_box(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int,
     return out.reshape(-1)
 
 
-def write_box(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...], values: np.ndarray) -> None:
-    """Store u8 [box bytes] at `coords`; elements outside the tensor are dropped."""
+def write_box(
+    view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...], values: np.ndarray, combine=None
+) -> None:
+    """Store u8 [box bytes] at `coords`; elements outside the tensor are dropped.
+
+    `combine`: (NumPy type, function of the old and the new values), to reduce instead.
+    """
     destination, inside, part = _clip(view, start, tensor, coords)
-    if inside:
-        destination[...] = values.reshape(*tensor.box[::-1], tensor.element_bytes)[part]
+    if not inside:
+        return
+    given = values.reshape(*tensor.box[::-1], tensor.element_bytes)[part]
+    if combine is not None:
+        dtype, function = combine
+        old, new = (np.ascontiguousarray(a).reshape(-1).view(dtype) for a in (destination, given))
+        given = np.ascontiguousarray(function(old, new, None)).view(np.uint8).reshape(given.shape)
+    destination[...] = given
 
 
 def _clip(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...]):

@@ -13,16 +13,16 @@ from .memory import owners
 U16, U32 = np.uint16, np.uint32
 
 
-# -- what they compute: (old value, operand, third operand) → new value ------------------------------------------------
+# -- what they compute, value by value: (old, operand, third operand) → new --------------------------------------------
 def _single(form: str, combine):
-    return lambda x, y, _: U16(encode(form, combine(decode(form, x), decode(form, y))))
+    return lambda x, y, _: encode(form, combine(decode(form, x), decode(form, y))).astype(U16)
 
 
 def _pair(form: str, combine):
     one = _single(form, combine)
 
     def run(x, y, _):
-        low, high = (one(U16(int(x) >> shift & 0xFFFF), U16(int(y) >> shift & 0xFFFF), None) for shift in (0, 16))
+        low, high = (one((x >> U32(shift)).astype(U16), (y >> U32(shift)).astype(U16), None) for shift in (0, 16))
         return pack16(high, low)
 
     return run
@@ -35,15 +35,15 @@ def _add_flushed(x, y, _):
 
 INTEGER = {
     "add": lambda x, y, _: x + y,
-    "min": lambda x, y, _: min(x, y),
-    "max": lambda x, y, _: max(x, y),
+    "min": lambda x, y, _: np.minimum(x, y),
+    "max": lambda x, y, _: np.maximum(x, y),
     "and": lambda x, y, _: x & y,
     "or": lambda x, y, _: x | y,
     "xor": lambda x, y, _: x ^ y,
     "exch": lambda x, y, _: y,
-    "cas": lambda x, y, z: z if x == y else x,
-    "inc": lambda x, y, _: type(x)(0) if x >= y else x + type(x)(1),
-    "dec": lambda x, y, _: y if x == 0 or x > y else x - type(x)(1),
+    "cas": lambda x, y, z: np.where(x == y, z, x),
+    "inc": lambda x, y, _: np.where(x >= y, x.dtype.type(0), x + x.dtype.type(1)),
+    "dec": lambda x, y, _: np.where((x == 0) | (x > y), y, x - x.dtype.type(1)),
 }
 HALF = {"add": np.add, "min": np.fmin, "max": np.fmax}
 DTYPES = {"u32": "u4", "s32": "i4", "b32": "u4", "f32": "f4", "u64": "u8", "s64": "i8", "b64": "u8", "f64": "f8"}
@@ -52,7 +52,7 @@ LETTER = {2: "h", 4: "u", 8: "U"}
 
 
 def combiner(operation: str, kind: str, shared: bool):
-    """The function of an operation on a type."""
+    """The function of an operation on a type: of scalars or arrays."""
     if kind in ("f16", "bf16"):
         return _single(kind, HALF[operation])
     if kind in ("f16x2", "bf16x2"):

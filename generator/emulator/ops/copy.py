@@ -153,12 +153,15 @@ def _line(m, address: int, offset: int, size: int, where) -> tuple[TensorMap, np
     return TensorMap(address, 1, (size,), (1,), (size,), 0), np.arange(offset // 16, (offset + size) // 16)
 
 
-def bulk_load(m, ws, active, instr, destination, source, size, barrier, policy=None):
+def bulk_load(m, ws, active, instr, destination, source, size, barrier, policy=None, mask=None):
+    """With a multicast mask, the bytes and their count reach the same offsets in every CTA of the mask."""
     where = m.where(ws, instr, True if active is None else active)
     dst = shared_offsets(m, ws, active, instr, destination, 16)
     mbar = shared_offsets(m, ws, active, instr, barrier, 8)
-    _, ctas, _, rows = _lanes(m, ws, active, (dst, source, size, mbar, destination, barrier))
-    places, bars = (m.cluster.target(ctas, named, where).tolist() for named in rows[4:])
+    _, ctas, _, rows = _lanes(
+        m, ws, active, (dst, source, size, mbar, destination, barrier, 0 if mask is None else mask)
+    )
+    places, bars = (m.cluster.target(ctas, named, where).tolist() for named in rows[4:6])
     jobs: dict[int, list] = {}
     signals: Counter[int] = Counter()
     for i, cta in enumerate(ctas.tolist()):
@@ -168,8 +171,12 @@ def bulk_load(m, ws, active, instr, destination, source, size, barrier, policy=N
         tensor, chunks = _line(m, address, offset, nbytes, where)
         slot = m.mbarriers.slot(bar)
         signals[slot] |= 1 << cta
-        _begin(m, places[i], chunks, where)
-        jobs.setdefault(cta, []).append((tensor, (0,), chunks, slot, [(places[i], bars[i])]))
+        both = [(places[i], bars[i])]
+        if mask is not None:
+            both = [(peer, peer) for peer in m.cluster.peers(cta, int(rows[6][i]))]
+        for reached, _ in both:
+            _begin(m, reached, chunks, where)
+        jobs.setdefault(cta, []).append((tensor, (0,), chunks, slot, both))
 
     def complete(done: int) -> None:
         for cta in m.queue.sets.array(done).tolist():
@@ -187,8 +194,19 @@ effect(
 )(bulk_load)
 
 
-def bulk_store(m, ws, active, instr, destination, source, size, policy=None):
-    """Reads its source as late as the wait on its bulk group."""
+def _multicast(m, ws, active, instr, destination, source, size, barrier, mask, policy=None):
+    bulk_load(m, ws, active, instr, destination, source, size, barrier, None, mask)
+
+
+effect(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster{,.L2::cache_hint}",
+    "=a,a,u,a,h,?U",
+    "9.7.9.25.4.1",
+)(_multicast)
+
+
+def bulk_store(m, ws, active, instr, destination, source, size, policy=None, combine=None):
+    """Reads its source as late as the wait on its bulk group. `combine`: of a reduction, see write_box."""
     where = m.where(ws, instr, True if active is None else active)
     src = shared_offsets(m, ws, active, instr, source, 16)
     warps, ctas, lanes, rows = _lanes(m, ws, active, (destination, src, size))
@@ -197,7 +215,7 @@ def bulk_store(m, ws, active, instr, destination, source, size, policy=None):
         if nbytes:
             tensor, chunks = _line(m, address, offset, nbytes, where)
             _require_valid(m, key[1], chunks, where)
-            m.bulk.setdefault(key, [[]])[-1].append((tensor, (0,), chunks, where))
+            m.bulk.setdefault(key, [[]])[-1].append((tensor, (0,), chunks, where, combine))
             m.sources[_span(key[1], chunks)] += 1
 
 
@@ -205,8 +223,11 @@ effect("cp.async.bulk.global.shared::cta.bulk_group{,.L2::cache_hint}", "=a,a,u,
 
 
 # -- hints -------------------------------------------------------------------------------------------------------------
-@effect("prefetch{,.global}.{L1,L2,L2::evict_last,L2::evict_normal} prefetchu.L1", "=a", "9.7.9.15")
+@effect(
+    "prefetch{,.global,.local}.{L1,L2} prefetch.global.L2::{evict_last,evict_normal} prefetchu.L1", "=a", "9.7.9.15"
+)
 @effect("applypriority{,.global}.L2::evict_normal", "=a,k", "9.7.9.16")
+@effect("cp.async.bulk.prefetch.tensor.{1d,2d,3d,4d,5d}.L2.global{,.tile}{,.L2::cache_hint}", "=T,?U", "9.7.9.27.1.4")
 @effect("cp.async.bulk.prefetch.L2.global", "=a,u", "9.7.9.25.4.3")
 @effect("cp.async.bulk.prefetch.L2.global.L2::cache_hint", "=a,u,U", "9.7.9.25.4.3")
 def hint(m, ws, active, instr, *operands):

@@ -12,7 +12,7 @@ import numpy as np
 from ..accumulate import fused_dot, mma_model
 from ..errors import Hazard, UnsupportedInstruction
 from ..formats import decode, pack16
-from ..memory import COPY_PENDING, GENERIC_WORD, MBARRIER, REASONS, TMA_PENDING
+from ..memory import GENERIC_WORD, REASONS, UNDER_WAY
 from ..table import effect
 from ..warps import LANES
 from .memory import check_state, shared_offsets
@@ -82,7 +82,7 @@ def _stmatrix(count: int, transposed: bool):
                     continue
                 ctas, chunks = np.divmod(np.ravel(at) * 2, m.smem.stride)
                 m.check_overwrite(ctas, chunks // 16, where)
-                for code in (MBARRIER, TMA_PENDING, COPY_PENDING):
+                for code in UNDER_WAY:
                     if (state[at] & U16(0xFF) == code).any():
                         raise Hazard(f"{where}: writes shared memory although {REASONS[code]}")
                 state[at] = GENERIC_WORD[2]

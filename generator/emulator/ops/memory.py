@@ -7,13 +7,11 @@ import numpy as np
 from ..cluster import OFFSET_MASK, RANK_SHIFT
 from ..errors import Hazard
 from ..memory import (
-    COPY_PENDING,
     GENERIC,
     GENERIC_WORD,
-    MBARRIER,
     REASONS,
-    TMA_PENDING,
     UINT,
+    UNDER_WAY,
     UNWRITTEN,
     VALID,
     VALID_WORD,
@@ -73,7 +71,7 @@ def owners(m, ws, active, instr, address) -> np.ndarray:
     own, addresses = ws.full(ws.cta), ws.full(address)
     on = np.ones(own.shape, bool) if active is None else ws.full(active)
     ranks = addresses.astype(np.int64) >> RANK_SHIFT
-    if instr.opcode.split(".")[1] != "cp" and {"shared", "shared::cta"} & set(instr.opcode.split(".")):
+    if {"shared", "shared::cta", "shared::cluster"} & set(instr.opcode.split(".")) in ({"shared"}, {"shared::cta"}):
         foreign = on & (ranks != 0) & (ranks != m.cluster.rank(own))
         if foreign.any():
             raise Hazard(
@@ -164,7 +162,7 @@ def _note_store(m, ws, active, instr, address, at, width: int, count: int) -> No
         ctas, chunks = np.divmod(np.ravel(at) * width, m.smem.stride)
         m.check_overwrite(ctas, chunks // 16, m.where(ws, instr, True if active is None else active, address))
     for i in range(count):
-        for code in (MBARRIER, TMA_PENDING, COPY_PENDING):
+        for code in UNDER_WAY:
             if (state[at + i] & UINT[width](0xFF) == code).any():
                 where = m.where(ws, instr, True if active is None else active, address)
                 raise Hazard(f"{where}: writes shared memory although {REASONS[code]}")

@@ -150,8 +150,11 @@ for _rank in range(1, 6):
         effect(" ".join(_names), _signature, "9.7.9.27.1.2")(_run)
 
 
-def store(m, ws, active, instr, destination, source, policy=None):
-    """cp.async.bulk.tensor shared → global: reads its source as late as the wait on its bulk group."""
+def store(m, ws, active, instr, destination, source, policy=None, combine=None):
+    """cp.async.bulk.tensor shared → global: reads its source as late as the wait on its bulk group.
+
+    `combine(element, where)`: how a reduction combines elements of the tensor, see write_box.
+    """
     where = m.where(ws, instr, True if active is None else active)
     address, coords = destination
     src = shared_offsets(m, ws, active, instr, source, 16)
@@ -168,7 +171,9 @@ def store(m, ws, active, instr, destination, source, policy=None):
         chunks = _chunks(int(sources[i]), tensor, where)
         _require_valid(m, cta, chunks, where)
         key = (int(warps[i]), int(cta), int(lanes[i]))
-        m.bulk.setdefault(key, [[]])[-1].append((tensor, point, chunks, where))
+        m.bulk.setdefault(key, [[]])[-1].append(
+            (tensor, point, chunks, where, None if combine is None else combine(tensor.element, where))
+        )
         m.sources[_span(int(cta), chunks)] += 1
 
 
@@ -193,12 +198,15 @@ def _span(cta: int, chunks: np.ndarray) -> tuple[int, int, int]:
 
 
 def finish_store(m, cta: int, jobs) -> None:
-    """A store takes effect."""
-    for tensor, point, chunks, where in jobs:
+    """A store or reduction takes effect."""
+    for tensor, point, chunks, where, combine in jobs:
         _require_valid(m, cta, chunks, where)
         m.sources -= Counter([_span(cta, chunks)])  # drops what reaches zero
         start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
-        write_box(view, start, tensor, point, m.smem.chunks[cta, chunks].view(np.uint8))
+        written = m.gmem.written.get(start)
+        if combine is not None and written is not None and not _covered(written, start, tensor, point):
+            raise Hazard(f"{where}: reduces into global memory although {REASONS[UNWRITTEN]}")
+        write_box(view, start, tensor, point, m.smem.chunks[cta, chunks].view(np.uint8), combine)
         if start in m.gmem.written:
             write_box(m.gmem.written[start], start, tensor, point, np.ones(tensor.box_bytes, np.uint8))
 
