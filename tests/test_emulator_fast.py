@@ -52,7 +52,10 @@ def test_strict_mode_does():
         ("ld.shared.b32 %r2, [%s4+1024];", "out of bounds"),
         ("st.shared.b32 [%s4+2], %tid;", "misaligned"),
         ("st.global.b32 [%out_g+128], %tid;", "is out of bounds"),
-        ("mbarrier.init.shared.b64 [%s], 1; mbarrier.arrive.shared.b64 _, [%s];", "arrival overflow"),
+        (
+            "elect.sync %r1|%p1, -1; @%p1 mbarrier.init.shared.b64 [%s], 1; mbarrier.arrive.shared.b64 _, [%s];",
+            "arrival overflow",
+        ),
     ],
 )
 def test_fast_mode_keeps_to_the_memory_and_the_barriers(body, message, fast):
