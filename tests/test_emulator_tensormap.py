@@ -8,7 +8,7 @@ import pytest
 from ptx_kernels import aligned, fails, tensor_map
 
 from generator.emulator import Hazard, UnsupportedInstruction
-from generator.emulator.tensormap import decode_tensor_map
+from generator.emulator.tensormap import TensorMap, decode_tensor_map
 
 DTYPES = [np.uint8, np.uint32, np.float16, np.float32, ml_dtypes.bfloat16]
 
@@ -23,7 +23,8 @@ def test_sizes_strides_and_boxes_of_every_rank(dtype, shape):
     assert found.sizes == shape[::-1] and found.box == box and found.swizzle == 0
     assert found.strides == array.strides[::-1]
     assert found.box_bytes == np.prod(box) * array.itemsize
-    assert found.extent == array.nbytes
+    whole = TensorMap(found.address, array.itemsize, found.sizes, found.strides, found.sizes, 0).part((0,) * len(shape))
+    assert (whole.address, whole.nbytes, whole.shape) == (array.ctypes.data, array.nbytes, (*shape, array.itemsize))
 
 
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
@@ -90,6 +91,37 @@ def test_illegal_inner_boxes_raise(inner, swizzle, nbytes):
         decode_tensor_map(tensor_map(array, (inner, 2), swizzle))
 
 
+# -- the part of a tensor under a box ----------------------------------------------------------------------------------
+ROW = 128  # bytes; sequences of rows 10 to 13 and 13 to 20 in one array of them
+MANY, MOST = 1 << 30, (1 << 31) - 1
+
+
+@pytest.mark.parametrize("start, length", [(10, 3), (13, 7), (13, 40)])
+@pytest.mark.parametrize("wraps", [False, True])
+def test_one_map_for_sequences_of_any_length(start, length, wraps):
+    """The first rows' dimension ends where the sequence does; others move back there, or around all 64 bits."""
+    base, box = 0x7000_0000_0000, (64, 32)
+    if wraps:
+        back = (1 << 34) - ROW  # MANY times this is a multiple of 2**64, MANY rows short
+        raw = TensorMap(base, 2, (64, MANY, MOST, MOST), (2, ROW, back, ROW), (*box, 1, 1), 0)
+        coords = (0, MANY - length, MANY, start + length)
+    else:
+        raw = TensorMap(base - MANY * ROW, 2, (64, MANY, MOST), (2, ROW, ROW), (*box, 1), 0)
+        coords = (0, MANY - length, start + length)
+    part = raw.part(coords)
+    rows = min(length, box[1])
+    assert part.address == base + start * ROW and part.nbytes == rows * ROW
+    assert part.shape[-3:] == (rows, 64, 2) and part.place[-2:] == (slice(0, rows), slice(0, 64))
+
+
+def test_a_box_beside_its_tensor():
+    tensor = TensorMap(0x1000, 2, (64, 9), (2, 128), (8, 4), 0)
+    assert tensor.part((64, 0)) is None and tensor.part((-8, 0)) is None and tensor.part((0, 9)) is None
+    part = tensor.part((-3, 7))
+    assert (part.address, part.nbytes, part.shape) == (0x1000 + 7 * 128, 128 + 10, (2, 5, 2))
+    assert part.place == (slice(0, 2), slice(3, 8))
+
+
 # -- maps that a kernel cannot use -------------------------------------------------------------------------------------
 LOAD = (
     "cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%s], [{map}, {{%r1, %r1}}], [%s+512]"
@@ -101,7 +133,7 @@ BODY = (
 
 def test_a_tensor_that_reaches_outside_its_array():
     array = aligned((8, 64), np.float16)
-    long = tensor_map(array, (8, 8), sizes=(64, 9))
+    long = tensor_map(array, (8, 9), sizes=(64, 9))
     fails(Hazard, BODY.format(map="%m"), "out of bounds", "sizes (64, 9)", m=long, known={"q": array})
 
 

@@ -158,7 +158,8 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int, lineinfo
 def _redirect_torch(stack: ExitStack, torch: Any, cuda_python: CudaPython) -> None:
     for owner, name, make in pytorch.redirections(torch, cuda_python.attribute):
         _replace(stack, owner, name, make)
-    stack.enter_context(pytorch.device_mode())
+    mode = stack.enter_context(pytorch.device_mode())
+    _replace(stack, torch.autograd, "_engine_run_backward", pytorch.during_backward(mode))
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> None:

@@ -33,6 +33,19 @@ def redirections(torch: Any, attribute: Callable[[int], int]) -> Iterator[tuple[
         yield torch.cuda, name, lambda _, answer=answer: answer
 
 
+def during_backward(mode: Any) -> Callable[[Any], Any]:
+    """What autograd's engine calls is the program's code; PyTorch lets its caller leave the mode first."""
+
+    def make(theirs: Callable[..., Any]) -> Callable[..., Any]:
+        def _engine_run_backward(*arguments: Any, **options: Any) -> Any:
+            with mode:
+                return theirs(*arguments, **options)
+
+        return _engine_run_backward
+
+    return make
+
+
 def device_mode() -> Any:
     """The context in which tensors can be on the device."""
     import torch.utils._device  # of which torch does not import all by itself

@@ -37,10 +37,47 @@ class TensorMap:
     def box_bytes(self) -> int:
         return int(np.prod(self.box)) * self.element_bytes
 
-    @property
-    def extent(self) -> int:
-        """Bytes from `address` to the end of the last element."""
-        return sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True)) + self.element_bytes
+    def part(self, coords: tuple[int, ...]) -> Part | None:
+        """What of the box at `coords` (innermost first, may be negative) lies inside the tensor; None: nothing.
+
+        Addresses wrap at 64 bits: sizes and strides may describe far more than there is memory, and programs use that
+        to let one map serve sequences of any length (the last dimension moves back what another one moved on).
+        """
+        low = [max(c, 0) for c in coords]
+        shape = [min(c + b, n) - start for c, b, n, start in zip(coords, self.box, self.sizes, low, strict=True)]
+        if min(shape) <= 0:
+            return None
+        address = (self.address + sum(c * s for c, s in zip(low, self.strides, strict=True))) % (1 << 64)
+        nbytes = sum((n - 1) * s for n, s in zip(shape, self.strides, strict=True)) + self.element_bytes
+        place = tuple(slice(start - c, start - c + n) for start, c, n in zip(low, coords, shape, strict=True))
+        return Part(address, nbytes, (*shape[::-1], self.element_bytes), (*self.strides[::-1], 1), place[::-1])
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a tensor under a box: [address, address + nbytes), u8 of `shape` and `strides`, its `place` in it."""
+
+    address: int
+    nbytes: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    place: tuple[slice, ...]
+
+    def of(self, start: int, view: np.ndarray) -> np.ndarray:
+        """These bytes as a strided view; `view` u8 begins at address `start`."""
+        return np.ndarray(self.shape, np.uint8, view.data, self.address - start, self.strides)
+
+    def write(self, start: int, view: np.ndarray, box: np.ndarray, combine=None) -> None:
+        """Store this part of a whole box, u8 [extents of the box, element bytes].
+
+        `combine`: (NumPy type, function of the old and the new values), to reduce instead.
+        """
+        destination, given = self.of(start, view), box[self.place]
+        if combine is not None:
+            dtype, function = combine
+            old, new = (np.ascontiguousarray(a).reshape(-1).view(dtype) for a in (destination, given))
+            given = np.ascontiguousarray(function(old, new, None)).view(np.uint8).reshape(given.shape)
+        destination[...] = given
 
 
 def decode_tensor_map(raw: bytes) -> TensorMap:
@@ -75,48 +112,6 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
             f"tensor map: inner box of {inner} bytes is illegal with swizzle {16 << swizzle if swizzle else 'none'}"
         )
     return found
-
-
-def read_box(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...]) -> np.ndarray:
-    """The box at `coords` (innermost first, may be negative) as u8 [box bytes]; elements outside the tensor are
-    zero.
-    """
-    source, inside, target = _clip(view, start, tensor, coords)
-    out = np.zeros((*tensor.box[::-1], tensor.element_bytes), np.uint8)
-    if inside:
-        out[target] = source
-    return out.reshape(-1)
-
-
-def write_box(
-    view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...], values: np.ndarray, combine=None
-) -> None:
-    """Store u8 [box bytes] at `coords`; elements outside the tensor are dropped.
-
-    `combine`: (NumPy type, function of the old and the new values), to reduce instead.
-    """
-    destination, inside, part = _clip(view, start, tensor, coords)
-    if not inside:
-        return
-    given = values.reshape(*tensor.box[::-1], tensor.element_bytes)[part]
-    if combine is not None:
-        dtype, function = combine
-        old, new = (np.ascontiguousarray(a).reshape(-1).view(dtype) for a in (destination, given))
-        given = np.ascontiguousarray(function(old, new, None)).view(np.uint8).reshape(given.shape)
-    destination[...] = given
-
-
-def _clip(view: np.ndarray, start: int, tensor: TensorMap, coords: tuple[int, ...]):
-    """The part of the tensor under the box (a strided view), whether it is not empty, and its place in the box."""
-    ranges = [(max(c, 0), min(c + b, n)) for c, b, n in zip(coords, tensor.box, tensor.sizes, strict=True)]
-    inside = all(low < high for low, high in ranges)
-    if not inside:
-        return view[:0], False, ()
-    offset = tensor.address - start + sum(low * s for (low, _), s in zip(ranges, tensor.strides, strict=True))
-    shape = (*(high - low for low, high in ranges[::-1]), tensor.element_bytes)
-    part = np.ndarray(shape, np.uint8, view.data, offset, (*tensor.strides[::-1], 1))
-    place = tuple(slice(low - c, high - c) for (low, high), c in zip(ranges[::-1], coords[::-1], strict=True))
-    return part, True, place
 
 
 def swizzled_chunks(offset: int, nbytes: int, swizzle: int) -> np.ndarray:

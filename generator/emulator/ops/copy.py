@@ -206,7 +206,7 @@ effect(
 
 
 def bulk_store(m, ws, active, instr, destination, source, size, policy=None, combine=None):
-    """Reads its source as late as the wait on its bulk group. `combine`: of a reduction, see write_box."""
+    """Reads its source as late as the wait on its bulk group. `combine`: of a reduction, see Part.write."""
     where = m.where(ws, instr, True if active is None else active)
     src = shared_offsets(m, ws, active, instr, source, 16)
     warps, ctas, lanes, rows = _lanes(m, ws, active, (destination, src, size))

@@ -9,12 +9,12 @@ import numpy as np
 from ..errors import Hazard, UnsupportedInstruction
 from ..memory import MBARRIER, PARAM_BASE, REASONS, TMA_PENDING, UNWRITTEN, VALID, WINDOW_BASE
 from ..table import effect
-from ..tensormap import TensorMap, decode_tensor_map, read_box, swizzled_chunks, write_box
+from ..tensormap import Part, TensorMap, decode_tensor_map, swizzled_chunks
 from .memory import shared_offsets
 
 
 def tensor_map(m, address: int, where: str) -> TensorMap:
-    """The tensor map at a generic address in the parameter space, decoded once a launch, its extent checked."""
+    """The tensor map at a generic address in the parameter space, decoded once a launch."""
     cached = m.params_maps.get(address)
     if cached is not None:
         return cached
@@ -24,12 +24,16 @@ def tensor_map(m, address: int, where: str) -> TensorMap:
     if offset % 64:
         raise Hazard(f"{where}: tensor map at parameter offset {offset}, which is not a multiple of 64")
     found = decode_tensor_map(m.param_bytes[offset : offset + 128])
-    m.gmem.require(
-        found.address,
-        found.address + found.extent,
-        where.during(f"its tensor map has sizes {found.sizes} and strides {found.strides}"),
-    )
     m.params_maps[address] = found
+    return found
+
+
+def _memory(m, tensor: TensorMap, part: Part, where) -> tuple[int, np.ndarray]:
+    """The array that holds this part of the tensor: its address and its bytes."""
+    found = m.gmem.find(part.address, part.address + part.nbytes)
+    if found is None:
+        shown = where.during(f"its tensor map has sizes {tensor.sizes} and strides {tensor.strides}")
+        found = m.gmem.require(part.address, part.address + part.nbytes, shown)
     return found
 
 
@@ -118,11 +122,7 @@ def _begin(m, cta: int, chunks: np.ndarray, where) -> None:
 
 def _finish_load(m, tensor: TensorMap, point, chunks: np.ndarray, slot: int, both, where) -> None:
     """A load takes effect: its box in each (CTA of the data, CTA of the mbarrier)."""
-    start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
-    box = read_box(view, start, tensor, point)
-    written = m.gmem.written.get(start)
-    if written is not None and not _covered(written, start, tensor, point):
-        raise Hazard(f"{where}: loads global memory although {REASONS[UNWRITTEN]}")
+    box = _read_box(m, tensor, point, where)
     for data_cta, bar_cta in both:
         m.smem.chunks[data_cta, chunks] = box.view(np.complex128)
         if m.strict:
@@ -153,7 +153,7 @@ for _rank in range(1, 6):
 def store(m, ws, active, instr, destination, source, policy=None, combine=None):
     """cp.async.bulk.tensor shared → global: reads its source as late as the wait on its bulk group.
 
-    `combine(element, where)`: how a reduction combines elements of the tensor, see write_box.
+    `combine(element, where)`: how a reduction combines elements of the tensor, see Part.write.
     """
     where = m.where(ws, instr, True if active is None else active)
     address, coords = destination
@@ -187,10 +187,17 @@ def _require_valid(m, cta, chunks, where) -> None:
         )
 
 
-def _covered(written: np.ndarray, start: int, tensor: TensorMap, point) -> bool:
-    """Every element of the box that lies inside the tensor has been written."""
-    inside = read_box(np.ones_like(written), start, tensor, point)
-    return bool((read_box(written, start, tensor, point) == inside).all())
+def _read_box(m, tensor: TensorMap, point, where) -> np.ndarray:
+    """The box at `point` as u8 [box bytes]; elements outside the tensor are zero."""
+    out = np.zeros((*tensor.box[::-1], tensor.element_bytes), np.uint8)
+    part = tensor.part(point)
+    if part is not None:
+        start, view = _memory(m, tensor, part, where)
+        written = m.gmem.written.get(start)
+        if written is not None and not part.of(start, written).all():
+            raise Hazard(f"{where}: loads global memory although {REASONS[UNWRITTEN]}")
+        out[part.place] = part.of(start, view)
+    return out.reshape(-1)
 
 
 def _span(cta: int, chunks: np.ndarray) -> tuple[int, int, int]:
@@ -202,13 +209,17 @@ def finish_store(m, cta: int, jobs) -> None:
     for tensor, point, chunks, where, combine in jobs:
         _require_valid(m, cta, chunks, where)
         m.sources -= Counter([_span(cta, chunks)])  # drops what reaches zero
-        start, view = m.gmem.require(tensor.address, tensor.address + tensor.extent, where)
+        part = tensor.part(point)
+        if part is None:
+            continue
+        start, view = _memory(m, tensor, part, where)
         written = m.gmem.written.get(start)
-        if combine is not None and written is not None and not _covered(written, start, tensor, point):
+        if combine is not None and written is not None and not part.of(start, written).all():
             raise Hazard(f"{where}: reduces into global memory although {REASONS[UNWRITTEN]}")
-        write_box(view, start, tensor, point, m.smem.chunks[cta, chunks].view(np.uint8), combine)
-        if start in m.gmem.written:
-            write_box(m.gmem.written[start], start, tensor, point, np.ones(tensor.box_bytes, np.uint8))
+        box = m.smem.chunks[cta, chunks].view(np.uint8).reshape(*tensor.box[::-1], tensor.element_bytes)
+        part.write(start, view, box, combine)
+        if written is not None:
+            part.of(start, written)[...] = 1
 
 
 for _rank in range(1, 6):

@@ -1,0 +1,112 @@
+"""Kernels that nobody here wrote, on the emulator: a row of docs/foreign.md for each case that can run here.
+
+    python tests/foreign.py [--only WORD]... [--fail-fast]
+
+runs the cases of the projects that are installed (with CPU-only PyTorch) and prints Markdown. Each kernel gets random
+inputs, its result is compared with the same computation in float64. Seconds are those of the emulation, compilation
+left out. Not part of the test run; test_emulate.py holds a marked test with a few of the cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from generator.emulator import attached
+
+MODULES = ("foreign_fa4",)
+HEADER = "| source | arch | case | error against float64 | hazards | launches | seconds | M warp-instructions |"
+
+
+@dataclass(frozen=True)
+class Row:
+    source: str
+    arch: str
+    case: str
+    errors: dict[str, float]
+    launches: tuple[Any, ...]
+    failure: str = ""
+
+    def __str__(self) -> str:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
+        hazards = sum(len(launch.hazards) for launch in self.launches)
+        seconds = sum(launch.seconds for launch in self.launches)
+        count = sum(launch.warp_instructions for launch in self.launches)
+        shown = (self.source, self.arch, self.case, self.failure or errors, hazards, len(self.launches))
+        return f"| {' | '.join(map(str, shown))} | {seconds:.2f} | {count / 1e6:.2f} |"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(module: ModuleType, case: Any) -> Row:
+    """One case; whatever it raises becomes the row's failure."""
+    errors, failure = {}, ""
+    with attached(case.arch, sms=module.SMS) as gpu:
+        forget_devices()
+        try:
+            errors = module.run(case)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            if not gpu.launches or not gpu.launches[-1].hazards:
+                traceback.print_exc()
+    version = metadata.version(module.SOURCE)
+    return Row(f"{module.SOURCE} {version}", case.arch, str(case), errors, tuple(gpu.launches), failure)
+
+
+def forget_devices() -> None:
+    """Libraries ask once a process which device there is."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("flash_attn", "quack")):
+            for value in list(vars(module).values()):
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
+
+
+def chosen(words: list[str]) -> Iterator[tuple[ModuleType, Any]]:
+    for name in MODULES:
+        module = load(name)
+        if not list(metadata.distributions(name=module.SOURCE)):
+            print(f"{module.SOURCE} is not installed", file=sys.stderr)
+            continue
+        for case in module.CASES:
+            if all(word in f"{name} {case.arch} {case}" for word in words):
+                yield module, case
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", default=[], help="cases whose description has this word")
+    parser.add_argument("--list", action="store_true", help="name the cases only")
+    arguments = parser.parse_args()
+    if not arguments.list:
+        print(HEADER + "\n" + "|---" * HEADER.count(" | ") + "|---|")
+    failed = 0
+    for module, case in chosen(arguments.only):
+        if arguments.list:
+            print(case.arch, case)
+            continue
+        row = run(module, case)
+        print(row, flush=True)
+        failed += bool(row.failure)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
