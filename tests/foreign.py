@@ -2,7 +2,8 @@
 
     python tests/foreign.py [--only WORD]... [--fail-fast]
 
-runs the cases of the projects that are installed (with CPU-only PyTorch) and prints Markdown. Each kernel gets random
+runs the cases of the projects that are installed (with CPU-only PyTorch, and triton, which their autotuners import)
+and prints Markdown. Each kernel gets random
 inputs, its result is compared with the same computation in float64. Seconds are those of the emulation, compilation
 left out. Not part of the test run; test_emulate.py holds a marked test with a few of the cases.
 """
@@ -23,7 +24,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from generator.emulator import attached
+from generator.emulator import EmulatorError, Hazard, attached
 
 MODULES = ("foreign_fa4",)
 HEADER = "| source | arch | case | error against float64 | hazards | launches | seconds | M warp-instructions |"
@@ -31,19 +32,21 @@ HEADER = "| source | arch | case | error against float64 | hazards | launches | 
 
 @dataclass(frozen=True)
 class Row:
+    """A case's result. When a hazard stopped the checked run, errors and launches are those of one without checks."""
+
     source: str
     arch: str
     case: str
     errors: dict[str, float]
     launches: tuple[Any, ...]
+    hazard: str = ""
     failure: str = ""
 
     def __str__(self) -> str:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
-        hazards = sum(len(launch.hazards) for launch in self.launches)
         seconds = sum(launch.seconds for launch in self.launches)
         count = sum(launch.warp_instructions for launch in self.launches)
-        shown = (self.source, self.arch, self.case, self.failure or errors, hazards, len(self.launches))
+        shown = (self.source, self.arch, self.case, self.failure or errors, self.hazard or "none", len(self.launches))
         return f"| {' | '.join(map(str, shown))} | {seconds:.2f} | {count / 1e6:.2f} |"
 
 
@@ -57,17 +60,22 @@ def load(name: str) -> ModuleType:
 
 def run(module: ModuleType, case: Any) -> Row:
     """One case; whatever it raises becomes the row's failure."""
-    errors, failure = {}, ""
-    with attached(case.arch, sms=module.SMS) as gpu:
-        forget_devices()
+    facts = (f"{module.SOURCE} {metadata.version(module.SOURCE)}", case.arch, str(case))
+    hazard = ""
+    for strict in (True, False):
         try:
-            errors = module.run(case)
+            with attached(case.arch, strict=strict, sms=module.SMS) as gpu:
+                forget_devices()
+                errors = module.run(case)
+            return Row(*facts, errors, tuple(gpu.launches), hazard)
+        except Hazard as error:
+            hazard = str(error)
         except Exception as error:
-            failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            if not gpu.launches or not gpu.launches[-1].hazards:
+            if not isinstance(error, EmulatorError):
                 traceback.print_exc()
-    version = metadata.version(module.SOURCE)
-    return Row(f"{module.SOURCE} {version}", case.arch, str(case), errors, tuple(gpu.launches), failure)
+            first = (str(error).strip().splitlines() or [""])[0]
+            return Row(*facts, {}, tuple(gpu.launches), hazard, f"{type(error).__name__}: {first}")
+    return Row(*facts, {}, (), hazard, "a hazard, without checks too")
 
 
 def forget_devices() -> None:

@@ -49,7 +49,7 @@ class Attention:
         facts += ["sinks"] * self.sink + [f"softcap {self.softcap:g}"] * bool(self.softcap)
         facts += [self.dtype] * (self.dtype != "bfloat16") + ["varlen"] * bool(self.lengths)
         facts += [f"seqused {self.used}"] * bool(self.used) + [f"pages of {self.page_size}"] * bool(self.page_size)
-        facts += [self.score_mod] * bool(self.score_mod)
+        facts += [self.score_mod] * bool(self.score_mod) + ["backward"] * self.backward
         facts += [f"{name}={value}" for name, value in self.options.items()]
         return ", ".join([shown, *facts])
 
@@ -164,8 +164,6 @@ def _relative_bias() -> Any:
 
     @cute.jit
     def score_mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
-
-
         difference = (q_idx - kv_idx).to(score.dtype)
         return score - difference * difference * 1e-4
 

@@ -441,26 +441,34 @@ def test_compiled_inside_cannot_be_called_outside(capfd):
 # --- foreign kernels -------------------------------------------------------------------------------------------------
 
 
-FA4_CASES = [  # arch, head_dim, causal, Sq, Skv, q heads, kv heads, window, CTAs a cluster
-    ("sm_100a", 64, False, 200, 300, 2, 1, (None, None), 1),
-    ("sm_100a", 96, True, 130, 130, 1, 1, (None, None), 1),
-    ("sm_100a", 128, True, 256, 256, 2, 2, (None, None), 1),
-    ("sm_100a", 128, False, 300, 300, 1, 1, (100, 0), 1),
-    ("sm_100a", 128, False, 512, 512, 1, 1, (None, None), 2),
-    ("sm_100a", 256, False, 256, 256, 1, 1, (None, None), 2),
-    ("sm_90a", 64, False, 200, 300, 2, 1, (None, None), 1),
-    ("sm_90a", 128, True, 256, 256, 2, 2, (None, None), 1),
+FA4_CASES = [  # words that choose a case of foreign_fa4.py, CTAs a cluster
+    ("sm_90a", "D 64, B 1, H 2/1, S 200×300", 1),
+    ("sm_90a", "D 128, B 1, H 2/1, S 200×300, causal", 1),
+    ("sm_90a", "D 192/128, B 1, H 1/1, S 200×300, causal", 1),
+    ("sm_90a", "D 64, B 1, H 1/1, S 130×400, window (64, 0), sinks", 1),
+    ("sm_90a", "D 128, B 1, H 2/1, S 100×150 + 1×300 + 200×200, causal, varlen", 1),
+    ("sm_100a", "D 64, B 1, H 2/1, S 200×300", 1),
+    ("sm_100a", "D 96, B 1, H 2/1, S 200×300, causal", 1),
+    ("sm_100a", "D 192/128, B 1, H 1/1, S 200×300", 1),
+    ("sm_100a", "D 128, B 1, H 1/1, S 300×300, window (100, 0)", 1),
+    ("sm_100a", "D 128, B 1, H 4/1, S 100×200, causal, pack_gqa=True", 1),
+    ("sm_100a", "D 128, B 1, H 1/1, S 512×512", 2),
+    ("sm_100a", "D 256, B 1, H 1/1, S 256×256", 2),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FA4_CASES, ids=str)
-def test_flash_attention_4(case):
-    if not list(metadata.distributions(name="flash-attn-4")):
-        pytest.skip("flash-attn-4 is not installed (pip install flash-attn-4, with CPU PyTorch)")
+@pytest.mark.parametrize("arch, words, cluster", FA4_CASES)
+def test_flash_attention_4(arch, words, cluster):
+    """Through its own interface, on random inputs: what foreign.py runs for docs/foreign.md."""
+    if not all(list(metadata.distributions(name=name)) for name in ("flash-attn-4", "triton")):
+        pytest.skip("flash-attn-4 is not installed (pip install flash-attn-4 triton, with CPU PyTorch)")
     sys.path.insert(0, str(checkout_root() / "tests"))
-    import fa4_forward
+    import foreign
 
-    error, lse_error, launches = fa4_forward.forward(*case[:-1])
-    assert error < 4e-3 and lse_error < 1e-4
-    assert [(launch.cluster[0], launch.hazards) for launch in launches] == [(case[-1], ())]
+    module = foreign.load("foreign_fa4")
+    (case,) = (case for case in module.CASES if (case.arch, str(case)) == (arch, words))
+    row = foreign.run(module, case)
+    assert not row.failure and not row.hazard
+    assert row.errors["O"] < 4e-3 and row.errors["LSE"] < 1e-4
+    assert [(launch.cluster[0], launch.hazards) for launch in row.launches] == [(cluster, ())]

@@ -84,7 +84,7 @@ for _name, _f, _n, _isa in (
 ):
     for _suffix, _kind in (("f32", "f"), ("f32x2", "2")):
         _sig = f"{_kind}={','.join(_kind * _n)}"
-        _rn = "{,.rn}" if _name != "fma" and _kind == "f" else ".rn"
+        _rn = ".rn" if _name == "fma" else "{,.rn}"
         alu(f"{_name}{_rn}.{_suffix}", _sig, _isa)(_f)
         alu(f"{_name}{_rn}.ftz.{_suffix}", _sig, _isa)(_flushed(_f))
         for _mode in MODES[1:]:
