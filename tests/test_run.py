@@ -107,7 +107,7 @@ def test_run_reports_what_was_launched(kernel, inputs):
 
 
 def test_writes_outside_are_an_error(kernel, inputs, monkeypatch):
-    def run_and_damage(binary, views, outputs, scale, strict):
+    def run_and_damage(binary, views, outputs, scale, strict, **_):
         outputs[0].storage[0] = 0
         return ()
 
