@@ -54,6 +54,8 @@ Accumulation = typer.Option("fast", "--accumulation", help="how tensor cores add
 Fast = typer.Option(False, "--fast", help="skip the hazard checks: several times faster, the same results")
 Sms = typer.Option(4, "--sms", min=1, help="multiprocessors that the GPU says it has")
 LineInfo = typer.Option(False, "--lineinfo", help="compile with line information: messages name the source line")
+Trace = typer.Option(None, "--trace", metavar="FILE", help="write a timeline: .json, .json.gz (Perfetto), .svg")
+TraceCtas = typer.Option(2, "--trace-ctas", min=1, help="CTAs of each launch in the timeline, from the first on")
 LaunchesFile = typer.Option(None, "--json", metavar="FILE", help="write what was launched here")
 OneShape = typer.Option(None, "--shape", metavar=SHAPE_FORMAT, help="of a specification's random inputs")
 Two = typer.Option(2, "--jobs", min=1, help="processes")
@@ -166,12 +168,18 @@ def verify(
     seed: int = Seed,
     lineinfo: bool = LineInfo,
     fast: bool = Fast,
+    trace: Path | None = Trace,
+    trace_ctas: int = TraceCtas,
     as_json: bool = Json,
 ) -> None:
     """Run the kernel on random inputs and compare with NumPy. Exit code 1 when a shape fails."""
     chosen = plan_kernel(kernel_spec(kernel, fields))
     shapes = _shapes(chosen, shape)
-    rows = _verified(chosen, _compiled(chosen, None, lineinfo), shapes, backend, seed, not fast)
+    if trace is not None and backend != "emulator":
+        raise SpecError("--trace", trace, f"only the emulator is traced, not {backend}", "leave --backend out")
+    tracer = _tracer(trace, trace_ctas)
+    binary = _compiled(chosen, None, lineinfo or tracer is not None)
+    rows = _verified(chosen, binary, shapes, backend, seed, strict=not fast, trace=tracer)
     if as_json:
         print(present.document(rows))
     else:
@@ -224,6 +232,8 @@ def emulate(
     lineinfo: bool = LineInfo,
     accumulation: str = Accumulation,
     fast: bool = Fast,
+    trace: Path | None = Trace,
+    trace_ctas: int = TraceCtas,
     json_file: Path | None = LaunchesFile,
 ) -> None:
     """Run a CuTe DSL program on the emulator, NumPy or CPU torch arrays standing for device tensors.
@@ -232,7 +242,9 @@ def emulate(
     """
     from .emulator.script import run_script
 
-    run = run_script(script, arguments or [], arch, sms, strict=not fast, lineinfo=lineinfo, accumulation=accumulation)
+    tracer = _tracer(trace, trace_ctas)
+    options = {"strict": not fast, "accumulation": accumulation, "trace": tracer}
+    run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo or tracer is not None, **options)
     if run.launches:
         present.console(to_stderr=True, for_tables=True).print(present.launches_table(run.launches))
     for message in [run.message] if run.error is not None else run.hazards:
@@ -321,12 +333,18 @@ def _shapes(chosen: Plan, texts: list[str] | None) -> list[Shape]:
 
 
 def _verified(
-    chosen: Plan, binary: Any, shapes: list[Shape], backend: str, seed: int, strict: bool = True
+    chosen: Plan, binary: Any, shapes: list[Shape], backend: str, seed: int, **options: Any
 ) -> list[dict[str, Any]]:
     from .verify import verify_kernel
 
-    results = (verify_kernel(binary, shape, backend=backend, seed=seed, strict=strict).as_dict() for shape in shapes)
+    results = (verify_kernel(binary, shape, backend=backend, seed=seed, **options).as_dict() for shape in shapes)
     return list(present.track(results, len(shapes), "verify", present.row_summary))
+
+
+def _tracer(path: Path | None, ctas: int) -> Any:
+    from .emulator import Tracer
+
+    return None if path is None else Tracer(path, ctas)
 
 
 def _exit_if_failed(rows: list[dict[str, Any]]) -> None:

@@ -79,9 +79,10 @@ def run_observed(
     backend: str | None = None,
     strict: bool = True,
     prepare: Prepare | None = None,
+    trace: Any = None,
 ) -> Run:
-    """run_kernel on CPU arrays, with outputs that tell what was written; strict: see Gpu. prepare: called with the Gpu
-    and the outputs before the emulator runs. For verification.
+    """run_kernel on CPU arrays, with outputs that tell what was written; strict, trace: see Gpu. prepare: called with
+    the Gpu and the outputs before the emulator runs. For verification.
     """
     views = check_inputs(binary.spec, q, k, v)
     if views[0].device != "cpu":
@@ -89,7 +90,8 @@ def run_observed(
     scale = _check_scale(binary, scale)
     outputs = tuple(Output(*layout) for layout in output_layout(binary.spec, views[0]))
     backend = _check_backend(backend, views)
-    execute = {"emulator": partial(_run_emulated, strict=strict, prepare=prepare), "cuda": _run_copied}[backend]
+    emulate = partial(_run_emulated, strict=strict, prepare=prepare, trace=trace)
+    execute = {"emulator": emulate, "cuda": _run_copied}[backend]
     _host_function(binary.host_object, binary.host_symbol, backend)  # loaded once a kernel, not timed
     start = time.perf_counter()
     launches = execute(binary, views, outputs, scale)
@@ -153,8 +155,9 @@ def _run_emulated(
     scale: float,
     strict: bool,
     prepare: Prepare | None,
+    trace: Any,
 ) -> tuple[Any, ...]:
-    gpu = Gpu(arch=binary.spec.arch, strict=strict)
+    gpu = Gpu(arch=binary.spec.arch, strict=strict, trace=trace)
     gpu.labels = _labels(binary.plan.budget)
     for names, address, size in merged_spans(views):
         gpu.add_array((address, size), name=names, initialized=True)

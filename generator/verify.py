@@ -100,9 +100,10 @@ def verify_kernel(
     seed: int = 0,
     strict: bool = True,
     prepare: Prepare | None = None,
+    trace: Any = None,
 ) -> Report:
     """Run the kernel on random data of `shape` (B, Hq, Hkv, Sq, Skv) and compare it with the reference; strict: with
-    the emulator's hazard checks; prepare: see run_observed.
+    the emulator's hazard checks; prepare, trace: see run_observed.
 
     Hazards and launch failures are failed reports, not exceptions; a shape that the kernel was not built for raises
     CallError, and a machine without the GPU asked for raises RunError.
@@ -111,7 +112,7 @@ def verify_kernel(
     q, k, v = random_inputs(spec.dtype, shape, spec.head_dim, spec.v_dim, seed)
     start = time.perf_counter()
     try:
-        run = run_observed(binary, q, k, v, backend=backend, strict=strict, prepare=prepare)
+        run = run_observed(binary, q, k, v, backend=backend, strict=strict, prepare=prepare, trace=trace)
     except EmulatorError as error:
         hazards = int(isinstance(error, (Hazard, Deadlock)))
         failure = f"{type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ from .attach import DEFAULT_SMS, attached
 from .errors import Deadlock, EmulatorError, Hazard, LaunchError, PtxSyntaxError, UnsupportedInstruction
 from .gpu import Gpu, LaunchReport
 from .labels import Labels
+from .trace import Tracer
 
 __all__ = [
     "DEFAULT_SMS",
@@ -25,6 +26,7 @@ __all__ = [
     "LaunchError",
     "LaunchReport",
     "PtxSyntaxError",
+    "Tracer",
     "UnsupportedInstruction",
     "attached",
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -19,6 +22,7 @@ from .lineinfo import naming_sources
 from .machine import Machine
 from .memory import GlobalMemory
 from .parse import Module, parse_ptx
+from .trace import Tracer
 from .translate import Program, Translator
 
 SMEM_LIMIT = {"sm_90a": 232448, "sm_100a": 232448}  # opt-in shared memory a CTA, CUDA programming guide, table 27
@@ -31,6 +35,10 @@ WAVE = 32  # CTAs that run together: wide enough to amortize NumPy's cost a call
 class LaunchReport:
     """What one launch did. `opcodes` counts warp-instructions by opcode; `tmem_columns` is the peak a CTA; `hazards`
     are messages: a launch that was cut short has the one that ended it, and no counts.
+
+    loaded_bytes, stored_bytes: what bulk copies brought to and from shared memory, boxes as a whole; a multicast counts
+    in every CTA that it reaches. mma_flop: 2·m·n·k of every tcgen05.mma, wgmma and mma.sync. model: of a traced launch,
+    what the trace's clock says, see trace.summary.
     """
 
     kernel: str
@@ -43,6 +51,10 @@ class LaunchReport:
     tmem_columns: int
     cluster: tuple[int, int, int] = (1, 1, 1)
     hazards: tuple[str, ...] = ()
+    loaded_bytes: int = 0
+    stored_bytes: int = 0
+    mma_flop: int = 0
+    model: dict[str, Any] | None = None
 
 
 def _bind_params(program: Program, params) -> dict:
@@ -95,6 +107,7 @@ class LaunchCase:
                 )
                 machine.run()
                 executed += machine.executed
+                self.gpu.work.update(machine.work)
                 columns = max(columns, int(machine.tmem.peak.max(initial=0)))
         opcodes: Counter = Counter()
         for times, counts in zip(executed.tolist(), program.opcode_counts, strict=True):
@@ -118,6 +131,17 @@ def _by_cluster(grid: tuple[int, int, int], cluster: tuple[int, int, int]) -> li
         for corner in corners
         for inner in walk(cluster)
     ]
+
+
+def _matrix_flop(opcodes: Counter) -> int:
+    """FLOP of wgmma, of which each warp executes a quarter, and mma.sync."""
+    total = 0
+    for opcode, times in opcodes.items():
+        shape = re.search(r"\.m(\d+)n(\d+)k(\d+)", opcode) if opcode.startswith(("wgmma.mma", "mma.")) else None
+        if shape:
+            warps = 4 if opcode.startswith("wgmma") else 1
+            total += 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) * times // warps
+    return total
 
 
 @lru_cache(maxsize=1)
@@ -145,9 +169,16 @@ class Gpu:
             uninitialized reads, asynchronous use or fences. Bounds, mbarrier counts and deadlocks are always checked.
         accumulation: how tensor cores add up products: "fast", in float32 by BLAS, or "exact", each instruction by the
             alignment-and-truncation model of `accumulate`.
+        trace: a Tracer, or the file that its launches are traced into, see `Tracer`.
     """
 
-    def __init__(self, arch: str = "sm_100a", strict: bool = True, accumulation: str = "fast"):
+    def __init__(
+        self,
+        arch: str = "sm_100a",
+        strict: bool = True,
+        accumulation: str = "fast",
+        trace: Tracer | str | Path | None = None,
+    ):
         if arch not in SMEM_LIMIT:
             raise LaunchError(f"arch is {arch!r}: the emulator knows {', '.join(SMEM_LIMIT)}")
         if not isinstance(strict, bool):
@@ -158,7 +189,9 @@ class Gpu:
         self.gmem = GlobalMemory()
         self.labels = Labels()
         self.launches: list[LaunchReport] = []
+        self.work: Counter[str] = Counter()  # of the present launch, see LaunchReport
         self.observers: list[Observer] = []  # each surrounds every launch
+        self.tracer = trace if isinstance(trace, Tracer) or trace is None else Tracer(trace)
         self._texts: dict[int, str] = {}
         self._keep: list[object] = []
 
@@ -206,10 +239,14 @@ class Gpu:
         with ExitStack() as around:
             for observer in self.observers:
                 around.enter_context(observer(case))
-            opcodes, columns = case.run()
+            self.work = Counter()
+            (opcodes, columns), model = self.tracer.run(case, _parse) if self.tracer else (case.run(), None)
+            work = Counter({"mma_flop": _matrix_flop(opcodes)}) + self.work
         report = LaunchReport(
             *(kernel, grid, block, smem_bytes, time.perf_counter() - start, sum(opcodes.values()), opcodes, columns),
             cluster=cluster,
+            model=model,
+            **work,
         )
         self.launches.append(report)
         return report

@@ -179,6 +179,28 @@ def _functions(path: str, stamp: tuple[int, int]) -> list[tuple[int, int, str]]:
     ]
 
 
+def callees(path: str) -> dict[str, set[str]]:
+    """Functions of a Python file, and which of its functions each of them calls by name; empty for other files."""
+    return _callees(path, _stamp(path))
+
+
+@lru_cache(maxsize=64)
+def _callees(path: str, stamp: tuple[int, int]) -> dict[str, set[str]]:
+    if not path.endswith(".py"):
+        return {}
+    try:
+        tree = ast.parse(_read(path, stamp))
+    except (SyntaxError, ValueError):
+        return {}
+    calls: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            inside = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
+            named = {f.id if isinstance(f, ast.Name) else getattr(f, "attr", "") for f in inside}
+            calls.setdefault(node.name, set()).update(named - {node.name})
+    return {name: {n for n in named if n in calls} for name, named in calls.items()}
+
+
 # -- messages ----------------------------------------------------------------------------------------------------------
 def name_sources(message: str, ptx: str) -> str:
     """A message with the source beside each PTX line that it mentions, and the text of these source lines below.

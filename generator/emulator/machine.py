@@ -88,6 +88,7 @@ class Machine:
         self.wgmma = Warpgroups(self)
         self.stores: list[tuple] = []  # tcgen05.st that no wait::st has covered yet
         self.bulk: dict[tuple[int, int, int], list[list]] = {}  # bulk groups by (warp, CTA, lane); the last is open
+        self.work: Counter[str] = Counter()  # bytes that bulk copies move, and FLOP of tcgen05.mma: see LaunchReport
         self.sources: Counter[tuple[int, int, int]] = Counter()  # (CTA, first, end) chunk of bulk stores under way
         self.params_maps: dict[int, object] = {}
         self.param_bytes = params["bytes"]

@@ -79,6 +79,7 @@ class TensorCore:
         self.issued: list[Mma] = []  # not executed everywhere yet, in issue order
 
     def issue(self, op: Mma) -> None:
+        self.machine.work["mma_flop"] += 2 * op.shape.m * op.shape.n * 16 * len(op.ctas)  # k = 16: 32 bytes of a row
         op.remaining = op.bits
         if self.machine.strict:
             self.issued.append(op)

@@ -216,6 +216,7 @@ def bulk_store(m, ws, active, instr, destination, source, size, policy=None, com
             tensor, chunks = _line(m, address, offset, nbytes, where)
             _require_valid(m, key[1], chunks, where)
             m.bulk.setdefault(key, [[]])[-1].append((tensor, (0,), chunks, where, combine))
+            m.work["stored_bytes"] += tensor.box_bytes
             m.sources[_span(key[1], chunks)] += 1
 
 

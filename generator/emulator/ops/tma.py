@@ -123,6 +123,7 @@ def _begin(m, cta: int, chunks: np.ndarray, where) -> None:
 def _finish_load(m, tensor: TensorMap, point, chunks: np.ndarray, slot: int, both, where) -> None:
     """A load takes effect: its box in each (CTA of the data, CTA of the mbarrier)."""
     box = _read_box(m, tensor, point, where)
+    m.work["loaded_bytes"] += tensor.box_bytes * len(both)
     for data_cta, bar_cta in both:
         m.smem.chunks[data_cta, chunks] = box.view(np.complex128)
         if m.strict:
@@ -160,6 +161,7 @@ def store(m, ws, active, instr, destination, source, policy=None, combine=None):
     src = shared_offsets(m, ws, active, instr, source, 16)
     warps, ctas, lanes, (sources, addresses, *coordinates) = _lanes(m, ws, active, (src, address, *coords))
     points = np.stack(coordinates, axis=1)
+    seen = set()  # a copy that several lanes of a warp execute alike is one
     for i, cta in enumerate(ctas):
         tensor = tensor_map(m, int(addresses[i]), where)
         if tensor.rank != len(coords):
@@ -174,6 +176,9 @@ def store(m, ws, active, instr, destination, source, policy=None, combine=None):
         m.bulk.setdefault(key, [[]])[-1].append(
             (tensor, point, chunks, where, None if combine is None else combine(tensor.element, where))
         )
+        if (copy := (key[:2], addresses[i], sources[i], point)) not in seen:
+            seen.add(copy)
+            m.work["stored_bytes"] += tensor.box_bytes
         m.sources[_span(int(cta), chunks)] += 1
 
 
