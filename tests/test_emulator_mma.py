@@ -347,7 +347,7 @@ def test_operands_need_the_proxy_fence():
     [(1 << 46, Hazard, "bits 46-48 must be 0b001"), (1 << 47, Hazard, "bits 46-48"), (1 << 49,
         UnsupportedInstruction, "base offset"),
      (1 << 51, UnsupportedInstruction, "base offset"), (1 << 52, UnsupportedInstruction, "absolute leading-dimension"),
-     (1 << 61, UnsupportedInstruction, "swizzle mode"), (3 << 61, UnsupportedInstruction, "swizzle mode")],
+     (1 << 61, Hazard, "swizzle mode 3 does not exist"), (3 << 61, Hazard, "128-byte swizzle with 32-byte atoms")],
 )  # fmt: skip
 def test_illegal_shared_memory_descriptors(bits, error, words):
     broken(error, issue(0, A ^ bits, B, ONE.idesc, False), words, f"{A ^ bits:#018x}")
@@ -356,24 +356,24 @@ def test_illegal_shared_memory_descriptors(bits, error, words):
 
 @pytest.mark.parametrize(
     "idesc, error, words",
-    [(ONE.idesc ^ 1 << 4, UnsupportedInstruction, "only dense float32"), (ONE.idesc | 1 << 2, UnsupportedInstruction,
-        "only dense"),
-     (ONE.idesc ^ 3 << 4, UnsupportedInstruction, "only dense float32"), (ONE.idesc | 1 << 30,
-         UnsupportedInstruction, "only dense"),
+    [(ONE.idesc ^ 1 << 4, Hazard, "D of type f16 takes operands of type f16"),
+     (ONE.idesc | 1 << 2, UnsupportedInstruction, "sparse products are not supported"),
+     (ONE.idesc ^ 3 << 4, Hazard, "kind::f16 has D of type f16 (0), f32 (1), not 2"),
+     (ONE.idesc | 1 << 30, Hazard, "bits 30-31 are a shift, which only .ws has"),
      (ONE.idesc ^ 3 << 7, Hazard, "takes f16 or bf16"), (ONE.idesc ^ 5 << 10, Hazard, "takes f16 or bf16"),
-     (instruction_descriptor(32, m=64), UnsupportedInstruction, "M = 64"), (instruction_descriptor(32, m=256),
-         UnsupportedInstruction, "M = 256"),
-     (instruction_descriptor(8), Hazard, "N = 8"), (instruction_descriptor(24), Hazard, "N = 24"),
-         (instruction_descriptor(264), Hazard, "N = 264")],
+     (instruction_descriptor(32, m=32), Hazard, "M = 32: kind::f16 with cta_group::1 has M = 64 or 128"),
+     (instruction_descriptor(32, m=256), Hazard, "M = 256"),
+     (instruction_descriptor(0), Hazard, "N = 0"), (instruction_descriptor(264), Hazard, "N = 264: kind::f16 with "
+         "cta_group::1 and M = 128 has N = a multiple of 8 from 8 to 256")],
 )  # fmt: skip
 def test_illegal_instruction_descriptors(idesc, error, words):
     broken(error, issue(0, A, B, idesc, False), words)
 
 
-def test_modifiers_that_are_not_supported_are_refused():
-    broken(UnsupportedInstruction, issue(0, A, B, ONE.idesc, False, ", 1"), "scale-input-d")
-    some = issue(0, A, B, ONE.idesc, False).replace("%r148, %p2", "%r148, {%r149, %r149, %r148, %r149}, %p2")
-    broken(UnsupportedInstruction, some, "disable-output-lane")
+def test_illegal_modifiers():
+    broken(Hazard, issue(0, A, B, ONE.idesc, False, ", 16"), "scale-input-d 16: it must be from 0 to 15")
+    some = issue(0, A, B, ONE.idesc, False).replace("%r148, %p2", "%r148, {%r149, %r148}, %p2")
+    broken(Hazard, some, "disable-output-lane has 2 words, cta_group::1 takes 4")
 
 
 def test_an_operand_that_tma_overwrites_before_the_mma_is_done():

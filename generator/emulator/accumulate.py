@@ -26,7 +26,7 @@ ZERO_EXPONENT = -126
 NAN = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
 # Exponent of the smallest normal. tf32 has the exponents of float32, to which it is cut from a register.
 LOWEST = {"f32": -126, "tf32": -126, "bf16": -126, "f16": -14, "e5m2": -14, "e4m3": -6, "e3m2": -2, "e2m3": 0}
-LOWEST |= {"e2m1": 0}
+LOWEST |= {"e2m1": 0, "ue8m0": -127}
 _TINY = 2.0**-126
 MODES = ("fast", "exact")
 

@@ -17,7 +17,7 @@ IDESC_RESERVED = 1 << 3 | 1 << 6 | 1 << 23 | 1 << 29
 class Operand:
     """An MMA operand in shared memory: indices of its 16-byte chunks.
 
-    K-major: `chunks` [rows, 2] of eight k each; MN-major: [16 k, rows / 8] of eight rows each.
+    K-major: `chunks` [rows, 2], along k; MN-major: [k, chunks along the rows].
     """
 
     chunks: np.ndarray
@@ -26,12 +26,18 @@ class Operand:
     high: int
 
 
-_operands: dict[tuple[int, int, bool], Operand] = {}
+_operands: dict[tuple, Operand] = {}
+ATOM_32B = 1  # swizzle code: 128 bytes, in units of 32
 
 
-def shared_operand(descriptor: int, rows: int, mn_major: bool, where: str) -> Operand:
-    """Decode a shared-memory descriptor (§9.7.16.4.1, Table 40) of a 16-bit operand of `rows` rows and 16 k."""
-    key = (descriptor, rows, mn_major)
+def shared_operand(
+    descriptor: int, rows: int, mn_major: bool, where: str, bits: int = 16, chunks_of_k: int = 2
+) -> Operand:
+    """Decode a shared-memory descriptor (§9.7.16.4.1, Table 40) of an operand of `rows` rows and 32 bytes of k.
+
+    `bits`: of an element; `chunks_of_k`: 16-byte chunks along k, 1 for a copy that is narrower than an MMA's operand.
+    """
+    key = (descriptor, rows, mn_major, bits, chunks_of_k)
     if key in _operands:
         return _operands[key]
     start, lbo, sbo = (descriptor & 0x3FFF) << 4, (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
@@ -49,33 +55,51 @@ def shared_operand(descriptor: int, rows: int, mn_major: bool, where: str) -> Op
         raise UnsupportedInstruction(
             f"{where}: shared-memory descriptor {descriptor:#018x}: absolute leading-dimension mode is not supported"
         )
-    bits = {0: 0, 2: 3, 4: 2, 6: 1}.get(descriptor >> 61)
-    if bits is None:
-        raise UnsupportedInstruction(
-            f"{where}: shared-memory descriptor {descriptor:#018x}: swizzle mode {descriptor >> 61} is not supported"
+    code = descriptor >> 61
+    if code not in (0, ATOM_32B, 2, 4, 6):
+        raise Hazard(f"{where}: shared-memory descriptor {descriptor:#018x}: swizzle mode {code} does not exist")
+    if (code == ATOM_32B) != (mn_major and bits == 32):
+        raise Hazard(
+            f"{where}: shared-memory descriptor {descriptor:#018x}: 32-bit MN-major operands, and no others, take "
+            "the 128-byte swizzle with 32-byte atoms (mode 1)"
         )
-    chunks = _tile(start, lbo, sbo, bits, rows, mn_major)
+    if mn_major and rows % (128 // max(bits, 8)):
+        raise Hazard(f"{where}: an MN-major operand of {bits}-bit elements has {rows} rows, not whole 16-byte chunks")
+    if code == ATOM_32B:
+        chunks = _tile_atom_32b(start, lbo, sbo, rows)
+    else:
+        swizzle = {0: 0, 2: 3, 4: 2, 6: 1}[code]
+        chunks = _tile(start, lbo, sbo, swizzle, rows, mn_major, max(bits, 8), chunks_of_k)
     found = _operands[key] = Operand(chunks, mn_major, int(chunks.min()) * 16, int(chunks.max() + 1) * 16)
     return found
 
 
-def _tile(start: int, lbo: int, sbo: int, bits: int, rows: int, mn_major: bool) -> np.ndarray:
+def _tile(
+    start: int, lbo: int, sbo: int, bits: int, rows: int, mn_major: bool, size: int = 16, chunks_of_k: int = 2
+) -> np.ndarray:
     """Chunks of a tile of `rows` rows and 32 bytes of k in a canonical layout (§9.7.16.3.3, §9.7.15.5.1.2), swizzled by
-    `bits` bits of the address.
+    `bits` bits of the address; elements of `size` bits.
     """
     span = 16 << bits
     if not mn_major:
-        row, chunk = np.arange(rows)[:, None], np.arange(2)[None]
+        row, chunk = np.arange(rows)[:, None], np.arange(chunks_of_k)[None]
         linear = start + row % 8 * (span if bits else 16) + row // 8 * sbo + chunk * (16 if bits else lbo)
     else:
-        k, group = np.arange(16)[:, None], np.arange(rows // 8)[None]
+        k, group = np.arange(256 // size)[:, None], np.arange(rows * size // 128)[None]
         if bits:
-            wide = span // 2 // 8
+            wide = span // 16
             linear = start + group % wide * 16 + group // wide * lbo + k % 8 * span + k // 8 * sbo
         else:
             linear = start + group * sbo + k % 8 * 16 + k // 8 * lbo
     address = linear ^ ((linear >> 3) & (((1 << bits) - 1) << 4))
     return (address - WINDOW_BASE) >> 4
+
+
+def _tile_atom_32b(start: int, lbo: int, sbo: int, rows: int) -> np.ndarray:
+    """Chunks of an MN-major tile of `rows` rows and 8 k of 32-bit elements: four k of 128 bytes make an atom."""
+    k, group = np.arange(8)[:, None], np.arange(rows // 4)[None]
+    linear = start + group % 8 * 16 + group // 8 * lbo + k % 4 * 128 + k // 4 * sbo
+    return ((linear ^ (linear >> 2 & 0x60)) - WINDOW_BASE) >> 4
 
 
 WGMMA_RESERVED = 3 << 14 | 3 << 30 | 7 << 46 | 0x3FF << 52
@@ -124,17 +148,24 @@ class Shape:
 _shapes: dict[tuple[int, int], Shape] = {}
 
 
+def is_common(idesc: int, group: int) -> bool:
+    """A dense kind::f16 with 128 rows a CTA, whole 16 columns and float32 D: what the fast way through knows."""
+    n = idesc >> 17 & 63
+    return (
+        not idesc & 7
+        and not idesc >> 30
+        and (idesc >> 4 & 3, idesc >> 24 & 31) == (1, 8 * group)
+        and (n > 0 and n % (2 * group) == 0 and n <= 32)
+    )
+
+
 def decode_idesc(idesc: int, group: int, where: str) -> Shape:
-    """Decode the instruction descriptor of kind::f16 with float32 accumulation, for cta_group::1 or ::2."""
+    """Decode an instruction descriptor that `is_common`, for cta_group::1 or ::2."""
     if (idesc, group) in _shapes:
         return _shapes[idesc, group]
     if idesc & IDESC_RESERVED:
         raise Hazard(
             f"{where}: instruction descriptor {idesc:#010x}: bit 3, 6, 23 or 29 is set, which kind::f16 reserves"
-        )
-    if idesc & 7 or idesc >> 4 & 3 != 1 or idesc >> 30:
-        raise UnsupportedInstruction(
-            f"{where}: instruction descriptor {idesc:#010x}: only dense float32 accumulation is supported"
         )
     if (idesc >> 7 & 7) > 1 or (idesc >> 10 & 7) > 1:
         raise Hazard(f"{where}: instruction descriptor {idesc:#010x}: kind::f16 takes f16 or bf16 operands")
@@ -149,11 +180,5 @@ def decode_idesc(idesc: int, group: int, where: str) -> Shape:
         -1 if idesc >> 14 & 1 else 1,
         group,
     )
-    if shape.m != 128:
-        found = f"M = {shape.m * group} with cta_group::{group}"
-        raise UnsupportedInstruction(f"{where}: {found}: only M = 128 a CTA is supported so far")
-    if not 16 <= shape.n <= 256 or shape.n % (16 * group):
-        found = f"N = {shape.n} with M = {128 * group}"
-        raise Hazard(f"{where}: {found}: N must be a multiple of {16 * group} from {16 * group} to 256")
     _shapes[idesc, group] = shape
     return shape

@@ -16,6 +16,7 @@ import numpy as np
 from .errors import Hazard, LaunchError
 
 UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER, GENERIC, COPY_PENDING, ASYNC_PENDING = range(9)
+CP_PENDING = 9
 REASONS = {
     UNWRITTEN: "it was never written (fresh memory is poison)",
     TMA_PENDING: "a TMA load into it has been issued and is not known to be complete: wait on the "
@@ -28,6 +29,8 @@ REASONS = {
     "(cp.async.wait_group, cp.async.wait_all, or the mbarrier of cp.async.mbarrier.arrive)",
     ASYNC_PENDING: "an asynchronous store or reduction into it (st.async, red.async, cp.reduce.async.bulk) is not "
     "known to be complete: wait on the mbarrier it signals first",
+    CP_PENDING: "a tcgen05.cp or tcgen05.shift that writes it is not known to be complete: wait on the mbarrier of its "
+    "tcgen05.commit first",
     MBARRIER: "it holds an mbarrier, which only mbarrier instructions may touch",
 }
 UNDER_WAY = (MBARRIER, TMA_PENDING, COPY_PENDING, ASYNC_PENDING)  # what an ordinary store may not hit

@@ -190,7 +190,8 @@ class OperandWriter:
         """The items of a vector operand; their number must be the one that the opcode says (.v4, .x16)."""
         items = operand.items if isinstance(operand, Vector) else (operand,)
         said = re.search(r"\.[vx](\d+)(?=\.|$)", instr.opcode)
-        if said and len(items) != int(said[1]):
+        wide = next((n for shape, n in (("16x128b", 2), ("16x256b", 4)) if shape in instr.opcode), 1)  # of tcgen05.ld
+        if said and len(items) != int(said[1]) * wide:
             raise UnsupportedInstruction(
                 f"PTX line {instr.line}: {instr.opcode} with {len(items)} registers: {instr.text!r}"
             )

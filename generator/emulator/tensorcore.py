@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from .accumulate import fused_dot, mma_model
+from .datapath import EVERY_LANE, Cells
 from .descriptors import Operand, Shape
 from .errors import Hazard
 from .formats import bf16_to_f32, f16_to_f32
 from .memory import MMA_PENDING, REASONS, VALID, TensorMemory, take_chunks
+
+A_COLUMNS = 8  # of A in tensor memory: 32 bytes a lane
+
+
+class Work(Protocol):
+    """An asynchronous tcgen05 operation: what it reads and writes is known from its issue on."""
+
+    bits: int  # CTAs that take part, as a CtaSets int
+    remaining: int  # those where it is not executed yet
+    where: object
+    pending: int  # state of the cells that it is going to write
+    opcode: str
+
+    def shared_operands(self) -> list[tuple[str, Operand]]: ...
+
+    def cells_read(self) -> list[tuple[str, Cells]]: ...
+
+    def cells_written(self) -> Cells: ...
+
+    def flop(self) -> int: ...
 
 
 @dataclass
@@ -26,6 +48,22 @@ class Mma:
     accumulate: bool
     where: object
     remaining: int = 0  # CTAs where it is not executed yet
+    pending = MMA_PENDING
+    opcode = "tcgen05.mma"
+
+    def shared_operands(self) -> list[tuple[str, Operand]]:
+        """(name, chunks) that it reads in shared memory."""
+        return [(name, x) for name, x in (("operand A", self.a), ("operand B", self.b)) if not isinstance(x, int)]
+
+    def cells_read(self) -> list[tuple[str, Cells]]:
+        """(name, cells) that it reads in tensor memory, besides D."""
+        return [("operand A", Cells(self.a, A_COLUMNS, EVERY_LANE))] if isinstance(self.a, int) else []
+
+    def cells_written(self) -> Cells:
+        return Cells(self.d, self.shape.n, EVERY_LANE)
+
+    def flop(self) -> int:
+        return 2 * self.shape.m * self.shape.n * 16 * len(self.ctas)
 
     def fuses_with(self, later: Mma) -> bool:
         """Same accumulator and kind of operands, and `later` adds to it: their k extents may be concatenated."""
@@ -55,12 +93,16 @@ def require_tmem(m, ctas, start, count, where, legal) -> None:
         )
 
 
-def require_shared(m, ctas, operand: Operand, name: str, where: str) -> None:
+def require_inside(m, operand: Operand, name: str, where) -> None:
     if operand.low < 0 or operand.high > m.smem.size:
         raise Hazard(
             f"{where}: the descriptor of {name} reaches shared offsets {operand.low} to "
             f"{operand.high - 1}, the CTA has {m.smem.size} bytes"
         )
+
+
+def require_shared(m, ctas, operand: Operand, name: str, where) -> None:
+    require_inside(m, operand, name, where)
     found = m.smem.invalid_chunk(ctas, operand.chunks) if m.strict else None
     if found is not None:
         cta, chunk, state = found
@@ -76,17 +118,18 @@ class TensorCore:
     def __init__(self, machine):
         self.machine = machine
         self.waiting: list[Mma] = []
-        self.issued: list[Mma] = []  # not executed everywhere yet, in issue order
+        self.issued: list[Work] = []  # not executed everywhere yet, in issue order
 
-    def issue(self, op: Mma) -> None:
-        self.machine.work["mma_flop"] += 2 * op.shape.m * op.shape.n * 16 * len(op.ctas)  # k = 16: 32 bytes of a row
+    def issue(self, op: Work) -> None:
+        """Queue an operation whose destination is marked as pending already."""
+        self.machine.work["mma_flop"] += op.flop()
         op.remaining = op.bits
         if self.machine.strict:
             self.issued.append(op)
         self.machine.queue.add(op.bits, {}, lambda bits: self._take(op, bits), fifo=True)
 
     def check_overwrite(self, ctas: np.ndarray, chunks: np.ndarray, where) -> None:
-        """Somebody writes these 16-byte chunks of shared memory: no MMA under way may still have to read them.
+        """Somebody writes these 16-byte chunks of shared memory: nothing under way may still have to read them.
 
         `ctas`, `chunks`: int arrays of one shape.
         """
@@ -95,8 +138,8 @@ class TensorCore:
         low, high = int(chunks.min()) * 16, int(chunks.max() + 1) * 16
         sets, touched = self.machine.queue.sets, None
         for op in self.issued:
-            for name, operand in (("A", op.a), ("B", op.b)):
-                if isinstance(operand, int) or operand.high <= low or high <= operand.low:
+            for name, operand in op.shared_operands():
+                if operand.high <= low or high <= operand.low:
                     continue
                 touched = sets.bits(np.unique(ctas)) if touched is None else touched
                 if not op.remaining & touched:
@@ -105,32 +148,55 @@ class TensorCore:
                 if hit.any():
                     place = self.machine.labels.shared_at(int(chunks[hit][0]) * 16)
                     raise Hazard(
-                        f"{where}: overwrites {place}, which is operand {name} of a tcgen05.mma that is not known to "
+                        f"{where}: overwrites {place}, which is {name} of a {op.opcode} that is not known to "
                         f"be complete ({op.where}): wait on the mbarrier of its tcgen05.commit first"
                     )
 
-    def check_a_columns(self, ctas: np.ndarray, column: np.ndarray, columns: int, where) -> None:
-        """A tcgen05.st writes `columns` columns from `column[i]` on in CTA `ctas[i]`: likewise for A in TMEM."""
+    def check_columns_read(self, ctas: np.ndarray, column: np.ndarray, columns: int, where, lanes=None) -> None:
+        """A tcgen05.st writes `columns` columns from `column[i]` on in CTA `ctas[i]`: likewise for tensor memory.
+
+        `lanes`: (quarters, halves) that the warps write, None for whatever the operation reads.
+        """
         for op in self.issued:
-            if isinstance(op.a, int):
-                hit = (column < op.a + 8) & (op.a < column + columns)
+            for name, cells in op.cells_read():
+                hit = (column < cells.stop) & (cells.start < column + columns)
                 if not hit.any():
                     continue
+                if lanes is not None:
+                    used = cells.lanes[lanes]
+                    hit &= used if used.ndim == 1 else used.any(axis=1)
                 hit &= np.isin(ctas, self.machine.queue.sets.array(op.remaining))
                 if hit.any():
-                    place = self.machine.labels.column_at(op.a)
+                    place = self.machine.labels.column_at(cells.start)
                     raise Hazard(
-                        f"{where}: overwrites {place}, which is operand A of a tcgen05.mma that is not known to be "
+                        f"{where}: overwrites {place}, which is {name} of a {op.opcode} that is not known to be "
                         f"complete ({op.where}): wait on the mbarrier of its tcgen05.commit first"
                     )
 
-    def _take(self, op: Mma, bits: int) -> None:
+    def _take(self, op: Work, bits: int) -> None:
         op.remaining &= ~bits
+        if not isinstance(op, Mma):
+            self.flush()
+            op.execute(self.machine, self.machine.queue.sets.array(bits))
+            self._finish(op.cells_written(), bits)
+            return
         if bits != op.bits:
             op = replace(op, ctas=self.machine.queue.sets.array(bits), bits=bits, remaining=0)
         if self.waiting and not self.waiting[-1].fuses_with(op):
             self.flush()
         self.waiting.append(op)
+
+    def _finish(self, cells: Cells, bits: int) -> None:
+        """These cells are written in these CTAs."""
+        m = self.machine
+        if not m.strict:
+            return
+        m.tmem.state[cells.index(m.queue.sets.array(bits))] = VALID
+        self.issued = [op for op in self.issued if op.remaining]
+        for later in self.issued:  # one further back in the queue will overwrite them: still not for reading
+            still, other = later.remaining & bits, later.cells_written()
+            if still and other.overlaps(cells):
+                m.tmem.state[other.index(m.queue.sets.array(still))] = later.pending
 
     def flush(self) -> None:
         """Execute what has been collected."""
@@ -151,19 +217,12 @@ class TensorCore:
             b = -b
         if shape.group > 1:  # each CTA of the pair brought its share of N; both need all of it
             b = np.repeat(b.reshape(n // shape.group, shape.n, -1), shape.group, axis=0)
-        span = slice(first.d, first.d + shape.n)
         if m.accumulation == "exact":
             self._accumulate_exactly(first, len(ops), a, b)
         else:
             self._accumulate(first, a, b)
         self.issued = [op for op in self.issued if op.remaining]
-        if not m.strict:
-            return
-        m.tmem.state[span, :, :, ctas] = VALID
-        for later in self.issued:  # an MMA further back in the queue will overwrite it: still not for reading
-            still = later.remaining & first.bits
-            if still and later.d < span.stop and span.start < later.d + later.shape.n:
-                m.tmem.state[later.d : later.d + later.shape.n, :, :, m.queue.sets.array(still)] = MMA_PENDING
+        self._finish(first.cells_written(), first.bits)
 
     def _accumulate(self, first: Mma, a: np.ndarray, b: np.ndarray) -> None:
         """D = A·B (+ D) in float32, for A transposed [n, K, M] and B [n, N, K]."""

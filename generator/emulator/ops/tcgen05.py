@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..descriptors import Operand, decode_idesc, shared_operand
+from ..descriptors import Operand, decode_idesc, is_common, shared_operand
 from ..errors import Hazard, UnsupportedInstruction
-from ..memory import MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD, TensorMemory
+from ..memory import CP_PENDING, MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD, TensorMemory
+from ..product import Call, issue_product
 from ..table import effect
 from ..tensorcore import Mma, check_columns, require_shared, require_tmem
 from .memory import shared_offsets
@@ -61,8 +62,9 @@ def dealloc(m, ws, active, instr, address, columns):
                 f"{m.where(ws, instr)}: tcgen05.dealloc of {columns} columns at {start:#x}, which is not "
                 f"an allocation of CTA {m.name_cta(cta)}: {m.tmem.blocks[cta]}"
             )
-        if m.strict and (m.tmem.state[start : start + columns, :, :, cta] == MMA_PENDING).any():
-            raise Hazard(f"{m.where(ws, instr)}: tcgen05.dealloc although {REASONS[MMA_PENDING]}")
+        for code in (MMA_PENDING, CP_PENDING) if m.strict else ():
+            if (m.tmem.state[start : start + columns, :, :, cta] == code).any():
+                raise Hazard(f"{m.where(ws, instr)}: tcgen05.dealloc although {REASONS[code]}")
         del m.tmem.blocks[cta][start]
         m.tmem.allocated[start : start + columns, cta] = False
         if m.strict:
@@ -75,8 +77,8 @@ def relinquish(m, ws, active, instr):
 
 
 # -- tcgen05.ld, st, wait, §9.7.16.8 ----------------------------------------------------------------------------------
-def _cells(m, ws, active, instr, address, columns: int):
-    """Quarter, CTA and first column of each warp for a 32x32b access; checks lanes, bounds and allocation."""
+def warp_addresses(m, ws, active, instr, address, whole: bool = True):
+    """Quarter, half, CTA and first column of each warp; `whole`: of an access to all 32 lanes of its quarter."""
     if active is not None:
         raise Hazard(
             f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes "
@@ -86,35 +88,48 @@ def _cells(m, ws, active, instr, address, columns: int):
     per_warp = ws.full(values).reshape(-1, 32)
     uneven = (per_warp != per_warp[:, :1]).any(axis=1)
     if uneven.any():
-        raise Hazard(f"{_at_warps(m, ws, instr, uneven)}: the lanes of a warp give different TMEM addresses")
+        raise Hazard(f"{at_warps(m, ws, instr, uneven)}: the lanes of a warp give different TMEM addresses")
     taddr = per_warp[:, 0].astype(np.int64)
     warps, ctas = ws.flat_pairs()
     quarter, column, lane = warps % 4, taddr & 0xFFFF, taddr >> 16
-    foreign = lane != quarter * 32
+    half = lane - quarter * 32
+    foreign = half != 0 if whole else (half != 0) & (half != 16)
     if foreign.any():
         at = int(np.argmax(foreign))
+        first = "lanes" if whole else "16 lanes of"
         raise Hazard(
-            f"{_at_warps(m, ws, instr, foreign)}: the warp addresses TMEM lane {lane[at]} (column {column[at]}), "
-            f"but may touch only lanes {quarter[at] * 32} to {quarter[at] * 32 + 31}"
+            f"{at_warps(m, ws, instr, foreign)}: the warp addresses TMEM lane {lane[at]} (column {column[at]}), "
+            f"but may touch only {first} {quarter[at] * 32} to {quarter[at] * 32 + 31}"
         )
-    outside = column + columns > COLUMNS
+    return quarter, half // 16, ctas, column
+
+
+def require_columns(m, ws, instr, ctas, column, offsets: np.ndarray) -> None:
+    """The columns at these offsets from `column[i]` exist and are allocated in CTA `ctas[i]`."""
+    last = int(offsets[-1])
+    outside = column + last >= COLUMNS
     if outside.any():
         raise Hazard(
-            f"{_at_warps(m, ws, instr, outside)}: TMEM columns {int(column.max())} to "
-            f"{int(column.max()) + columns - 1} are out of bounds (512 columns)"
+            f"{at_warps(m, ws, instr, outside)}: TMEM columns {int(column.max())} to "
+            f"{int(column.max()) + last} are out of bounds (512 columns)"
         )
-    if not m.strict:
-        return quarter, ctas, column
-    wide = column[:, None] + np.arange(columns)
+    wide = column[:, None] + offsets
     free = ~m.tmem.allocated[wide, ctas[:, None]]
     if free.any():
         at = np.argwhere(free)[0]
         place = f"{m.labels.column_at(int(wide[tuple(at)]))} is not allocated in CTA {m.name_cta(ctas[at[0]])}"
-        raise Hazard(f"{_at_warps(m, ws, instr, free.any(axis=1))}: {place}")
+        raise Hazard(f"{at_warps(m, ws, instr, free.any(axis=1))}: {place}")
+
+
+def _cells(m, ws, active, instr, address, columns: int):
+    """Quarter, CTA and first column of each warp for a 32x32b access; checks lanes, bounds and allocation."""
+    quarter, _, ctas, column = warp_addresses(m, ws, active, instr, address)
+    if m.strict or (column + columns > COLUMNS).any():
+        require_columns(m, ws, instr, ctas, column, np.arange(columns))
     return quarter, ctas, column
 
 
-def _at_warps(m, ws, instr, bad: np.ndarray):
+def at_warps(m, ws, instr, bad: np.ndarray):
     """Where the first warp in `bad` (bool, one a warp of the batch) stands."""
     return m.where(ws, instr, bad.reshape(*ws.lead, 1))
 
@@ -127,7 +142,7 @@ def _require_cells(m, ws, instr, states, column, illegal: np.ndarray, what: tupl
         which = int(np.argmax(np.moveaxis(illegal, 2, -1).any(axis=-1).reshape(len(illegal), -1)[:, first]))
         code = int(states[illegal][0])
         place = m.labels.column_at(int(column[first]) + which)
-        raise Hazard(f"{_at_warps(m, ws, instr, bad)}: {what[0]} {place}, which may not be {what[1]}: {REASONS[code]}")
+        raise Hazard(f"{at_warps(m, ws, instr, bad)}: {what[0]} {place}, which may not be {what[1]}: {REASONS[code]}")
 
 
 def _block(ws, quarter, column):
@@ -173,9 +188,9 @@ def st_32x32b(m, ws, active, instr, address, values):
     if not m.strict:
         return
     old = _states(m, block, quarter, ctas, column, columns)
-    _require_cells(m, ws, instr, old, column, old == MMA_PENDING, ("writes", "written"))
-    m.tensor_core.check_a_columns(ctas, column, columns, m.where(ws, instr))
-    _mark(m, quarter, ctas, column, columns, ST_PENDING)
+    _require_cells(m, ws, instr, old, column, (old == MMA_PENDING) | (old == CP_PENDING), ("writes", "written"))
+    m.tensor_core.check_columns_read(ctas, column, columns, m.where(ws, instr))
+    mark_cells(m, quarter, ctas, column, columns, ST_PENDING)
     m.stores.append((ws, quarter, ctas, column, columns))
 
 
@@ -186,8 +201,10 @@ def _states(m, block, quarter, ctas, column, columns: int) -> np.ndarray:
     return m.tmem.state[(column[:, None] + np.arange(columns)).T, quarter, :, ctas]
 
 
-def _mark(m, quarter, ctas, column, columns, state) -> None:
-    m.tmem.state[(column[:, None] + np.arange(columns)).T, quarter, :, ctas] = state
+def mark_cells(m, quarter, ctas, column, columns, state) -> None:
+    """`columns`: how many from `column` on, or (their offsets, the half of each quarter)."""
+    offsets, half = (np.arange(columns), slice(None)) if isinstance(columns, int) else columns
+    m.tmem.state[(column[:, None] + offsets).T, quarter, half, ctas] = state
 
 
 for _n in (1, 2, 4, 8, 16, 32, 64, 128):
@@ -206,12 +223,12 @@ def wait_st(m, ws, active, instr):
     for record in m.stores:
         other, quarter, ctas, column, columns = record
         if other is ws:
-            _mark(m, quarter, ctas, column, columns, VALID)
+            mark_cells(m, quarter, ctas, column, columns, VALID)
             continue
         warps, _ = other.flat_pairs()
         done = mine[warps, ctas]
         if done.any():
-            _mark(m, quarter[done], ctas[done], column[done], columns, VALID)
+            mark_cells(m, quarter[done], ctas[done], column[done], columns, VALID)
         if not done.all():
             left.append((_Group(warps[~done], ctas[~done]), quarter[~done], ctas[~done], column[~done], columns))
     m.stores = left
@@ -245,37 +262,47 @@ def fence(m, ws, active, instr):
     "=a,x,U,u,?*u,?p,?k",
     "9.7.16.10.9.1",
 )
-def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=None, scale=None):
+def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=True, scale=0, factors=(), blocks=0):
     """Issue D = A·B (+ D): queued; operands are read and D is written when a commit that follows it completes."""
-    if scale is not None:
-        raise UnsupportedInstruction(f"PTX line {instr.line}: scale-input-d is not supported yet")
-    if disabled is not None and any(np.any(np.asarray(lanes)) for lanes in disabled):
-        raise UnsupportedInstruction(f"PTX line {instr.line}: disable-output-lane is not supported yet")
-    on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
-    rows, lanes = np.nonzero(on.reshape(-1, 32))
-    _, ctas = ws.flat_pairs()
-    where = m.where(ws, instr, on)
-    if len(np.unique(rows)) != len(rows):
-        raise Hazard(f"{where}: tcgen05.mma is issued by several lanes of a warp: elect one")
-    pick = lambda x: ws.full(x).reshape(-1, 32)[rows, lanes]  # noqa: E731
-    columns = list(
-        zip(
-            pick(d).tolist(),
-            pick(a[1]).tolist(),
-            pick(b).tolist(),
-            pick(idesc).tolist(),
-            pick(True if accumulate is None else accumulate).tolist(),
-            strict=True,
-        )
-    )
-    chosen = ctas[rows]
+    rows, lanes, where = one_lane_each(m, ws, active, instr)
+    parts = instr.opcode.split(".")
+    stationary, group = parts[2] == "ws", int(instr.opcode.split("cta_group::")[1][0])
+    kind = instr.opcode.split("kind::")[1].split(".")[0]
+    disabled = () if disabled is None else disabled
+    if disabled and len(disabled) != 4 * group:
+        raise Hazard(f"{where}: disable-output-lane has {len(disabled)} words, cta_group::{group} takes {4 * group}")
+    pick = lambda x: ws.full(x).reshape(-1, 32)[rows, lanes].tolist()  # noqa: E731
+    columns = list(zip(*map(pick, (d, a[1], b, idesc, accumulate, *disabled, *factors)), strict=True))
+    chosen = ws.flat_pairs()[1][rows]
     for key in dict.fromkeys(columns):
         same = np.array([c == key for c in columns])
-        group = int(instr.opcode.split("cta_group::")[1][0])
-        _issue(m, _taking_part(m, chosen[same], group, where), group, a[0], *key, where)
+        ctas, words = taking_part(m, chosen[same], group, where), key[5:]
+        plain = kind == "f16" and not stationary and not scale and not any(words)
+        if plain and is_common(key[3], group):
+            _issue(m, ctas, group, a[0], *key[:5], where)
+            continue
+        call = Call(
+            kind, group, stationary, blocks, a[0] == "tmem", *key[:5], int(scale), *_split(words, len(disabled))
+        )
+        issue_product(m, ctas, call, where)
 
 
-def _taking_part(m, issuing: np.ndarray, group: int, where) -> np.ndarray:
+def _split(words: tuple, count: int) -> tuple[tuple, tuple]:
+    return words[:count], words[count:]
+
+
+def one_lane_each(m, ws, active, instr):
+    """(warps of the batch, lanes) that issue an operation of one thread, and where."""
+    on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
+    rows, lanes = np.nonzero(on.reshape(-1, 32))
+    where = m.where(ws, instr, on)
+    if len(np.unique(rows)) != len(rows):
+        name = ".".join(instr.opcode.split(".")[:2])
+        raise Hazard(f"{where}: {name} is issued by several lanes of a warp: elect one")
+    return rows, lanes, where
+
+
+def taking_part(m, issuing: np.ndarray, group: int, where) -> np.ndarray:
     """CTAs of an MMA, ascending: the issuing ones, and with cta_group::2 the odd CTA of each pair."""
     if group == 1:
         return np.sort(issuing)
@@ -310,8 +337,9 @@ def _issue(m, ctas, group, a_kind, d, a, b, idesc, accumulate, where) -> None:
 
 def _check_accumulator(m, ctas, d, shape, accumulate, where) -> None:
     state = m.tmem.state[d : d + shape.n, :, :, ctas]
-    if (state == ST_PENDING).any():
-        raise Hazard(f"{where}: the accumulator may not be used: {REASONS[ST_PENDING]}")
+    for code in (ST_PENDING, CP_PENDING):
+        if (state == code).any():
+            raise Hazard(f"{where}: the accumulator may not be used: {REASONS[code]}")
     if accumulate and (state == UNWRITTEN).any():
         raise Hazard(
             f"{where}: accumulates onto {shape.n} columns from {m.labels.column_at(d)} on, which were "
@@ -360,5 +388,5 @@ def commit(m, ws, active, instr, address, mask=None):
             ctas, counts = np.unique(arrivals, return_counts=True)
             m.wake(m.mbarriers.arrive(slot, ctas, counts, where))
 
-        bits = m.queue.sets.bits(_taking_part(m, issuing[here], group, where))
+        bits = m.queue.sets.bits(taking_part(m, issuing[here], group, where))
         m.queue.add(bits, {slot: bits}, complete, fifo=True)
