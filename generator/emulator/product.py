@@ -147,22 +147,22 @@ class Product:
         how, groups = self.instruction, self.path.groups
         found = []
         for side, cells, first in (("A", self.factors[0], how.sf_a), ("B", self.factors[1], how.sf_b)):
-            halves = groups if side == "B" else 1  # B's share of a group of lanes lies in that group's lanes
-            words = read(m.tmem, ctas, cells.start, cells.count, Datapath(32, 4)).reshape(
-                len(ctas), halves, -1, 32, cells.count
+            shared = 4 // groups if side == "B" else 4  # quarters of lanes that hold a copy of the same factors
+            count = self.d.count if side == "B" else self.path.rows
+            words = read(m.tmem, ctas, cells.start, cells.count, Datapath(32, 4))  # [n, quarters, 32, columns]
+            data = (
+                np.ascontiguousarray(words.swapaxes(2, 3))
+                .view(np.uint8)
+                .reshape(len(ctas), -1, shared, 32 * cells.count, 4)
             )
-            if m.strict and (words != words[:, :, :1]).any():
+            data = data[:, :, :, :count, first : first + how.blocks]
+            if m.strict and (data != data[:, :, :1]).any():
                 place = f"the scale factors of {side} from {m.labels.column_at(cells.start)} on"
                 raise Hazard(
                     f"{self.where}: {place} differ between the warps' lanes: each group of 32 lanes holds a copy "
                     "(tcgen05.cp .warpx4 makes them)"
                 )
-            data = np.ascontiguousarray(words[:, :, 0].transpose(0, 1, 3, 2)).view(
-                np.uint8
-            )  # [n, halves, columns, 128]
-            data = data.reshape(len(ctas), halves, cells.count * 32, 4)[..., first : first + how.blocks]
-            count = self.d.count if side == "B" else self.path.rows
-            values = numbers(how.scale, data[:, :, :count])
+            values = numbers(how.scale, data[:, :, 0])
             found.append(np.broadcast_to(values, (len(ctas), groups, count, how.blocks)))
         return found[0], found[1]
 

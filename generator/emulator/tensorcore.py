@@ -106,8 +106,9 @@ def require_shared(m, ctas, operand: Operand, name: str, where) -> None:
     found = m.smem.invalid_chunk(ctas, operand.chunks) if m.strict else None
     if found is not None:
         cta, chunk, state = found
+        what = name if " " in name else f"operand {name}"
         raise Hazard(
-            f"{where}: operand {name} of CTA {m.name_cta(cta)} at {m.labels.shared_at(chunk * 16)} may not "
+            f"{where}: {what} of CTA {m.name_cta(cta)} at {m.labels.shared_at(chunk * 16)} may not "
             f"be read: {REASONS[state]}"
         )
 
