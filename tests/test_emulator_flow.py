@@ -292,9 +292,10 @@ def test_a_wide_register_written_in_one_branch():
 # -- what cannot be translated -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "statement",
-    ["frobnicate.b32 %r1, %r2", "add.sat.u32 %r1, %tid, 1", "mov.b128 %r1, %r2", "wgmma.fence.sync", "call foo",
+    ["frobnicate.b32 %r1, %r2", "add.sat.u32 %r1, %tid, 1", "mov.b256 %r1, %r2", "wgmma.fence.sync",
      "cp.async.bulk.tensor.2d.shared::cta.global.im2col.mbarrier::complete_tx::bytes [%s], [%d1, {%r1, %r2}], [%s]",
-     "tcgen05.ld.sync.aligned.16x64b.x3.b32 {%r1}, [%r2]", "mbarrier.arrive.noComplete.shared.b64 %d1, [%s], 1"],
+     "tcgen05.ld.sync.aligned.16x64b.x3.b32 {%r1}, [%r2]",
+     "mbarrier.arrive.noComplete.shared::cluster.b64 %d1, [%s], 1"],
 )  # fmt: skip
 def test_an_unknown_opcode_or_modifier_names_its_line(statement):
     fails(UnsupportedInstruction, f"mov.u32 %r2, 1;\n{statement}; // HERE\n", repr(statement.split()[0]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from .errors import UnsupportedInstruction
 from .flow import CONTROL, MOVES, PARAM_LOADS, entry_of
 from .operands import OperandWriter
-from .parse import SINK, Imm, Instr, Pair, Reg, Vector
+from .syntax import SINK, Imm, Instr, Pair, Reg, Vector
 from .table import BITS
 from .values import CANONICAL, PARAM_TYPES, Value
 
@@ -39,22 +39,37 @@ class BlockWriter(OperandWriter):
     def move(self, instr: Instr) -> None:
         guard = self.guard(instr)
         dest, source = instr.operands
+        if instr.opcode == "mov.b128":
+            return self.move_wide(instr, guard)
         value = self.value_of(source, instr)
-        if isinstance(dest, Vector):
-            if value.bits == 64 and len(dest.items) == 2:
-                parts = self.halves(value)
-            elif value.bits == 32 and len(dest.items) == 2:
-                whole = self.form(value, "u")
-                parts = (
-                    Value(16, {"h": self.let(f"{whole}.astype(T_h)")}, shadow=value.shadow),
-                    Value(16, {"h": self.let(f"({whole} >> C16).astype(T_h)")}, shadow=value.shadow),
-                )
-            else:
-                raise UnsupportedInstruction(f"PTX line {instr.line}: cannot unpack {instr.text!r}")
-            for item, part in zip(dest.items, parts, strict=True):
-                self.assign(item, part, guard)
+        if not isinstance(dest, Vector):
+            return self.assign(dest, value, guard)
+        bits, count = value.bits, len(dest.items)
+        if (bits, count) == (64, 2):
+            parts = self.halves(value)
+        elif (bits, count) == (64, 4):
+            parts = [quarter for half in self.halves(value) for quarter in self.quarters(half)]
+        elif (bits, count) == (32, 2):
+            parts = self.quarters(value)
         else:
-            self.assign(dest, value, guard)
+            raise UnsupportedInstruction(f"PTX line {instr.line}: cannot unpack {instr.text!r}")
+        for item, part in zip(dest.items, parts, strict=True):
+            self.assign(item, part, guard)
+        return None
+
+    def move_wide(self, instr: Instr, guard: str | None) -> None:
+        """mov.b128: a register is two 64-bit halves, and may be packed from and unpacked into four 32-bit ones."""
+        dest, source = instr.operands
+        if not isinstance(dest, Vector) or not isinstance(source, Vector):
+            raise UnsupportedInstruction(f"PTX line {instr.line}: cannot move {instr.text!r}")
+        part = instr._replace(opcode=f"mov.b{128 // len(source.items)}")
+        values = [self.value_of(item, part) for item in source.items]
+        if len(values) == 4:
+            values = [Value(64, {}, (values[0], values[1])), Value(64, {}, (values[2], values[3]))]
+        if len(dest.items) == 4:
+            values = [half for value in values for half in self.halves(value)]
+        for item, value in zip(dest.items, values, strict=True):
+            self.assign(item, value, guard)
 
     def load_param(self, instr: Instr) -> None:
         dest, source = instr.operands

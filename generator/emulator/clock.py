@@ -13,7 +13,7 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from .parse import Instr, Vector
+from .syntax import Instr, Vector
 
 
 class Constant(NamedTuple):

@@ -31,10 +31,12 @@ SECTIONS = {
     "9.7.19": "Miscellaneous",
 }
 _TAIL = re.compile(r"(\.v\d)?\.(\{[^{}]*\}|\w+)$")  # vector and type
+CALLS = {"call", "call.uni", "brx.idx"}  # resolved while parsing
 # What the translator does without a table entry: moves only rename, parameters are bound at launch.
 TRANSLATED = (
     (MOVES, {"mov": "9.7.9.4", "cvta": "9.7.9.20"}),
     (PARAM_LOADS, {"ld": "9.7.9.8"}),
+    (CALLS, {"call": "9.7.12.4", "brx": "9.7.12.2"}),
     (CONTROL, {"bra": "9.7.12.3", "ret": "9.7.12.5", "exit": "9.7.12.6"}),
     (IGNORED, {"nop": "9.7.19"}),
 )

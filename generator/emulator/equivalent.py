@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from .flow import MOVES, defs_and_uses
 from .mutants import Mutant
-from .parse import Imm, Instr, Kernel
 from .recorder import Event, Place, Recorder
+from .syntax import Imm, Instr, Kernel
 
 # What tells other warps, or the asynchronous proxy, that something before it is done.
 SIGNALS = ("mbarrier.arrive", "bar", "tcgen05.commit", "tcgen05.mma", "tcgen05.st", "tcgen05.dealloc", "cp.async.bulk")

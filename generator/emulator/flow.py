@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .errors import UnsupportedInstruction
-from .parse import Address, Imm, Instr, Kernel, Not, Pair, Reg, Vector
+from .syntax import Address, Imm, Instr, Kernel, Not, Pair, Reg, Vector
 from .table import Entry, find
 
 CONTROL = {"bra", "bra.uni", "ret", "exit"}
 SPACES = ("global", "param", "local", "shared", "shared::cta", "shared::cluster")  # generic: the address itself
 MOVES = {f"cvta.{way}{space}.u64" for way in ("", "to.") for space in SPACES} | {
-    f"mov.{t}" for t in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64", "pred")
+    f"mov.{t}" for t in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64", "b128", "pred")
 }
 PARAM_LOADS = {
     f"ld.param.{v}{t}"

@@ -21,9 +21,11 @@ from .labels import Labels
 from .lineinfo import naming_sources
 from .machine import Machine
 from .memory import GlobalMemory
-from .parse import Module, parse_ptx
+from .parse import parse_ptx
+from .syntax import Module
 from .trace import Tracer
 from .translate import Program, Translator
+from .variables import ModuleVariables
 
 SMEM_LIMIT = {"sm_90a": 232448, "sm_100a": 232448}  # opt-in shared memory a CTA, CUDA programming guide, table 27
 GRID_LIMIT = (2**31 - 1, 65535, 65535)  # CUDA programming guide, table 27
@@ -55,6 +57,7 @@ class LaunchReport:
     stored_bytes: int = 0
     mma_flop: int = 0
     model: dict[str, Any] | None = None
+    printed: str = ""  # by the kernel's printf, which also goes to the standard output
 
 
 def _bind_params(program: Program, params) -> dict:
@@ -94,7 +97,7 @@ class LaunchCase:
                 f"{self.kernel} asks for {total} bytes of shared memory a CTA, {self.gpu.arch} has "
                 f"{SMEM_LIMIT[self.gpu.arch]}"
             )
-        values = _bind_params(program, self.params)
+        values = _bind_params(program, self.params) | self._module_state()
         ctas = _by_cluster(self.grid, self.cluster)
         size = self.cluster[0] * self.cluster[1] * self.cluster[2]
         wave = max(WAVE // size, 1) * size
@@ -114,6 +117,15 @@ class LaunchCase:
             for opcode, n in counts.items():
                 opcodes[opcode] += n * times
         return opcodes, columns
+
+    def _module_state(self) -> dict:
+        variables = _parse(self.text).variables
+        addresses = self.gpu.variables.of(self.text, variables)
+        constants = [
+            (addresses[v.name], addresses[v.name] + v.nbytes) for v in variables.values() if v.space == "const"
+        ]
+        self.gpu.printed.clear()
+        return {"variables": addresses, "constants": constants, "printed": self.gpu.printed}
 
 
 Observer = Callable[[LaunchCase], AbstractContextManager[None]]
@@ -187,6 +199,8 @@ class Gpu:
             raise LaunchError(f"accumulation is {accumulation!r}: one of {', '.join(MODES)}")
         self.arch, self.strict, self.accumulation = arch, strict, accumulation
         self.gmem = GlobalMemory()
+        self.variables = ModuleVariables(self.gmem)
+        self.printed: list[str] = []  # by the launch under way
         self.labels = Labels()
         self.launches: list[LaunchReport] = []
         self.work: Counter[str] = Counter()  # of the present launch, see LaunchReport
@@ -240,11 +254,15 @@ class Gpu:
             for observer in self.observers:
                 around.enter_context(observer(case))
             self.work = Counter()
-            (opcodes, columns), model = self.tracer.run(case, _parse) if self.tracer else (case.run(), None)
+            try:
+                (opcodes, columns), model = self.tracer.run(case, _parse) if self.tracer else (case.run(), None)
+            finally:
+                print(end="".join(self.printed))
             work = Counter({"mma_flop": _matrix_flop(opcodes)}) + self.work
         report = LaunchReport(
             *(kernel, grid, block, smem_bytes, time.perf_counter() - start, sum(opcodes.values()), opcodes, columns),
             cluster=cluster,
+            printed="".join(self.printed),
             model=model,
             **work,
         )

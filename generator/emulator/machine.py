@@ -19,7 +19,7 @@ from .errors import Deadlock, Hazard
 from .labels import Labels
 from .memory import GlobalMemory, SharedMemory, TensorMemory
 from .ops.tma import check_bulk_at_exit
-from .parse import Instr
+from .syntax import Instr
 from .tensorcore import TensorCore
 from .translate import Program
 from .warpgroup import Warpgroups
@@ -93,6 +93,9 @@ class Machine:
         self.params_maps: dict[int, object] = {}
         self.param_bytes = params["bytes"]
         self.params = params["values"]
+        self.variables: dict[str, np.uint64] = params["variables"]  # addresses of the module's
+        self.constants = params["constants"]  # [first, end) of those in constant memory
+        self.printed: list[str] = params["printed"]
         self.block_ids = np.array(ctas, np.uint32).reshape(-1, 3)
         self.special = self._specials(smem_bytes)
         self._make_registers()

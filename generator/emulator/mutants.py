@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from .parse import Address, Imm, Instr, Pair, Reg, parse_ptx, split_operands, strip_comments
+from .body import split_operands
+from .parse import parse_ptx, strip_comments
+from .syntax import Address, Imm, Instr, Pair, Reg
 
 FENCES = ("fence.", "membar.", "tcgen05.fence", "wgmma.fence", "griddepcontrol.wait")
 TX_CHANGE = 16  # bytes: the smallest change that a bulk copy could make

@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import UnsupportedInstruction
 from .flow import Block
-from .parse import SINK, Address, Imm, Instr, Not, Reg, Special, Symbol, Vector
+from .syntax import SINK, Address, Imm, Instr, Not, Reg, Special, Symbol, Vector
 from .table import BITS
 from .values import CANONICAL, DTYPE, Value
 
@@ -110,10 +110,10 @@ class OperandWriter:
             items = [self.value_of(item, part) for item in operand.items]
             if len(items) == 2 and items[0].bits == 32:
                 return Value(64, {}, (items[0], items[1]))
+            if len(items) == 4 and items[0].bits == 16:
+                return Value(64, {}, (self.packed(*items[:2]), self.packed(*items[2:])))
             if len(items) == 2 and items[0].bits == 16:
-                low, high = (self.form(v, "h") for v in items)
-                shadow = self.both(items[0].shadow, items[1].shadow)
-                return Value(32, {"u": self.let(f"pack16({high}, {low})")}, shadow=shadow)
+                return self.packed(*items)
             raise UnsupportedInstruction(f"PTX line {instr.line}: cannot pack {instr.text!r}")
         bits = {"b16": 16, "u16": 16, "s16": 16, "b32": 32, "u32": 32, "s32": 32, "f32": 32, "pred": 1}.get(
             instr.opcode[4:], 64
@@ -127,9 +127,22 @@ class OperandWriter:
         if isinstance(operand, Special):
             return self.special(operand.name, bits, instr)
         if isinstance(operand, Symbol):
+            if operand.name in self.owner.kernel.variables:
+                return Value(64, {"U": self.let(f"m.variables[{operand.name!r}]")})
             address = self.owner.constant(DTYPE[kind](self.owner.symbol_address(operand.name, instr)))
             return Value(bits, {kind: self.in_window(operand.name, address)})
         raise UnsupportedInstruction(f"PTX line {instr.line}: cannot move {operand!r}")
+
+    def packed(self, low: Value, high: Value) -> Value:
+        """Two 16-bit values as one of 32 bits."""
+        pack = f"pack16({self.form(high, 'h')}, {self.form(low, 'h')})"
+        return Value(32, {"u": self.let(pack)}, shadow=self.both(low.shadow, high.shadow))
+
+    def quarters(self, value: Value) -> tuple[Value, Value]:
+        """The 16-bit halves of a 32-bit value."""
+        whole = self.form(value, "u")
+        low, high = self.let(f"{whole}.astype(T_h)"), self.let(f"({whole} >> C16).astype(T_h)")
+        return Value(16, {"h": low}, shadow=value.shadow), Value(16, {"h": high}, shadow=value.shadow)
 
     def special(self, name: str, bits: int, instr: Instr) -> Value:
         if name[1:] not in self.owner.SPECIALS:
@@ -200,6 +213,9 @@ class OperandWriter:
     def address(self, operand: Address, instr: Instr) -> str:
         if not isinstance(operand, Address) or operand.more:
             raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} needs an address, not {operand!r}")
+        if isinstance(operand.base, Symbol) and operand.base.name in self.owner.kernel.variables:
+            offset = self.constant(Imm(operand.offset), "U")
+            return self.let(f"m.variables[{operand.base.name!r}] + {offset}")
         if isinstance(operand.base, Symbol):
             address = np.uint32(self.owner.symbol_address(operand.base.name, instr) + operand.offset)
             return self.in_window(operand.base.name, self.owner.constant(address))

@@ -15,7 +15,7 @@ import numpy as np
 from . import recorders
 from .cluster import OFFSET_MASK
 from .memory import WINDOW_BASE
-from .parse import Instr, Kernel
+from .syntax import Instr, Kernel
 from .table import Entry
 from .translate import Program, Translator
 

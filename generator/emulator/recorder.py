@@ -10,7 +10,7 @@ import numpy as np
 
 from .ops.memory import shared_offsets
 from .ops.tma import _lanes, tensor_map
-from .parse import Kernel
+from .syntax import Kernel
 from .table import Entry
 from .translate import Program, Translator
 

@@ -24,7 +24,7 @@ from .flow import (
 )
 from .formats import pack16
 from .memory import LOCAL_BASE, PARAM_BASE, WINDOW_BASE
-from .parse import Instr, Kernel, Reg, Vector
+from .syntax import Instr, Kernel, Reg, Vector
 from .table import Entry
 from .values import DTYPE
 

@@ -2,9 +2,11 @@
 
 from . import (
     access,
+    address,
     atomic,
     barrier,
     bits,
+    call,
     carry,
     convert,
     copy,
@@ -29,9 +31,11 @@ from . import (
 
 __all__ = [
     "access",
+    "address",
     "atomic",
     "barrier",
     "bits",
+    "call",
     "carry",
     "convert",
     "copy",

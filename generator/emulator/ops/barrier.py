@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..cluster import OFFSET_MASK, RANK_SHIFT
 from ..errors import Hazard, UnsupportedInstruction
 from ..memory import MBARRIER, UNWRITTEN
 from ..table import effect
@@ -205,11 +204,3 @@ def cluster_wait(m, ws, active, instr):
 def _whole_warps(m, ws, active, instr) -> None:
     if active is not None:
         raise UnsupportedInstruction(f"{m.where(ws, instr, active)}: the cluster barrier in part of a warp")
-
-
-@effect("mapa{,.shared::cluster}.u32", "u=u,u", "9.7.9.23")
-def mapa(m, ws, active, instr, address, rank):
-    """The same shared address in another CTA of the cluster."""
-    if np.any(np.asarray(rank) >= m.cluster.size):
-        raise Hazard(f"{m.where(ws, instr)}: mapa to rank {int(np.max(rank))} of a cluster of {m.cluster.size}")
-    return (address & np.uint32(OFFSET_MASK)) | (rank << np.uint32(RANK_SHIFT))

@@ -59,3 +59,14 @@ def st_local(m, ws, active, instr, address, values):
     words = np.stack([ws.full(v)[lanes].astype(UINT[width]) for v in items], axis=1)
     data[cells] = np.ascontiguousarray(words).view(np.uint8)
     written[cells] = True
+
+
+def thread_bytes(m, thread: tuple[int, int, int], address: int, nbytes: int, where) -> bytes:
+    """Bytes of one thread's (warp, CTA, lane) local memory."""
+    data, written = _memory(m)
+    offset = address - LOCAL_BASE
+    if offset + nbytes > data.shape[-1]:
+        raise Hazard(f"{where}: local memory at offset {offset} is out of bounds (a thread has {data.shape[-1]} bytes)")
+    if not written[(*thread, slice(offset, offset + nbytes))].all():
+        raise Hazard(f"{where}: reads local memory although {REASONS[UNWRITTEN]}")
+    return data[(*thread, slice(offset, offset + nbytes))].tobytes()

@@ -175,5 +175,9 @@ def pause(m, ws, active, instr, operand):
 
 
 @effect("trap", "=", "9.7.19.4")
+@effect("brkpt", "=", "9.7.19.1")
 def trap(m, ws, active, instr):
-    raise Hazard(f"{m.where(ws, instr, True if active is None else active)}: the kernel executes trap")
+    what = f"the kernel executes {instr.opcode}"
+    if "brx.idx" in instr.text:
+        what = "the index of brx.idx lies outside of its table"
+    raise Hazard(f"{m.where(ws, instr, True if active is None else active)}: {what}")
