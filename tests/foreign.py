@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from generator.emulator import EmulatorError, Hazard, attached
 
-MODULES = ("foreign_fa4",)
+MODULES = ("foreign_fa4", "foreign_quack")
 HEADER = "| source | arch | case | error against float64 | hazards | launches | seconds | M warp-instructions |"
 
 

@@ -80,8 +80,12 @@ def test_the_cluster_barrier_waits_for_every_warp():
 
 
 def test_a_rank_outside_the_cluster():
-    with pytest.raises(Hazard, match="mapa to rank 2 of a cluster of 2"):
-        launch("mov.u32 %r1, 2; mapa.shared::cluster.u32 %r2, %s, %r1;", (2, 1, 1))
+    """Programs compute an address for each lane and use those of the cluster."""
+    body = "mapa.shared::cluster.u32 %r2, %s, %tid; mov.u32 %r3, 7; setp.lt.u32 %p1, %tid, {};"
+    launch(body.format(2) + "@%p1 st.shared::cluster.b32 [%r2], %r3;", (2, 1, 1))
+    for lanes, beyond in ((3, 2), (32, 31)):
+        with pytest.raises(Hazard, match=f"a shared::cluster address names CTA {beyond} of a cluster of 2"):
+            launch(body.format(lanes) + "@%p1 st.shared::cluster.b32 [%r2], %r3;", (2, 1, 1))
     with pytest.raises(LaunchError, match=r"grid \(3, 1, 1\) is not a multiple of cluster \(2, 1, 1\)"):
         launch("ret;", (3, 1, 1))
     with pytest.raises(LaunchError, match="1 to 16 CTAs"):

@@ -66,6 +66,9 @@ class BodyParser:
 
     def declare(self, text: str, line: int) -> None:
         kind, names = text.split(None, 2)[1:]
+        elements = "xyzw"[: {".v2": 2, ".v4": 4}.get(kind, 0)]  # of a vector (§5.4.2)
+        if elements:
+            kind, names = names.split(None, 1)
         bits = TYPE_BITS.get(kind.lstrip("."))
         if bits is None:
             raise PtxSyntaxError(f"PTX line {line}: register type {kind} is not known in {text!r}")
@@ -76,10 +79,13 @@ class BodyParser:
             for one in expanded:
                 if one in self.scope.names:
                     raise PtxSyntaxError(f"PTX line {line}: register {one!r} is declared twice in one scope")
-                halves = (f"{one}.low", f"{one}.high") if bits == 128 else ()
-                self.scope.names[one] = (
-                    Vector(tuple(self.register(half, 64) for half in halves)) if halves else self.register(one, bits)
-                )
+                if elements:
+                    parts = {f"{one}.{element}": self.register(f"{one}.{element}", bits) for element in elements}
+                    self.scope.names |= parts | {one: Vector(tuple(parts.values()))}
+                elif bits == 128:
+                    self.scope.names[one] = Vector(tuple(self.register(f"{one}.{half}", 64) for half in ("low", "high")))
+                else:
+                    self.scope.names[one] = self.register(one, bits)
 
     def register(self, name: str, bits: int) -> Reg:
         """A new register."""

@@ -5,20 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from ..cluster import OFFSET_MASK, RANK_SHIFT
-from ..errors import Hazard
 from ..memory import LOCAL_BASE, PARAM_BASE
 from ..table import effect
+
+_RANKS_BEYOND = 0x7F  # what higher ranks become: of no cluster, and no local memory's address
 
 
 @effect("mapa{,.shared::cluster}.u32", "u=u,u", "9.7.9.23")
 @effect("mapa{,.shared::cluster}.u64", "U=U,u", "9.7.9.23")
 def mapa(m, ws, active, instr, address, rank):
-    """The same shared address in another CTA of the cluster."""
-    outside = np.asarray(rank) >= m.cluster.size
-    if np.any(outside if active is None else ws.full(outside) & ws.full(active)):
-        raise Hazard(f"{m.where(ws, instr)}: mapa to rank {int(np.max(rank))} of a cluster of {m.cluster.size}")
+    """The same shared address in another CTA of the cluster; where there is no such CTA, an access will say so."""
     kind = np.asarray(address).dtype.type
-    return (address & kind(OFFSET_MASK)) | (np.asarray(rank).astype(kind) << kind(RANK_SHIFT))
+    rank = np.minimum(rank, np.uint32(_RANKS_BEYOND)).astype(kind)
+    return (address & kind(OFFSET_MASK)) | (rank << kind(RANK_SHIFT))
 
 
 @effect("getctarank{,.shared::cluster}.u32", "u=u", "9.7.9.24")
