@@ -53,6 +53,9 @@ Arch = typer.Option("sm_100a", "--arch", metavar="sm_90a|sm_100a", help="the GPU
 Accumulation = typer.Option("fast", "--accumulation", help="how tensor cores add: fast (float32), or exact (bit model)")
 Fast = typer.Option(False, "--fast", help="skip the hazard checks: several times faster, the same results")
 Sms = typer.Option(4, "--sms", min=1, help="multiprocessors that the GPU says it has")
+Uninitialized = typer.Option(
+    False, "--allow-uninitialized", help="let kernels compute on values never written, as on rows beyond the end"
+)
 LineInfo = typer.Option(False, "--lineinfo", help="compile with line information: messages name the source line")
 Trace = typer.Option(None, "--trace", metavar="FILE", help="write a timeline: .json, .json.gz (Perfetto), .svg")
 TraceCtas = typer.Option(2, "--trace-ctas", min=1, help="CTAs of each launch in the timeline, from the first on")
@@ -232,6 +235,7 @@ def emulate(
     lineinfo: bool = LineInfo,
     accumulation: str = Accumulation,
     fast: bool = Fast,
+    allow_uninitialized: bool = Uninitialized,
     trace: Path | None = Trace,
     trace_ctas: int = TraceCtas,
     json_file: Path | None = LaunchesFile,
@@ -244,6 +248,7 @@ def emulate(
 
     tracer = _tracer(trace, trace_ctas)
     options = {"strict": not fast, "accumulation": accumulation, "trace": tracer}
+    options["allow_uninitialized"] = allow_uninitialized
     run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo or tracer is not None, **options)
     if run.launches:
         present.console(to_stderr=True, for_tables=True).print(present.launches_table(run.launches))

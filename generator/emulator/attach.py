@@ -66,17 +66,19 @@ def attached(
     lineinfo: bool = False,
     accumulation: str = "fast",
     trace: Any = None,
+    allow_uninitialized: bool = False,
 ) -> Iterator[Gpu]:
     """What this thread compiles and calls through the CuTe DSL inside the block runs on the Gpu that it yields.
 
-    arch: "sm_90a" or "sm_100a". strict, accumulation, trace: see Gpu. sms: multiprocessors that the device says it has;
-    few of them make a persistent kernel loop. lineinfo: compile with line information, so that messages name lines of
+    arch: "sm_90a" or "sm_100a". strict, accumulation, trace, allow_uninitialized: see Gpu. sms: multiprocessors that
+    the device says it has; few of them make a persistent kernel loop. lineinfo: compile with line information, so that messages name lines of
     the program. Raises HostError when one is attached already, when the DSL is missing or has changed; LaunchError for
     bad arguments. What the emulator finds is raised by the call of the compiled function.
     """
     if isinstance(sms, bool) or not isinstance(sms, int) or sms < 1:
         raise LaunchError(f"sms is {sms!r}: at least 1 multiprocessor")
     gpu = Gpu(arch, strict, accumulation, trace)
+    gpu.allow_uninitialized = allow_uninitialized
     if not _active.acquire(blocking=False):
         raise HostError("an emulator is attached already: leave its block first")
     try:

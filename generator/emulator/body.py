@@ -83,7 +83,8 @@ class BodyParser:
                     parts = {f"{one}.{element}": self.register(f"{one}.{element}", bits) for element in elements}
                     self.scope.names |= parts | {one: Vector(tuple(parts.values()))}
                 elif bits == 128:
-                    self.scope.names[one] = Vector(tuple(self.register(f"{one}.{half}", 64) for half in ("low", "high")))
+                    halves = (self.register(f"{one}.{half}", 64) for half in ("low", "high"))
+                    self.scope.names[one] = Vector(tuple(halves))
                 else:
                     self.scope.names[one] = self.register(one, bits)
 

@@ -108,6 +108,7 @@ class LaunchCase:
                     *(program, ctas[first : first + wave], self.grid, self.block, self.smem_bytes, values),
                     *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict),
                 )
+                machine.allow_uninitialized = self.gpu.allow_uninitialized
                 machine.run()
                 executed += machine.executed
                 self.gpu.work.update(machine.work)
@@ -182,6 +183,9 @@ class Gpu:
         accumulation: how tensor cores add up products: "fast", in float32 by BLAS, or "exact", each instruction by the
             alignment-and-truncation model of `accumulate`.
         trace: a Tracer, or the file that its launches are traced into, see `Tracer`.
+
+    `allow_uninitialized`, False at first: kernels may compute on registers and shared memory that were never written,
+    as they do on rows beyond the end of a tensor. Such memory is poison (NaN), so what comes of it shows if it is used.
     """
 
     def __init__(
@@ -198,6 +202,7 @@ class Gpu:
         if accumulation not in MODES:
             raise LaunchError(f"accumulation is {accumulation!r}: one of {', '.join(MODES)}")
         self.arch, self.strict, self.accumulation = arch, strict, accumulation
+        self.allow_uninitialized = False
         self.gmem = GlobalMemory()
         self.variables = ModuleVariables(self.gmem)
         self.printed: list[str] = []  # by the launch under way

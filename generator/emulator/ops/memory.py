@@ -116,6 +116,8 @@ def check_state(m, ws, active, instr, states, width: int, address) -> None:
         return
     codes = np.ascontiguousarray(ws.full(states).astype(UINT[width])).view(np.uint8).reshape(*ws.lead, 32, width)
     illegal = (codes != VALID) & (codes != GENERIC)
+    if m.allow_uninitialized:
+        illegal &= codes != UNWRITTEN
     if active is not None:
         illegal &= np.broadcast_to(active, illegal.shape[:-1])[..., None]
     if illegal.any():
