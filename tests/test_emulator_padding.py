@@ -1,4 +1,4 @@
-"""Kernels that compute on rows beyond the end: a hazard, unless it is allowed; then what was never written is poison."""
+"""Kernels that compute on rows beyond the end: a hazard, unless it is allowed; what was never written is poison."""
 
 import struct
 

@@ -71,9 +71,9 @@ def attached(
     """What this thread compiles and calls through the CuTe DSL inside the block runs on the Gpu that it yields.
 
     arch: "sm_90a" or "sm_100a". strict, accumulation, trace, allow_uninitialized: see Gpu. sms: multiprocessors that
-    the device says it has; few of them make a persistent kernel loop. lineinfo: compile with line information, so that messages name lines of
-    the program. Raises HostError when one is attached already, when the DSL is missing or has changed; LaunchError for
-    bad arguments. What the emulator finds is raised by the call of the compiled function.
+    the device says it has; few of them make a persistent kernel loop. lineinfo: compile with line information, so
+    that messages name lines of the program. Raises HostError when one is attached already, when the DSL is missing or
+    has changed; LaunchError for bad arguments. What the emulator finds is raised by the call of the compiled function.
     """
     if isinstance(sms, bool) or not isinstance(sms, int) or sms < 1:
         raise LaunchError(f"sms is {sms!r}: at least 1 multiprocessor")
