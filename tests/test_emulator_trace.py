@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from ptx_kernels import launch, ptx
+from ptx_kernels import launch, ptx, tensor_map
 from test_emulator_lineinfo import WAITS
 from typer.testing import CliRunner
 
@@ -16,6 +16,7 @@ from generator.compile import compile_kernel
 from generator.emulator import Deadlock, Gpu, LaunchError, Tracer, attached
 from generator.emulator.clock import CONSTANTS, issue_cycles, matrix_cycles
 from generator.emulator.parse import parse_ptx
+from generator.emulator.record import Barrier, Key
 from generator.emulator.trace import MAX_LAUNCHES
 from generator.plan import plan_kernel
 from generator.resources import checkout_root
@@ -200,7 +201,8 @@ def test_report_of_a_traced_launch(traced):
     model = report.model
     assert set(model["warps"]) == {"softmax_warps", "mma_warp", "load_warp"}
     assert 0 < model["tensor_core"] < 1 and 0 < model["copy_engine"] < 1
-    assert all(sum(shares.values()) <= 1 for shares in model["warps"].values())
+    assert all(sum(shares[k] for k in ("run", "tmem", "wait")) <= 1 for shares in model["warps"].values())
+    assert sum(shares["instructions"] for shares in model["warps"].values()) < report.warp_instructions
     assert model["warps"]["softmax_warps"]["run"] > model["warps"]["mma_warp"]["run"]
     last = max(end(s) for slices in threads(trace).values() for s in slices)
     assert last == pytest.approx(model["cycles"] / 1000)
@@ -221,12 +223,14 @@ def test_tracing_changes_nothing_and_is_repeatable(binary, traced, tmp_path):
 # --- other programs ---------------------------------------------------------------------------------------------------
 
 
-def trace_of(text, path, arguments, block=32, smem=1024, ctas=1, arch="sm_100a"):
-    gpu = Gpu(arch, trace=Tracer(path, ctas))
+def trace_of(text, path, arguments, block=32, smem=1024, ctas=1, arch="sm_100a", strict=True):
+    gpu = Gpu(arch, strict, trace=Tracer(path, ctas))
     params = []
     for name, value in arguments.items():
-        gpu.add_array(value, name)
-        params.append(value.ctypes.data.to_bytes(8, "little"))
+        if isinstance(value, np.ndarray):
+            gpu.add_array(value, name)
+            value = value.ctypes.data.to_bytes(8, "little")
+        params.append(value)
     gpu.launch(gpu.load_ptx(text), "k", (2, 1, 1), (block, 1, 1), (1, 1, 1), smem, params)
     return json.loads(path.read_text())
 
@@ -253,6 +257,68 @@ def test_spinning_on_a_barrier_is_one_wait(tmp_path):
     (arrival,) = [s for s in found[0, "warp 1"] if s["name"] == "arrive mbarrier 0x0"]
     assert len(waits) == 1
     assert end(waits[0]) == pytest.approx(end(arrival) + CONSTANTS["signal"].value / 1000)
+
+
+SENDS = {  # what brings 128 bytes on the mbarrier at shared offset 0: the slice that shows it
+    "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%s + 128], [%x], 128, [%s];": "load shared 0x80",
+    "cp.async.bulk.tensor.1d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%s + 128], [%map, {0}], [%s];": (
+        "load shared 0x80"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", SENDS)
+def test_wait_for_a_copy_ends_when_its_last_byte_is_there(text, tmp_path):
+    x = np.zeros(32, np.float32)
+    body = f"""setp.eq.u32 %p1, %tid, 0; @!%p1 bra JOIN;
+    mbarrier.init.shared.b64 [%s], 1; mbarrier.arrive.expect_tx.shared.b64 %d1, [%s], 128; {text}
+    JOIN: bar.warp.sync -1;
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p4, [%s], 0; @!%p4 bra WAIT;"""
+    arguments = {"x": x, "map": tensor_map(x, (32,))}
+    found = threads(trace_of(ptx(body, **arguments), tmp_path / "t.json", arguments))
+    ((copy,), (wait,)) = found[0, "TMA 0"], [s for s in found[0, "warp 0 copies in"] if s["cat"] == "wait"]
+    assert copy["name"] == SENDS[text] and copy["args"]["bytes"] == 128
+    assert copy["dur"] * 1000 == pytest.approx(128 / CONSTANTS["copy"].value + CONSTANTS["latency"].value)
+    assert end(wait) == pytest.approx(end(copy) + CONSTANTS["signal"].value / 1000)
+
+
+def test_bytes_that_lanes_send_count_on_the_barrier(tmp_path):
+    body = """setp.eq.u32 %p1, %tid, 0; @%p1 mbarrier.init.shared.b64 [%s], 1;
+    @%p1 mbarrier.arrive.expect_tx.shared.b64 %d1, [%s], 128; bar.warp.sync -1;
+    add.u32 %r1, %s4, 128; st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r1], %tid, [%s];
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p4, [%s], 0; @!%p4 bra WAIT;"""
+    trace = trace_of(ptx(body), tmp_path / "t.json", {})
+    assert trace["otherData"]["launches"][0]["unresolved_waits"] == 0
+    pending = [e["args"] for e in trace["traceEvents"] if e["ph"] == "C"]
+    assert pending[0] == pending[-1] == {"arrivals": 1, "bytes": 0}
+    assert {"arrivals": 0, "bytes": 128} in pending
+
+
+def test_products_of_a_warpgroup(tmp_path):
+    """The wait for a group ends when its product does; the tensor core takes products one after the other."""
+    product = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {D}, %d1, %d1, 0, 1, 1, 0, 0;\n"
+    product = product.replace("D", ", ".join(f"%r{i}" for i in range(32)))
+    commit = "wgmma.commit_group.sync.aligned;\n"
+    body = f"""mov.b64 %d1, {1024 >> 4 | 128 >> 4 << 16 | 256 >> 4 << 32}; wgmma.fence.sync.aligned;
+    {product}{commit}wgmma.wait_group.sync.aligned 0; wgmma.fence.sync.aligned;\n{product * 2}{commit}
+    wgmma.wait_group.sync.aligned 0;"""
+    text = ptx(body).replace("sm_100a", "sm_90a")
+    found = threads(trace_of(text, tmp_path / "t.json", {}, block=128, smem=65536, arch="sm_90a", strict=False))
+    one = 2 * 64 * 64 * 16 / CONSTANTS["sm_90a"].value / 1000
+    products = found[0, "tensor core"]
+    assert [p["name"] for p in products] == ["wgmma 64x64, warps 0 to 3"] * 2
+    assert [p["dur"] for p in products] == [pytest.approx(one), pytest.approx(2 * one)]
+    for warp in range(4):
+        waits = [s for s in found[0, f"warp {warp} MMA"] if s["name"] == "wgmma.wait_group"]
+        for wait, done in zip(waits, products, strict=True):
+            assert end(wait) == pytest.approx(end(done) + CONSTANTS["signal"].value / 1000)
+
+
+def test_arrivals_that_drop_out_are_not_waited_for_again():
+    barrier = Barrier(Key(0, 0, 0), "b", 3)
+    phases = [barrier.arrive(1).phase, barrier.arrive(1, drop=True).phase, barrier.arrive(1).phase]
+    assert phases == [0, 0, 0]
+    assert [barrier.arrive(1).phase for _ in range(5)] == [1, 1, 2, 2, 3]
 
 
 def test_ctas_are_counted_through_the_launch(tmp_path):

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from threadpoolctl import ThreadpoolController
 from .accumulate import MODES
 from .errors import LaunchError
 from .labels import Labels
-from .lineinfo import naming_sources
+from .lineinfo import name_sources, naming_sources
 from .machine import Machine
 from .memory import GlobalMemory
 from .parse import parse_ptx
@@ -249,7 +249,12 @@ class Gpu:
             LaunchError: limits or parameters do not fit. Hazard, Deadlock, UnsupportedInstruction: see `errors`.
         """
         with naming_sources(self._texts.get(id(module), "")):
-            return self._launch(module, kernel, tuple(grid), tuple(block), tuple(cluster), smem_bytes, params)
+            report = self._launch(module, kernel, tuple(grid), tuple(block), tuple(cluster), smem_bytes, params)
+        if report.hazards:
+            text = self._texts[id(module)]
+            report = replace(report, hazards=tuple(name_sources(hazard, text) for hazard in report.hazards))
+            self.launches[-1] = report
+        return report
 
     def _launch(self, module, kernel, grid, block, cluster, smem_bytes, params) -> LaunchReport:
         self._check_launch(module, kernel, grid, block, cluster, smem_bytes, params)

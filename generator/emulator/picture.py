@@ -116,4 +116,4 @@ def _shape(piece: Slice, y: float, height: float, scale: float, colours: dict[st
 def _is_between_units(timeline: Timeline, arrow) -> bool:
     """Arrows from one warp to another of its kind would hide the others."""
     source, target = timeline.tracks[arrow.source], timeline.tracks[arrow.target]
-    return source.kind != WARP or source.name.split(" ")[2:] != target.name.split(" ")[2:]
+    return source.kind != WARP or source.role != target.role

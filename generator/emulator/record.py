@@ -49,27 +49,31 @@ class Effect(NamedTuple):
 class Barrier:
     """Arrivals and bytes of one mbarrier in the order in which they were asked for.
 
-    The n-th arrival belongs to phase n // expected: a phase cannot end before it has all of its own.
+    Arrivals fill one phase after the other: none can end before it has all of its own.
     """
 
     key: Key
     name: str
-    expected: int
-    arrivals: int = 0
+    expected: int  # arrivals of the next phase
+    phase: int = 0
 
     def __post_init__(self):
+        self.first = self.left = self.expected
         self.expects: list[tuple[int, int]] = []  # (phase, bytes)
         self.loads: list[Signal] = []
 
-    def arrive(self, count: int) -> Signal:
-        phase = self.arrivals // self.expected
-        self.arrivals += count
-        return Signal(self.key, phase, count)
+    def arrive(self, count: int, drop: bool = False) -> Signal:
+        """drop: from the next phase on, so many fewer are expected."""
+        signal = Signal(self.key, self.phase, count)
+        self.expected = max(self.expected - count * drop, 1)
+        self.left -= count
+        while self.left <= 0:
+            self.phase, self.left = self.phase + 1, self.left + self.expected
+        return signal
 
     def expect(self, nbytes: int) -> Signal:
-        phase = self.arrivals // self.expected
-        self.expects.append((phase, nbytes))
-        return Signal(self.key, phase, 0, nbytes)
+        self.expects.append((self.phase, nbytes))
+        return Signal(self.key, self.phase, 0, nbytes)
 
     def load(self, nbytes: int) -> Signal:
         self.loads.append(Signal(self.key, None, 0, -nbytes))

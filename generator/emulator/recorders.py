@@ -59,7 +59,7 @@ def arrive(r, m, ws, active, instr, operands, result):
             if expects:
                 signals.append(barrier.expect(value * lanes))
             if not instr.opcode.startswith("mbarrier.expect_tx"):
-                signals.append(barrier.arrive(lanes if expects else lanes * value))
+                signals.append(barrier.arrive(lanes if expects else lanes * value, "_drop" in instr.opcode))
         r.add(cta, warp, instr, "arrive", signals=signals)
 
 
@@ -88,6 +88,16 @@ def wait(r, m, ws, active, instr, operands, result):
             r.add(cta, warp, instr, "poll", key=barrier.key, phase=phase)
 
 
+@_notes(r"(st|red)\.async\.")
+def store_async(r, m, ws, active, instr, operands, result):
+    """Bytes that a warp's lanes send to shared memory: they count on the mbarrier at once on this clock."""
+    width = int(re.search(r"[busf](\d+)$", instr.opcode)[1]) // 8
+    each = width * (len(operands[1]) if isinstance(operands[1], tuple) else 1)
+    for warp, cta, _, (addresses,) in r.warps(ws, active, operands[2]):
+        signals = [r.barrier(*target).load(each * lanes) for target, lanes in _count_by_target(r, cta, addresses)]
+        r.add(cta, warp, instr, "arrive", signals=signals)
+
+
 # -- copies ------------------------------------------------------------------------------------------------------------
 @_notes(r"cp\.async\.bulk\.tensor\.\dd\.shared::(cta|cluster)\.global")
 def tensor_load(r, m, ws, active, instr, operands, result):
@@ -102,11 +112,14 @@ def tensor_load(r, m, ws, active, instr, operands, result):
             _load(r, m, cta, warp, instr, to, bar, peers if mask is not None else None, tensor.box_bytes, text)
 
 
-@_notes(r"cp\.async\.bulk\.shared::(cta|cluster)\.global")
+@_notes(r"cp\.(reduce\.)?async\.bulk\.shared::(cta|cluster)\.(global|shared::cta)\.mbarrier")
 def bulk_load(r, m, ws, active, instr, operands, result):
-    for warp, cta, _, rows in r.warps(ws, active, *operands[:4]):
-        for to, source, nbytes, bar in zip(*(row.tolist() for row in rows), strict=True):
-            _load(r, m, cta, warp, instr, to, bar, None, nbytes, r.global_name(source))
+    multicast = ".multicast" in instr.opcode
+    for warp, cta, _, rows in r.warps(ws, active, *operands[: 5 if multicast else 4]):
+        for to, source, nbytes, bar, *mask in zip(*(row.tolist() for row in rows), strict=True):
+            within = ".shared::cta.mbarrier" in instr.opcode
+            text = r.shared_name(r.target(cta, source)[1]) if within else r.global_name(source)
+            _load(r, m, cta, warp, instr, to, bar, mask[0] if multicast else None, nbytes, text)
 
 
 def _load(r, m, cta, warp, instr, to, bar, mask, nbytes, text) -> None:
@@ -128,7 +141,7 @@ def tensor_store(r, m, ws, active, instr, operands, result):
             r.add(cta, warp, instr, "store", nbytes=tensor.box_bytes, name=r.global_name(tensor.address), text=text)
 
 
-@_notes(r"cp\.async\.bulk\.global\.shared::cta")
+@_notes(r"cp\.(reduce\.)?async\.bulk\.global\.shared::cta")
 def bulk_store(r, m, ws, active, instr, operands, result):
     for warp, cta, _, rows in r.warps(ws, active, *operands[:3]):
         for to, at, nbytes in zip(*(row.tolist() for row in rows), strict=True):

@@ -42,6 +42,8 @@ class Track:
     kind: str
     name: str
     slices: list[Slice] = field(default_factory=list)
+    role: str = ""  # of a warp
+    instructions: int = 0  # that a warp executed
 
 
 @dataclass
@@ -101,8 +103,10 @@ class Replay:
         for (cta, number), _ in sorted(recording.logs.items()):
             todo = steps.of(cta, number)
             role = steps.role(todo)
-            name = f"warp {number} {role}".strip()
-            self.warps.append(_Warp(cta, number, self._track(cta, WARP, name), todo))
+            track = self._track(cta, WARP, f"warp {number} {role}".strip())
+            self.tracks[track].role = role or f"warp {number}"
+            self.tracks[track].instructions = sum(s.instructions if isinstance(s, Run) else 1 for s in todo)
+            self.warps.append(_Warp(cta, number, track, todo))
         for warp in self.warps:
             for step in warp.steps:
                 if isinstance(step, Effect):
@@ -401,7 +405,7 @@ class Replay:
                 start, phase = max(time, start), phase + 1
             if start < end:
                 self._slice(track, f"phase {phase}, not complete", start, end, "phase")
-            left, missing = barrier.expected, 0
+            left, missing = barrier.first, 0
             series = [(self.born.get(key, 0.0), left, missing)]
             for time, arrivals, nbytes in sorted(self.changes[key], key=lambda change: change[0]):
                 left, missing = left - arrivals, missing + nbytes

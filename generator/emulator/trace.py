@@ -23,6 +23,7 @@ import gzip
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,20 +121,22 @@ def summary(timeline: Timeline) -> dict[str, Any]:
     """What the model says of the traced CTAs of a launch: cycles, and shares of them.
 
     cycles: to the end of the last slice. tensor_core, copy_engine: mean share of the time that a CTA's unit works.
-    warps: by role, the mean share that its warps compute (`run`), use tensor memory (`tmem`), wait (`wait`).
+    warps: by role, the mean share that its warps compute (`run`), use tensor memory (`tmem`) and wait (`wait`), and how
+        many `instructions` all of them executed; spins on a barrier count as one.
     unresolved_waits: waits that the model could not explain, 0 for a launch that came to its end.
     """
     cycles = max(timeline.end, 1e-9)
     ctas = max(len(timeline.busy), 1)
     roles: dict[str, list[dict[str, float]]] = {}
+    executed: Counter[str] = Counter()
     for track in timeline.tracks:
         if track.kind == WARP:
             shares = {kind: 0.0 for kind in ("run", "tmem", "wait")}
             for piece in track.slices:
                 if piece.kind in shares:
                     shares[piece.kind] += (piece.end - piece.start) / cycles
-            name = track.name.split(" ", 2)
-            roles.setdefault(name[2] if len(name) > 2 else f"warp {name[1]}", []).append(shares)
+            roles.setdefault(track.role, []).append(shares)
+            executed[track.role] += track.instructions
     return {
         "cycles": round(timeline.end, 1),
         "ctas": len(timeline.recording.ctas),
@@ -141,6 +144,7 @@ def summary(timeline: Timeline) -> dict[str, Any]:
         "copy_engine": round(sum(b[COPY] for b in timeline.busy.values()) / cycles / ctas, 4),
         "warps": {
             role: {kind: round(sum(one[kind] for one in shares) / len(shares), 4) for kind in shares[0]}
+            | {"instructions": executed[role]}
             for role, shares in roles.items()
         },
         "unresolved_waits": timeline.unresolved,
