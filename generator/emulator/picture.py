@@ -81,6 +81,8 @@ def _legend(colours: dict[str, str]) -> Iterator[str]:
         yield f'<rect x="{x:.0f}" y="27" width="11" height="11" fill="{colour}"/>'
         yield f'<text x="{x + 15:.0f}" y="37">{escape(text)}</text>'
         x += 32 + CHARACTER * len(text)
+        if x > WIDTH - 150:
+            return
 
 
 def _axis(end: float, scale: float, bottom: float) -> Iterator[str]:

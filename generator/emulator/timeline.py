@@ -16,6 +16,7 @@ from .phases import Run, Steps
 from .record import Effect, Key, Recording
 
 QUANTUM = 32  # cycles after which a warp lets another one of its sub-partition issue
+SHORT = 8  # cycles of a stretch that slips in between those of other warps
 SHORTEST = 4  # cycles of ordinary instructions that are shown
 GAP = 8  # cycles between two slices of one name that become one
 
@@ -174,8 +175,9 @@ class Replay:
     def _issue(self, time: float, warp: _Warp, cycles: float) -> tuple[float, float]:
         """The warp's sub-partition is its own for some cycles: when they begin and end."""
         unit = (warp.cta, warp.number % 4)
-        start = max(time, self.free.get(unit, 0.0))
-        self.free[unit] = start + cycles
+        free = max(time, self.free.get(unit, 0.0))
+        start = time if cycles <= SHORT else free
+        self.free[unit] = free + cycles
         return start, start + cycles
 
     def _step(self, time: float, warp: _Warp) -> None:
