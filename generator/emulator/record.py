@@ -216,23 +216,6 @@ def _label(places: list[tuple[int, int, str]], at: int) -> str:
     return "/".join(name for first, count, name in places if first <= at < first + count)
 
 
-class _TracedTranslator(Translator):
-    """Translates a kernel so that a recorder learns what it does."""
-
-    def __init__(self, kernel: Kernel, recorder: Callable[[], Recorder], strict: bool):
-        super().__init__(kernel, strict)
-        self.recorder = recorder
-        self.wrapped: set[str] = set()
-
-    def function(self, entry: Entry) -> str:
-        name = super().function(entry)
-        note = recorders.of(entry.name)
-        if note is not None and name not in self.wrapped:
-            self.wrapped.add(name)
-            self.globals[name] = _noting(self.globals[name], note, self.recorder)
-        return name
-
-
 def _noting(run: Callable, note: Callable, recorder: Callable[[], Recorder]) -> Callable:
     def noted(m, ws, active, instr, *operands):
         result = run(m, ws, active, instr, *operands)
@@ -244,7 +227,12 @@ def _noting(run: Callable, note: Callable, recorder: Callable[[], Recorder]) -> 
 
 def traced_program(kernel: Kernel, recorder: Callable[[], Recorder], strict: bool) -> Program:
     """A kernel's program that tells `recorder()` what its warps do. strict: see Gpu."""
-    program = _TracedTranslator(kernel, recorder, strict).translate()
+
+    def wrap(entry: Entry) -> Callable:
+        note = recorders.of(entry.name)
+        return entry.run if note is None else _noting(entry.run, note, recorder)
+
+    program = Translator(kernel, strict, wrap).translate()
 
     def entering(block: int, run: Callable) -> Callable:
         def entered(m, ws):

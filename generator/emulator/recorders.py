@@ -170,8 +170,7 @@ def mma(r, m, ws, active, instr, operands, result):
     data = re.search(r"\.kind::(\w+)", instr.opcode)[1]
     for warp, cta, _, rows in r.warps(ws, active, d, a, b, idesc):
         to, left, right, shape = (int(row[0]) for row in rows)
-        rows_m = (shape >> 27 & 3) * 128 if data.startswith("mx") else (shape >> 24 & 31) * 16
-        n, k = (shape >> 17 & 63) * 8, _K_BITS // _WIDTH[data]
+        rows_m, n, k = (shape >> 24 & 31) * 16, (shape >> 17 & 63) * 8, _K_BITS // _WIDTH[data]
         name_a = r.column_name(left & 0xFFFF) if kind == "tmem" else r.shared_name(_descriptor_offset(left))
         name_b = r.shared_name(_descriptor_offset(right))
         cycles = matrix_cycles(data, max(rows_m // group, 128), n, k, r.recording.arch)  # M = 64 fills half the rows
