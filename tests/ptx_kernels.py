@@ -158,7 +158,7 @@ DEALLOC = "tcgen05.dealloc.cta_group::1.sync.aligned.b32"
 
 def with_tmem(body: str, columns: int = 512, slot: int = 0, free: bool = True) -> str:
     """`body` between an allocation by warp 0 (its base in %r150, this warp's lanes in %r151) and its end."""
-    end = f"bar.sync 0; @%p14 bra END; {DEALLOC} %r150, {columns}; END:" if free else ""
+    end = f"tcgen05.wait::ld.sync.aligned; bar.sync 0; @%p14 bra END; {DEALLOC} %r150, {columns}; END:" if free else ""
     return f"""setp.ge.u32 %p14, %tid, 32; @%p14 bra ALLOCATED; {ALLOC} [%s+{slot}], {columns};
 ALLOCATED: bar.sync 0; ld.shared.b32 %r150, [%s+{slot}]; shr.u32 %r151, %tid, 5; and.b32 %r151, %r151, 3;
 shl.b32 %r151, %r151, 21; add.u32 %r151, %r150, %r151;

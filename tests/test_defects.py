@@ -28,7 +28,7 @@ DEFECTS = {
         "never written",
     ),
     "no rescale of O": ("        rescale(o_tmem, factor)\n", "        pass\n", "rel_err"),
-    "P_FULL's phase flipped": ("P_FULL, j & 1)", "P_FULL, (j + 1) & 1)", "Deadlock"),
+    "P_FULL's phase flipped": ("P_FULL, j & 1)", "P_FULL, (j + 1) & 1)", "can have been passed twice"),
     "S_FULL's phase flipped": ("S_FULL, j & 1)", "S_FULL, (j + 1) & 1)", "Hazard"),
     "O_FULL's phase flipped": ("O_FULL, (j + 1) & 1)", "O_FULL, j & 1)", "Deadlock"),
     "S_EMPTY's phase flipped": ("S_EMPTY, (j + 1) & 1)", "S_EMPTY, j & 1)", "Deadlock"),

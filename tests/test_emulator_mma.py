@@ -171,7 +171,8 @@ def test_two_accumulators_and_two_commits():
     for d in (*second.descriptors_a, *second.descriptors_b):
         moved = moved.replace(f"{d:#x}", f"{d + shift:#x}")
     x = np.concatenate([first.x[:-2048], second.x])
-    text = INIT + fill(len(x) // 2048 * 2048) + first.mmas() + COMMIT + wait(0) + moved + COMMIT + wait(1) + dump(64)
+    text = INIT + fill(len(x) // 2048 * 2048) + first.mmas() + COMMIT + wait(0)
+    text += "bar.sync 0;" + moved + COMMIT + wait(1) + dump(64)
     run(with_tmem(text, slot=TMEM_SLOT), block=128, smem=SMEM, x=aligned(len(x), np.uint8, x), y=y)
     assert (y == np.hstack([first.product(), second.product()])).all()
 

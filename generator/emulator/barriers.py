@@ -24,6 +24,7 @@ class Mbarriers:
         self.pending = np.zeros((0, n_cta), np.int64)
         self.expected = np.zeros((0, n_cta), np.int64)
         self.tx = np.zeros((0, n_cta), np.int64)
+        self.races = None  # whoever wants to know of completed phases
 
     def slot(self, offset: int) -> int:
         """Row of the barrier at shared offset `offset`, made on first sight."""
@@ -63,7 +64,7 @@ class Mbarriers:
                 f"{self.expected[slot, cta] - self.pending[slot, cta]} arrivals in phase "
                 f"{self.phase[slot, cta]}, which expects {self.expected[slot, cta]}"
             )
-        return self.settle(slot, ctas)
+        return self.settle(slot, ctas, where)
 
     def add_tx(self, slot: int, ctas: np.ndarray, nbytes, where: str) -> None:
         self.require_live(slot, ctas, where)
@@ -74,13 +75,15 @@ class Mbarriers:
     def complete_tx(self, slot: int, ctas: np.ndarray, nbytes, where: str) -> np.ndarray:
         """Bytes arrived; returns the CTAs whose phase completed."""
         self.add_tx(slot, ctas, -np.asarray(nbytes), where)
-        return self.settle(slot, ctas)
+        return self.settle(slot, ctas, where)
 
-    def settle(self, slot: int, ctas: np.ndarray) -> np.ndarray:
+    def settle(self, slot: int, ctas: np.ndarray, where: str) -> np.ndarray:
         done = ctas[(self.pending[slot, ctas] == 0) & (self.tx[slot, ctas] == 0)]
         if len(done):
             self.phase[slot, done] += 1
             self.pending[slot, done] = self.expected[slot, done]
+            if self.races:
+                self.races.completed(slot, done, where)
         return done
 
     def check_exit(self) -> None:

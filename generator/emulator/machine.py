@@ -19,6 +19,7 @@ from .errors import Deadlock, Hazard
 from .labels import Labels
 from .memory import GlobalMemory, SharedMemory, TensorMemory
 from .ops.tma import check_bulk_at_exit
+from .races import Races
 from .syntax import Instr
 from .tensorcore import TensorCore
 from .translate import Program
@@ -88,6 +89,7 @@ class Machine:
         self.queue = AsyncQueue(self)
         self.tensor_core = TensorCore(self)
         self.wgmma = Warpgroups(self)
+        self.races = Races(self) if strict else None
         self.stores: list[tuple] = []  # tcgen05.st that no wait::st has covered yet
         self.bulk: dict[tuple[int, int, int], list[list]] = {}  # bulk groups by (warp, CTA, lane); the last is open
         self.work: Counter[str] = Counter()  # bytes that bulk copies move, and FLOP of tcgen05.mma: see LaunchReport
@@ -187,6 +189,11 @@ class Machine:
         """Where the first lane in `lanes` stands, spelled out only if a message needs it."""
         return Where(self, ws, instr, lanes, address)
 
+    def at(self, instr: Instr, warp: int, cta: int, lane: int | None = None) -> str:
+        """The same for one warp or lane."""
+        text = f"PTX line {instr.line} ({instr.opcode}), CTA {self.name_cta(cta)}, warp {warp}"
+        return text if lane is None else f"{text}, lane {lane}"
+
     def name_cta(self, cta: int) -> str:
         return "(" + ", ".join(str(int(i)) for i in self.block_ids[cta]) + ")"
 
@@ -280,16 +287,24 @@ class Machine:
             self.barred_on[warps, ctas] = barrier
             self.barred_line[warps, ctas] = instr.line
         done = self.named.arrive(barrier, unique, 32 * warps_each, expected, where)
+        if self.races:
+            self.races.bar_arrive(ws, barrier)
         if len(done):
+            if self.races:
+                self.races.bar_done(barrier, done)
             self.barred[:, done] &= self.barred_on[:, done] != barrier
 
     def cluster_arrive(self, ws: Warps, instr: Instr) -> None:
         self.cluster.arrive(*ws.flat_pairs(), self.where(ws, instr))
+        if self.races:
+            self.races.cluster_arrive(ws, instr)
         self.settle_clusters()
 
     def cluster_wait(self, ws: Warps, instr: Instr) -> None:
         warps, ctas = ws.flat_pairs()
         must = self.cluster.waits(warps, ctas, self.where(ws, instr))
+        if self.races:
+            self.races.cluster_wait(warps[~must], ctas[~must])
         self.barred[warps[must], ctas[must]] = True
         self.barred_on[warps[must], ctas[must]] = CLUSTER_BARRIER
         self.barred_line[warps[must], ctas[must]] = instr.line
@@ -298,6 +313,8 @@ class Machine:
         """Let the warps of complete cluster barriers go on."""
         done = self.cluster.settle(self.pc == len(self.program.blocks))
         if len(done):
+            if self.races:
+                self.races.cluster_done_in(done)
             self.barred[:, done] &= self.barred_on[:, done] != CLUSTER_BARRIER
         return len(done) > 0
 

@@ -125,6 +125,8 @@ class TensorCore:
         """Queue an operation whose destination is marked as pending already."""
         self.machine.work["mma_flop"] += op.flop()
         op.remaining = op.bits
+        if self.machine.races:
+            self.machine.races.tensor_work(op)
         if self.machine.strict:
             self.issued.append(op)
         self.machine.queue.add(op.bits, {}, lambda bits: self._take(op, bits), fifo=True)

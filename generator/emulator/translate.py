@@ -23,6 +23,7 @@ from .flow import (
     solve_liveness,
 )
 from .formats import pack16
+from .loads import find_uses
 from .memory import LOCAL_BASE, PARAM_BASE, WINDOW_BASE
 from .syntax import Instr, Kernel, Reg, Vector
 from .table import Entry
@@ -67,6 +68,12 @@ class Program:
     opcode_counts: list[Counter]  # by block
     static_shared: int
     source: str
+    load_sites: dict[int, int]  # number of each tcgen05.ld by PTX line, see `loads`
+
+    def opcode_at(self, line: int) -> str:
+        """Opcode of the first instruction on a PTX line that does more than compute."""
+        found = [(entry_of(instr), instr.opcode) for instr in self.kernel.instrs if instr.line == line]
+        return next((opcode for entry, opcode in found if entry is not None and not entry.pure), "?")
 
     def lines_of(self, block: int) -> tuple[int, int]:
         """First and last PTX line of a block."""
@@ -251,10 +258,13 @@ class Translator:
     def translate(self) -> Program:
         """Write, compile and bind every block."""
         text: list[str] = []
+        load_sites, loads_used = find_uses(self.kernel.instrs, self.blocks) if self.strict else ({}, {})
         for block in self.blocks:
             writer = BlockWriter(self, block)
-            for instr in self.kernel.instrs[block.start : block.stop]:
-                writer.instruction(instr)
+            for position in range(block.start, block.stop):
+                if position in loads_used:
+                    writer.lines.append(f"m.races.settle(ws, {loads_used[position]})")
+                writer.instruction(self.kernel.instrs[position])
             writer.finish()
             text.append(
                 f"def block_{block.number}(m, ws):\n    R, D, P, ix, put = m.registers, m.defined, "
@@ -293,4 +303,5 @@ class Translator:
             [Counter(i.opcode for i in instrs[b.start : b.stop]) for b in self.blocks],
             self.static_shared,
             source,
+            load_sites,
         )

@@ -225,6 +225,9 @@ class Warpgroups:
             for operand in chain.operands(side, int(at[0]), where):
                 require_shared(self.machine, ctas, operand, "AB"[side], where)
                 chain.reads.append(("AB"[side], ctas, operand))
+                self.machine.races.wgmma(
+                    where.instr, chain.warps[at], chain.ctas[at], chain.group[at], "AB"[side], operand
+                )
 
     def _count(self, registers, change: int) -> None:
         for index in registers:
@@ -304,6 +307,8 @@ class Warpgroups:
         self.open = None
         limit = np.full(self.committed.shape, -1, np.int64)
         limit[warps, ctas] = self.committed[warps, ctas] - pending
+        if self.machine.races:
+            self.machine.races.wgmma_waited(warps, ctas, np.maximum(self.committed[warps, ctas] - pending, 0))
         left = []
         for chain in self.chains:
             done = chain.group < limit[chain.warps, chain.ctas]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..cluster import OFFSET_MASK
 from ..formats import decode, encode, flush, pack16
-from ..memory import LOCAL_BASE
+from ..memory import LOCAL_BASE, WINDOW_BASE
 from ..table import family
 from .access import place
 from .memory import owners
@@ -72,6 +73,16 @@ def _places(m, ws, active, instr, address, space: str):
     return on, zip(rows.tolist(), lanes.tolist(), *columns, strict=True)
 
 
+def _order(m, ws, on, instr, address, space: str, nbytes: int) -> None:
+    """Atomics on shared memory for the clocks: they do not race with one another, and may order what is around them."""
+    addresses = ws.full(np.asarray(address).astype(np.uint64))
+    shared = on & (space != "global") & (addresses < np.uint64(LOCAL_BASE))
+    if m.races and shared.any():
+        offsets = (addresses.astype(np.int64) & OFFSET_MASK) - WINDOW_BASE
+        ctas = owners(m, ws, shared, instr, addresses)
+        m.races.access(ws, shared, instr, offsets, nbytes, True, ctas, sync=True)
+
+
 def _atomic(space: str, operation: str, kind: str, returns: bool, vector: int = 1):
     """Read, combine, write: one lane after the other."""
     dtype = np.dtype(DTYPES[kind])
@@ -91,6 +102,7 @@ def _atomic(space: str, operation: str, kind: str, returns: bool, vector: int = 
                 old[i][row, lane] = cells[i]
                 cells[i] = functions[shared](cells[i], value[row, lane], None if third is None else third[row, lane])
             wrote()
+        _order(m, ws, on, instr, address, space, dtype.itemsize * vector)
         if not returns:
             return None
         unsigned = [o.view(f"u{dtype.itemsize}").reshape(*ws.lead, 32) for o in old]
@@ -117,6 +129,7 @@ def _wide(space: str, operation: str):
             elif (cells == first[row, lane]).all():
                 cells[:] = second[row, lane]
             wrote()
+        _order(m, ws, on, instr, address, space, 16)
         return tuple(old[..., i].reshape(*ws.lead, 32) for i in (0, 1))
 
     return run

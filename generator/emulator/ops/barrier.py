@@ -46,6 +46,8 @@ def mbarrier_init(m, ws, active, instr, address, count):
             )
         value = _uniform(ws, lanes & (offsets == offset), count, where)
         m.mbarriers.init(offset, ctas, value, where)
+        if m.races:
+            m.races.mbarrier_init(ws, active, instr, m.mbarriers.slot(offset), ctas, where)
         if m.strict:
             m.smem.state[ctas, offset : offset + 8] = MBARRIER
 
@@ -55,6 +57,8 @@ def mbarrier_inval(m, ws, active, instr, address):
     for offset, ctas, _ in by_address(m, ws, active, instr, address):
         slot = m.mbarriers.slot(offset)
         m.mbarriers.require_live(slot, ctas, m.where(ws, instr))
+        if m.races:
+            m.races.mbarrier_inval(ws, active, slot, ctas, m.where(ws, instr))
         m.mbarriers.live[slot, ctas] = False
         if m.strict:
             m.smem.state[ctas, offset : offset + 8] = UNWRITTEN
@@ -62,6 +66,8 @@ def mbarrier_inval(m, ws, active, instr, address):
 
 def _arrive(m, ws, active, instr, address, count, nbytes):
     where = m.where(ws, instr, True if active is None else active)
+    if m.races:
+        m.races.arrivals(ws, active, instr, address)
     for offset, ctas, lanes in by_address(m, ws, active, instr, address):
         slot = m.mbarriers.slot(offset)
         if nbytes is not None:
@@ -92,6 +98,8 @@ def mbarrier_arrive_expect_tx(m, ws, active, instr, address, nbytes):
 @effect(f"mbarrier.expect_tx{{,.relaxed.cta}}{SHARED}.b64", "=a,u", "9.7.13.15.11")
 def mbarrier_expect_tx(m, ws, active, instr, address, nbytes):
     where = m.where(ws, instr, True if active is None else active)
+    if m.races:
+        m.races.arrivals(ws, active, instr, address, publish=False)
     for offset, ctas, lanes in by_address(m, ws, active, instr, address):
         m.mbarriers.add_tx(m.mbarriers.slot(offset), ctas, lanes * _uniform(ws, active, nbytes, where), where)
 
@@ -116,6 +124,8 @@ def mbarrier_wait(m, ws, active, instr, address, parity, hint=None):
     slot = m.mbarriers.slot(low)
     m.mbarriers.require_live(slot, np.unique(ws.cta), m.where(ws, instr, True if active is None else active))
     done = (m.mbarriers.phase[slot][ws.cta] & 1) != parity
+    if m.races:
+        m.races.waited(ws, active, instr, slot, done, parity)
     failed = ~done if active is None else ~done & active
     if failed.any():
         m.stall(
@@ -135,6 +145,8 @@ def _wait_each(m, ws, instr, offsets, parity):
         m.mbarriers.require_live(slot, np.unique(ctas[here]), m.where(ws, instr, here))
         done |= here & ((m.mbarriers.phase[slot][ctas] & 1) != parity)
         slots[here[..., 0]] = slot
+    if m.races:
+        m.races.waited(ws, None, instr, slots, done, parity)
     if not done.all():
         m.stall(ws, ~done, slots, parity[..., 0], instr)
     return done

@@ -41,6 +41,7 @@ def cp_async(m, ws, active, instr, destination, source, size, used=None, policy=
         raise Hazard(f"{where}: the source of cp.async is misaligned: it must be a multiple of {size}")
     copies = _copies(m)
     m.check_overwrite(ctas, offsets // 16, where)
+    times = m.races.copies(instr, warps, ctas, offsets, size) if m.races else {}
     for warp, cta, lane, offset, address, count in zip(
         *(x.tolist() for x in (warps, ctas, lanes, offsets, addresses, counts)), strict=True
     ):
@@ -52,12 +53,13 @@ def cp_async(m, ws, active, instr, destination, source, size, used=None, policy=
                 if (state == code).any():
                     raise Hazard(f"{where}: writes shared memory although {REASONS[code]}")
             state[:] = COPY_PENDING
-        copies.setdefault((warp, cta, lane), [[]])[-1].append((offset, address, size, count, where))
+        job = (offset, address, size, count, where, times.get((warp, cta)))
+        copies.setdefault((warp, cta, lane), [[]])[-1].append(job)
 
 
 def _finish(m, cta: int, jobs: list) -> None:
     """Copies take effect, through the generic proxy: the asynchronous one needs a fence to see them."""
-    for offset, address, size, count, where in jobs:
+    for offset, address, size, count, where, _ in jobs:
         raw = np.zeros(size, np.uint8)
         if count:
             start, view = m.gmem.require(address, address + count, where)
@@ -100,6 +102,7 @@ def wait_group(m, ws, active, instr, pending):
         groups = copies.get(key)
         while groups is not None and len(groups) - 1 > pending:
             _finish(m, key[1], groups.pop(0))
+    _know(m, ws, active)
 
 
 @effect("cp.async.wait_all", "=", "9.7.9.25.3.3")
@@ -108,6 +111,15 @@ def wait_all(m, ws, active, instr):
     for key in _threads(m, ws, active):
         for jobs in copies.pop(key, ()):
             _finish(m, key[1], jobs)
+    _know(m, ws, active)
+
+
+def _know(m, ws, active) -> None:
+    """After a wait the warp knows of its copies but those that some lane has not waited for."""
+    if m.races:
+        for warp, cta in {key[:2] for key in _threads(m, ws, active)}:
+            mine = [jobs for lane in range(32) for jobs in _copies(m).get((warp, cta, lane), ())]
+            m.races.known_before("cp", warp, cta, [job[5] for jobs in mine for job in jobs])
 
 
 def _arrive_on_copies(noinc: bool):
@@ -117,6 +129,8 @@ def _arrive_on_copies(noinc: bool):
     def run(m, ws, active, instr, address):
         where = m.where(ws, instr, True if active is None else active)
         left: dict[int, list] = {}
+        if m.races:
+            m.races.arrivals(ws, active, instr, address, also="cp")
         for key in _threads(m, ws, active):
             left.setdefault(key[1], []).extend(jobs for jobs in _copies(m).get(key, ()) if jobs)
         for offset, ctas, lanes in by_address(m, ws, active, instr, address):
@@ -158,10 +172,11 @@ def bulk_load(m, ws, active, instr, destination, source, size, barrier, policy=N
     where = m.where(ws, instr, True if active is None else active)
     dst = shared_offsets(m, ws, active, instr, destination, 16)
     mbar = shared_offsets(m, ws, active, instr, barrier, 8)
-    _, ctas, _, rows = _lanes(
+    warps, ctas, _, rows = _lanes(
         m, ws, active, (dst, source, size, mbar, destination, barrier, 0 if mask is None else mask)
     )
     places, bars = (m.cluster.target(ctas, named, where).tolist() for named in rows[4:6])
+    begun = []
     jobs: dict[int, list] = {}
     signals: Counter[int] = Counter()
     for i, cta in enumerate(ctas.tolist()):
@@ -174,9 +189,13 @@ def bulk_load(m, ws, active, instr, destination, source, size, barrier, policy=N
         both = [(places[i], bars[i])]
         if mask is not None:
             both = [(peer, peer) for peer in m.cluster.peers(cta, int(rows[6][i]))]
-        for reached, _ in both:
+        for reached, bar in both:
             _begin(m, reached, chunks, where)
+            begun.append((int(warps[i]), cta, reached, bar, slot, offset, nbytes))
         jobs.setdefault(cta, []).append((tensor, (0,), chunks, slot, both))
+
+    if m.races:
+        m.races.loads(instr, begun, where)
 
     def complete(done: int) -> None:
         for cta in m.queue.sets.array(done).tolist():
@@ -215,7 +234,8 @@ def bulk_store(m, ws, active, instr, destination, source, size, policy=None, com
         if nbytes:
             tensor, chunks = _line(m, address, offset, nbytes, where)
             _require_valid(m, key[1], chunks, where)
-            m.bulk.setdefault(key, [[]])[-1].append((tensor, (0,), chunks, where, combine))
+            time = m.races.bulk_read(instr, *key[:2], chunks) if m.races else 0
+            m.bulk.setdefault(key, [[]])[-1].append((tensor, (0,), chunks, where, combine, time))
             m.work["stored_bytes"] += tensor.box_bytes
             m.sources[_span(key[1], chunks)] += 1
 

@@ -62,6 +62,8 @@ def _ldmatrix(count: int, transposed: bool):
                     check_state(m, ws, None, instr, state[at], 2, at * 2 % m.smem.stride + 1024)
                 halves.append(data[at])
             results.append(pack16(halves[1], halves[0]))
+        if m.races:
+            m.races.rows(ws, instr, ws.full(offsets)[..., : 8 * count], False)
         return tuple(results)
 
     return run
@@ -73,6 +75,8 @@ def _stmatrix(count: int, transposed: bool):
         offsets = _row_addresses(m, ws, instr, address, count)
         data, state = m.smem.flat[2], m.smem.flat_state.get(2)
         where = m.where(ws, instr, True, address)
+        if m.races:
+            m.races.rows(ws, instr, ws.full(offsets)[..., : 8 * count], True)
         for matrix in range(count):
             word = ws.full(values[matrix])
             for half in (0, 1):

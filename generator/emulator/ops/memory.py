@@ -133,13 +133,16 @@ def check_state(m, ws, active, instr, states, width: int, address) -> None:
 def ld_shared(m, ws, active, instr, address):
     width, count = shape_of(instr)
     offsets = shared_offsets(m, ws, active, instr, address, width * count)
-    at = (owners(m, ws, active, instr, address) * m.smem.stride + offsets) // width
+    ctas = owners(m, ws, active, instr, address)
+    at = (ctas * m.smem.stride + offsets) // width
     data, state = m.smem.flat[width], m.smem.flat_state.get(width)
     results = []
     for i in range(count):
         if m.strict:
             check_state(m, ws, active, instr, state[at + i], width, address)
         results.append(to_register(data[at + i], instr, width))
+    if m.races:
+        m.races.access(ws, active, instr, offsets, width * count, False, ctas)
     return tuple(results) if count > 1 else results[0]
 
 
@@ -147,11 +150,14 @@ def st_shared(m, ws, active, instr, address, values):
     width, count = shape_of(instr)
     offsets = shared_offsets(m, ws, active, instr, address, width * count)
     values = values if count > 1 else (values,)
-    at = np.broadcast_to((owners(m, ws, active, instr, address) * m.smem.stride + offsets) // width, (*ws.lead, 32))
+    ctas = owners(m, ws, active, instr, address)
+    at = np.broadcast_to((ctas * m.smem.stride + offsets) // width, (*ws.lead, 32))
     chosen = slice(None) if active is None else np.broadcast_to(active, at.shape)
     at = at[chosen]
     if m.strict:
         _note_store(m, ws, active, instr, address, at, width, count)
+    if m.races:
+        m.races.access(ws, active, instr, offsets, width * count, True, ctas)
     data = m.smem.flat[width]
     for i, value in enumerate(values):
         data[at + i] = ws.full(value)[chosen].astype(UINT[width], copy=False)
@@ -244,6 +250,8 @@ def fence_proxy_async(m, ws, active, instr):
     """
     if m.strict:
         m.smem.fence_proxy(np.unique(ws.cta))
+    if m.races:
+        m.races.fence_proxy(ws, active)
 
 
 _SCOPES = "{cta,cluster,gpu,sys}"
@@ -254,7 +262,9 @@ _SCOPES = "{cta,cluster,gpu,sys}"
 @effect("fence.{acquire.sync_restrict::shared::cluster,release.sync_restrict::shared::cta}.cluster", "=", "9.7.13.4")
 @effect(f"fence{{,.sc,.acq_rel,.acquire,.release}}.{_SCOPES} membar.{{cta,gl,sys}}", "=", "9.7.13.4")
 def fence(m, ws, active, instr):
-    """Orders proxies and scopes. Lanes of the emulator see each other's stores at once, so nothing is left to do."""
+    """Orders proxies and scopes. Lanes of the emulator see each other's stores at once: only clocks care."""
+    if m.races:
+        m.races.fence(ws, active, instr)
 
 
 @effect("prefetch{,.const,.param}.tensormap", "=a", "9.7.9.17")

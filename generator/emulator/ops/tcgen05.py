@@ -39,6 +39,8 @@ def alloc(m, ws, active, instr, destination, columns):
     if not 32 <= columns <= COLUMNS or columns & (columns - 1):
         raise Hazard(f"{where}: tcgen05.alloc of {columns} columns: the count must be a power of two from 32 to 512")
     offset = _scalar(ws, shared_offsets(m, ws, None, instr, destination, 4))
+    if m.races:
+        m.races.access(ws, None, instr, np.int64(offset), 4, True)
     for cta in _one_warp_a_cta(m, ws, active, instr):
         if m.tmem.relinquished[cta]:
             raise Hazard(f"{where}: tcgen05.alloc after tcgen05.relinquish_alloc_permit")
@@ -65,6 +67,8 @@ def dealloc(m, ws, active, instr, address, columns):
         for code in (MMA_PENDING, CP_PENDING) if m.strict else ():
             if (m.tmem.state[start : start + columns, :, :, cta] == code).any():
                 raise Hazard(f"{m.where(ws, instr)}: tcgen05.dealloc although {REASONS[code]}")
+        if m.races:
+            m.races.release_columns(ws, instr, slice(start, start + columns))
         del m.tmem.blocks[cta][start]
         m.tmem.allocated[start : start + columns, cta] = False
         if m.strict:
@@ -170,6 +174,8 @@ def ld_32x32b(m, ws, active, instr, address):
     if m.strict:
         states = _states(m, block, quarter, ctas, column, columns)
         _require_cells(m, ws, instr, states, column, states != VALID, ("reads", "read"))
+    if m.races:
+        m.races.tmem_load(ws, instr, _cells_at(block, quarter, ctas, column, columns))
     return tuple(values)
 
 
@@ -190,15 +196,21 @@ def st_32x32b(m, ws, active, instr, address, values):
     old = _states(m, block, quarter, ctas, column, columns)
     _require_cells(m, ws, instr, old, column, (old == MMA_PENDING) | (old == CP_PENDING), ("writes", "written"))
     m.tensor_core.check_columns_read(ctas, column, columns, m.where(ws, instr))
+    m.races.tmem_store(ws, instr, _cells_at(block, quarter, ctas, column, columns))
     mark_cells(m, quarter, ctas, column, columns, ST_PENDING)
     m.stores.append((ws, quarter, ctas, column, columns))
 
 
+def _cells_at(block, quarter, ctas, column, columns: int) -> tuple:
+    """Index of the cells that a batch of warps touches in arrays like `TensorMemory.state`."""
+    if block is not None:
+        return slice(int(column[0]), int(column[0]) + columns), block[0], slice(None), block[1]
+    return (column[:, None] + np.arange(columns)).T, quarter, slice(None), ctas
+
+
 def _states(m, block, quarter, ctas, column, columns: int) -> np.ndarray:
     """States of the cells that a batch of warps touches."""
-    if block is not None:
-        return m.tmem.state[int(column[0]) : int(column[0]) + columns, block[0], :, block[1]]
-    return m.tmem.state[(column[:, None] + np.arange(columns)).T, quarter, :, ctas]
+    return m.tmem.state[_cells_at(block, quarter, ctas, column, columns)]
 
 
 def mark_cells(m, quarter, ctas, column, columns, state) -> None:
@@ -215,6 +227,8 @@ for _n in (1, 2, 4, 8, 16, 32, 64, 128):
 @effect("tcgen05.wait::st.sync.aligned", "=", "9.7.16.8.5")
 def wait_st(m, ws, active, instr):
     """The warp's earlier tcgen05.st are complete."""
+    if m.races:
+        m.races.waited_for("st", ws, active)
     if not m.stores:
         return
     left = []
@@ -247,7 +261,9 @@ class _Group:
 
 @effect("tcgen05.wait::ld.sync.aligned", "=", "9.7.16.8.5")
 def wait_ld(m, ws, active, instr):
-    """Loads deliver their registers at once, so nothing is pending."""
+    """Loads deliver their registers at once, so nothing is pending but for clocks."""
+    if m.races:
+        m.races.waited_for("ld", ws, active)
 
 
 @effect("tcgen05.fence::{before,after}_thread_sync", "=", "9.7.16.6.4")
@@ -363,7 +379,7 @@ def commit(m, ws, active, instr, address, mask=None):
     on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
     where = m.where(ws, instr, on)
     rows, lanes = np.nonzero(on.reshape(-1, 32))
-    _, all_ctas = ws.flat_pairs()
+    all_warps, all_ctas = ws.flat_pairs()
     issuing = all_ctas[rows]
     if len(np.unique(issuing)) != len(issuing):
         raise Hazard(f"{where}: tcgen05.commit is issued by several lanes of a CTA: elect one")
@@ -372,6 +388,7 @@ def commit(m, ws, active, instr, address, mask=None):
     named = m.cluster.target(issuing, addresses, where)
     masks = None if mask is None else ws.full(mask).reshape(-1, 32)[rows, lanes]
     group = int(instr.opcode.split("cta_group::")[1][0])
+    clocks = m.races.commit(all_warps[rows], issuing) if m.races else None
     for offset in np.unique(offsets):
         here = np.nonzero(offsets == offset)[0]
         slot = m.mbarriers.slot(int(offset))
@@ -381,9 +398,15 @@ def commit(m, ws, active, instr, address, mask=None):
         }
         reached = np.unique([cta for ctas in targets.values() for cta in ctas])
         m.mbarriers.require_live(slot, reached, where)
+        published = {}
+        if m.races:
+            m.races.commit_uses(slot, targets, all_warps[rows][here], issuing[here], where)
+            published = dict(zip(issuing[here].tolist(), clocks[here], strict=True))
 
-        def complete(done, slot=slot, targets=targets):
+        def complete(done, slot=slot, targets=targets, published=published):
             m.tensor_core.flush()
+            for cta in m.queue.sets.array(done).tolist() if m.races else ():
+                m.races.lend(slot, targets.get(cta, ()), published.get(cta))
             arrivals = [t for cta in m.queue.sets.array(done).tolist() for t in targets.get(cta, ())]
             ctas, counts = np.unique(arrivals, return_counts=True)
             m.wake(m.mbarriers.arrive(slot, ctas, counts, where))

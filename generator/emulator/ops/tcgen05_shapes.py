@@ -85,6 +85,11 @@ class Access:
                 where = at_warps(self.m, self.ws, self.instr, warps)
                 raise Hazard(f"{where}: {what[0]} {place}, which may not be {what[1]}: {REASONS[int(states[bad][0])]}")
 
+    def cells(self):
+        """(index into arrays like `TensorMemory.state`, which warps of the batch it is for)."""
+        for half, chosen in self.by_half():
+            yield ((self.column[chosen, None] + self.offsets).T, self.quarter[chosen], half, self.ctas[chosen]), chosen
+
     def index(self, part: int):
         """Index into the data of tensor memory, [registers, warps, 32]; `part`: which of a pair of columns."""
         column = self.column[None, :, None] + self.columns[:, None, :, part]
@@ -100,6 +105,9 @@ def load(m, ws, active, instr, address, split=0):
         values = values & np.uint32(0xFFFF) | m.tmem.data[access.index(1)] << np.uint32(16)
     if m.strict:
         access.require(None, ("reads", "read"))
+    if m.races:
+        for cells, chosen in access.cells():
+            m.races.tmem_load(ws, instr, cells, chosen)
     return tuple(values.reshape(len(values), *ws.lead, 32))
 
 
@@ -118,6 +126,8 @@ def store(m, ws, active, instr, address, *rest):
     m.tmem.data[access.index(0)] = words
     if not m.strict:
         return
+    for cells, chosen in access.cells():
+        m.races.tmem_store(ws, instr, cells, chosen)
     warps, _ = ws.flat_pairs()
     for half, chosen in access.by_half():
         cells = access.quarter[chosen], access.ctas[chosen], access.column[chosen], (access.offsets, half)

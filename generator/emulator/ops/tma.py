@@ -80,11 +80,12 @@ def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=N
     dst = shared_offsets(m, ws, active, instr, destination, 16)
     mbar = shared_offsets(m, ws, active, instr, barrier, 8)
     arrays = (dst, mbar, destination, barrier, address, 0 if mask is None else mask, *coords)
-    _, ctas, _, (dsts, mbars, places, bars, addresses, masks, *coordinates) = _lanes(m, ws, active, arrays)
+    warps, ctas, _, (dsts, mbars, places, bars, addresses, masks, *coordinates) = _lanes(m, ws, active, arrays)
     data_cta, bar_cta = (m.cluster.target(ctas, named, where).tolist() for named in (places, bars))
     points = np.stack(coordinates, axis=1)
     jobs: dict[int, list] = {}
     signals: dict[int, int] = {}
+    begun = []
     for i, cta in enumerate(ctas.tolist()):
         tensor = tensor_map(m, int(addresses[i]), where)
         if tensor.rank != len(coords):
@@ -97,9 +98,13 @@ def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=N
         both = [(data_cta[i], bar_cta[i])]
         if mask is not None:
             both = [(peer, peer) for peer in m.cluster.peers(cta, int(masks[i]))]
-        for reached, _ in both:
+        for reached, bar in both:
             _begin(m, reached, chunks, where)
+            begun.append((int(warps[i]), cta, reached, bar, slot, offset, tensor.box_bytes))
         jobs.setdefault(cta, []).append((tensor, tuple(int(c) for c in points[i]), chunks, slot, both))
+
+    if m.races:
+        m.races.loads(instr, begun, where)
 
     def complete(done: int) -> None:
         for cta in m.queue.sets.array(done).tolist():
@@ -173,9 +178,9 @@ def store(m, ws, active, instr, destination, source, policy=None, combine=None):
         chunks = _chunks(int(sources[i]), tensor, where)
         _require_valid(m, cta, chunks, where)
         key = (int(warps[i]), int(cta), int(lanes[i]))
-        m.bulk.setdefault(key, [[]])[-1].append(
-            (tensor, point, chunks, where, None if combine is None else combine(tensor.element, where))
-        )
+        time = m.races.bulk_read(instr, *key[:2], chunks) if m.races else 0
+        reduce = None if combine is None else combine(tensor.element, where)
+        m.bulk.setdefault(key, [[]])[-1].append((tensor, point, chunks, where, reduce, time))
         if (copy := (key[:2], addresses[i], sources[i], point)) not in seen:
             seen.add(copy)
             m.work["stored_bytes"] += tensor.box_bytes
@@ -211,7 +216,7 @@ def _span(cta: int, chunks: np.ndarray) -> tuple[int, int, int]:
 
 def finish_store(m, cta: int, jobs) -> None:
     """A store or reduction takes effect."""
-    for tensor, point, chunks, where, combine in jobs:
+    for tensor, point, chunks, where, combine, _ in jobs:
         _require_valid(m, cta, chunks, where)
         m.sources -= Counter([_span(cta, chunks)])  # drops what reaches zero
         part = tensor.part(point)
@@ -251,6 +256,10 @@ def wait_group(m, ws, active, instr, pending):
         groups = m.bulk.get(key)
         while groups is not None and len(groups) - 1 > pending:
             finish_store(m, key[1], groups.pop(0))
+    if m.races:
+        for warp, cta in set(zip(warps.tolist(), ctas.tolist(), strict=True)):
+            mine = [g for lane in range(32) for g in m.bulk.get((warp, cta, lane), ())]
+            m.races.known_before("bulk", warp, cta, [job[5] for group in mine for job in group])
 
 
 def check_bulk_at_exit(m) -> None:

@@ -1,0 +1,272 @@
+"""emulator/races: accesses that nothing orders are found in whatever order they run; ordered ones are not reported."""
+
+import numpy as np
+import pytest
+from ptx_kernels import aligned, fails, instruction_descriptor, run, smem_descriptor, tensor_map, with_tmem
+
+from generator.emulator import Hazard
+
+LD, ST = "tcgen05.ld.sync.aligned.32x32b", "tcgen05.st.sync.aligned.32x32b"
+WAIT_LD, WAIT_ST = "tcgen05.wait::ld.sync.aligned;", "tcgen05.wait::st.sync.aligned;"
+WARP0, WARP1 = "setp.ge.u32 %p1, %tid, 32;", "setp.lt.u32 %p2, %tid, 32;"
+ROLES = f"{WARP0} {WARP1} @%p1 bra CONSUMER;"
+
+
+def init(offset: int, count: int = 1) -> str:
+    return f"setp.eq.u32 %p3, %tid, 0; @%p3 mbarrier.init.shared.b64 [%s+{offset}], {count};\n"
+
+
+def wait(offset: int, parity: int = 0, label: str = "W") -> str:
+    return f"{label}: mbarrier.try_wait.parity.shared::cta.b64 %p9, [%s+{offset}], {parity}; @!%p9 bra {label};\n"
+
+
+def arrive(offset: int) -> str:
+    return f"mbarrier.arrive.shared.b64 _, [%s+{offset}];\n"
+
+
+# -- ordinary accesses -------------------------------------------------------------------------------------------------
+REVERSED = "sub.u32 %r1, 63, %tid; mad.lo.u32 %r2, %r1, 4, %s;"
+
+
+def test_a_barrier_between_store_and_load_of_other_warps():
+    y = np.zeros(64, np.uint32)
+    body = f"{REVERSED} st.shared.b32 [%s4], %tid; {{}}\nld.shared.b32 %r3, [%r2]; st.global.b32 [%y_g], %r3;"
+    run(body.format("bar.sync 0;"), block=64, y=y)
+    assert (y == np.arange(64)[::-1]).all()
+    message = fails(
+        Hazard, body.replace("\nld", "\n/*HERE*/ld").format("") + "// HERE", "nothing orders", block=64, y=y
+    )
+    assert "reads shared offset 0xfc, which warp 1 writes at PTX line" in message and "CTA (0, 0, 0), warp 0" in message
+
+
+def test_a_store_after_a_load_needs_the_barrier_too():
+    y = np.zeros(64, np.uint32)
+    body = f"""{REVERSED} st.shared.b32 [%s4], %tid; bar.sync 0; ld.shared.b32 %r3, [%r2]; {{}}
+    st.shared.b32 [%s4], %r3; // HERE\n st.global.b32 [%y_g], %r3;"""
+    run(body.format("bar.sync 0;"), block=64, y=y)
+    fails(Hazard, body.format(""), "overwrites shared offset", "reads at PTX line", block=64, y=y)
+
+
+def test_two_warps_store_to_one_word():
+    fails(Hazard, "and.b32 %r1, %tid, 31; mad.lo.u32 %r1, %r1, 4, %s;\nst.shared.b32 [%r1], %tid; // HERE\n",
+          "overwrites shared offset 0x0, which warp", "writes at PTX line", block=64)  # fmt: skip
+
+
+@pytest.mark.parametrize("width, kind", [(1, "b8"), (2, "b16")])
+def test_neighbours_in_one_word_do_not_race(width, kind):
+    """Warp 0 and warp 1 use alternate bytes or halves of the same words."""
+    y = np.zeros(64, np.uint32)
+    body = f"""shr.u32 %r1, %tid, 5; and.b32 %r2, %tid, 31; mad.lo.u32 %r2, %r2, 2, %r1;
+    mad.lo.u32 %r2, %r2, {width}, %s; cvt.u16.u32 %h1, %tid;
+    st.shared.{kind} [%r2], %h1; ld.shared.{kind.replace("b", "u")} %h2, [%r2];
+    cvt.u32.u16 %r3, %h2; st.global.b32 [%y_g], %r3;"""
+    run(body, block=64, y=y)
+    assert (y == np.arange(64)).all()
+
+
+def test_a_word_over_bytes_of_another_warp():
+    body = """setp.ge.u32 %p1, %tid, 32; cvt.u16.u32 %h1, %tid; add.u32 %r1, %s, %tid; @!%p1 st.shared.b8 [%r1], %h1;
+    @%p1 st.shared.b32 [%s+8], %tid; // HERE\n"""
+    fails(Hazard, body, "shared offset 0x8, which warp 0 writes", block=64)
+
+
+def test_wide_accesses_meet_narrow_ones():
+    body = """setp.ge.u32 %p1, %tid, 32; @!%p1 st.shared.v4.b32 [%s16], {%tid, %tid, %tid, %tid}; {}
+    @%p1 ld.shared.b32 %r1, [%s+20]; // HERE\n"""
+    fails(Hazard, body.replace("{}", ""), "reads shared offset 0x14, which warp 0 writes", block=64)
+    run(body.replace("{}", "bar.sync 0;"), block=64)
+
+
+def test_atomics_do_not_race_with_one_another():
+    y = np.zeros(1, np.uint32)
+    body = """setp.eq.u32 %p1, %tid, 0; @%p1 st.shared.b32 [%s], 0; bar.sync 0; atom.shared.add.u32 %r1, [%s], 1; {}
+    ld.shared.b32 %r1, [%s]; // HERE\n @%p1 st.global.b32 [%y], %r1;"""
+    run(body.replace("{}", "bar.sync 0;"), block=128, y=y)
+    assert y[0] == 128
+    fails(Hazard, body.replace("{}", ""), "reads shared offset 0x0", block=128, y=y)
+
+
+FLAG = """setp.eq.u32 %p3, %tid, 0; @%p3 st.shared.b32 [%s+128], 0; bar.sync 0; setp.ge.u32 %p1, %tid, 32;
+@%p1 bra READ; st.shared.b32 [%s4], %tid; STORE bra DONE;
+READ: LOAD setp.ne.u32 %p2, %r1, 1; @%p2 bra READ; AFTER
+ld.shared.b32 %r2, [%s4+-128]; // HERE
+st.global.b32 [%y_g+-128], %r2; DONE:"""
+
+
+def flag(store: str, load: str, after: str = "") -> str:
+    return FLAG.replace("STORE", store).replace("LOAD", load).replace("AFTER", after)
+
+
+def test_a_flag_orders_by_release_and_acquire():
+    y = np.zeros(32, np.uint32)
+    release, acquire = "st.release.cta.shared.b32 [%s+128], 1;", "ld.acquire.cta.shared.b32 %r1, [%s+128];"
+    relaxed_st, relaxed_ld = (x.replace("release", "relaxed").replace("acquire", "relaxed") for x in (release, acquire))
+    run(flag(release, acquire), block=64, y=y)
+    assert (y == np.arange(32)).all()
+    run(flag(f"fence.acq_rel.cta; {relaxed_st}", relaxed_ld, "fence.acq_rel.cta;"), block=64, y=y)
+    fails(Hazard, flag(relaxed_st, acquire), "which warp 0 writes", block=64, y=y)
+    fails(Hazard, flag(release, relaxed_ld), "which warp 0 writes", block=64, y=y)
+
+
+# -- mbarriers ---------------------------------------------------------------------------------------------------------
+def handed_over(signal: str, receive: str) -> str:
+    """Warp 0 stores, warp 1 loads."""
+    return f"""{init(512)} bar.sync 0; {ROLES} st.shared.b32 [%s4], %tid; bar.warp.sync -1; {signal} bra DONE;
+    CONSUMER: {receive}\nld.shared.b32 %r1, [%s4+-128]; // HERE\n st.global.b32 [%y_g+-128], %r1; DONE:"""
+
+
+ARRIVE = "@%p3 " + arrive(512)
+
+
+def test_an_arrival_and_its_wait_order():
+    y = np.zeros(32, np.uint32)
+    run(handed_over(ARRIVE, wait(512)), block=64, y=y)
+    assert (y == np.arange(32)).all()
+
+
+def test_a_wait_that_is_missing_though_the_run_is_kind():
+    """Warp 1 is held back by a barrier that warp 0 joins before it stores: it loads last anyway."""
+    y = np.zeros(32, np.uint32)
+    slow = "".join(f"L{i}: bar.warp.sync -1; bra L{i + 1};" for i in range(40)) + "L40:"
+    message = fails(Hazard, handed_over(ARRIVE, slow), "which warp 0 writes at PTX line", block=64, y=y)
+    assert "let warp 0 signal after PTX line" in message
+
+
+def test_use_before_the_initialization_is_visible():
+    body = f"{init(512)} {{}}\nsetp.lt.u32 %p4, %tid, 32; @%p4 bra DONE;\n{arrive(512).strip()} // HERE\nDONE:"
+    run(body.replace("], 1;", "], 32;").format("bar.sync 0;"), block=64)
+    fails(Hazard, body.replace("], 1;", "], 32;").format(""), "which warp 0 initializes", block=64)
+
+
+def test_a_phase_that_can_be_passed_twice():
+    """Warp 1 waits for both phases; warp 0 completes them without asking whether it is through the first."""
+    asked = f"""{init(512)} {init(520)} bar.sync 0; {ROLES} @%p3 {arrive(512)} {{}}
+    @%p3 {arrive(512)} bra DONE; CONSUMER: {wait(512, 0, "A")} setp.eq.u32 %p4, %tid, 32; @%p4 {arrive(520)}
+    {wait(512, 1, "B")} DONE:"""
+    run(asked.format(wait(520, 0, "C")), block=64)
+    fails(Hazard, asked.format(""), "passed twice", block=64)
+
+
+def test_the_end_of_an_mbarrier():
+    """Warp 1 ends it: when warp 0 has arrived and said so, or at a time of its own."""
+    body = f"""{init(512)} bar.sync 0; {ROLES} @%p3 {arrive(512)} {{}} bra DONE;
+    CONSUMER: setp.eq.u32 %p4, %tid, 32; {{}}\n@%p4 mbarrier.inval.shared.b64 [%s+512]; // HERE\nDONE:"""
+    run(body.format("bar.sync 1, 64;", "bar.sync 1, 64;"), block=64)
+    fails(Hazard, body.format("", ""), "may still arrive on it", block=64)
+
+
+# -- named barriers ----------------------------------------------------------------------------------------------------
+def test_bar_arrive_releases_and_bar_sync_acquires():
+    y = np.zeros(32, np.uint32)
+    run(handed_over("bar.arrive 1, 64;", "bar.sync 1, 64;"), block=64, y=y)
+    assert (y == np.arange(32)).all()
+    late = "bar.arrive 1, 64;" + "".join(f"L{i}: bra L{i + 1};" for i in range(60)) + "L60:"
+    fails(Hazard, handed_over("bar.sync 1, 64;", late), "warp 0", block=64, y=y)
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+def test_a_load_overwrites_what_another_warp_reads():
+    x, y = aligned(64, np.uint32, np.arange(64)), np.zeros(64, np.uint32)
+    copy = "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%s], [%x], 256, [%s+512];"
+    body = f"""{init(512)} bar.sync 0; @%p3 mbarrier.arrive.expect_tx.shared.b64 _, [%s+512], 256; @%p3 {copy}
+    {wait(512)} ld.shared.b32 %r1, [%s4]; st.global.b32 [%y_g], %r1; {{}}
+    @%p3 mbarrier.arrive.expect_tx.shared.b64 _, [%s+512], 256;\n@%p3 {copy} // HERE
+    {wait(512, 1, "V")}"""
+    run(body.format("bar.sync 0;"), block=64, x=x, y=y)
+    assert (y == x).all()
+    fails(Hazard, body.format(""), "overwrites shared offset", "which warp 1 reads at PTX line", block=64, x=x, y=y)
+
+
+def test_only_those_who_waited_for_the_load_may_read():
+    x, y = aligned(64, np.uint32, np.arange(64)), np.zeros(64, np.uint32)
+    body = f"""{init(512)} bar.sync 0; {ROLES} @%p3 mbarrier.arrive.expect_tx.shared.b64 _, [%s+512], 256;
+    @%p3 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%s], [%x], 256, [%s+512]; {wait(512)} {{0}}
+    bra DONE; CONSUMER: {{1}}\nld.shared.b32 %r1, [%s4]; // HERE\n st.global.b32 [%y_g], %r1; DONE:"""
+    run(body.format("bar.sync 1, 64;", "bar.sync 1, 64;"), block=64, x=x, y=y)
+    assert (y[32:] == x[32:]).all()
+    slow = "".join(f"L{i}: bar.warp.sync -1; bra L{i + 1};" for i in range(60)) + "L60:"
+    fails(Hazard, body.format("", slow), block=64, x=x, y=y)
+
+
+def test_a_bulk_store_has_read_only_for_those_who_were_told():
+    y = aligned(64, np.uint32)
+    body = """st.shared.b32 [%s4], %tid; fence.proxy.async.shared::cta; bar.sync 0; setp.ge.u32 %p1, %tid, 32;
+    @%p1 bra OTHER;
+    setp.eq.u32 %p3, %tid, 0; @%p3 cp.async.bulk.global.shared::cta.bulk_group [%y], [%s], 256;
+    @%p3 cp.async.bulk.commit_group; @%p3 cp.async.bulk.wait_group.read 0; {}
+    bra DONE; OTHER: {} \nst.shared.b32 [%s4], 0; // HERE\nDONE:"""
+    run(body.format("bar.sync 1, 64;", "bar.sync 1, 64;"), block=64, y=y)
+    assert (y == np.arange(64)).all()
+    slow = "".join(f"L{i}: bar.warp.sync -1; bra L{i + 1};" for i in range(60)) + "L60:"
+    fails(Hazard, body.format("", slow), block=64, y=y)
+
+
+# -- tensor memory -----------------------------------------------------------------------------------------------------
+def test_a_load_is_complete_by_its_use_or_its_wait():
+    """Warps 0 and 4 share lanes: warp 4 overwrites what warp 0 loaded."""
+    body = f"""setp.ge.u32 %p1, %tid, 128; @%p1 bra OTHER; {ST}.x1.b32 [%r151], {{%tid}}; {WAIT_ST}
+    {LD}.x1.b32 {{%r2}}, [%r151]; DONE bar.sync 1, 256; bra JOIN; OTHER: bar.sync 1, 256;
+    {ST}.x1.b32 [%r151], {{%tid}}; // HERE\n{WAIT_ST} JOIN:"""
+    for done in (WAIT_LD, "add.u32 %r3, %r2, 1;", "mov.b32 %r3, %r2; add.u32 %r3, %r3, 1;"):
+        run(with_tmem(body.replace("DONE", done)), block=256)
+    for late in ("", "mov.b32 %r3, %r2;"):
+        fails(Hazard, with_tmem(body.replace("DONE", late)), "warp 0 reads at PTX line", "tcgen05.wait::ld", block=256)
+
+
+def test_a_store_before_its_wait_is_not_for_others():
+    """The states of cells would let warp 4's own wait pass here; the clocks know whose store it is."""
+    body = f"""setp.ge.u32 %p1, %tid, 128; @%p1 bra OTHER; {ST}.x1.b32 [%r151], {{%tid}}; FIRST bar.sync 1, 256; SECOND
+    bra JOIN; OTHER: bar.sync 1, 256; {LD}.x1.b32 {{%r2}}, [%r151]; // HERE\nJOIN:"""
+    run(with_tmem(body.replace("FIRST", WAIT_ST).replace("SECOND", "")), block=256)
+    fails(Hazard, with_tmem(body.replace("FIRST", "").replace("SECOND", WAIT_ST)), "tcgen05.wait::st", block=256)
+
+
+def test_columns_are_freed_after_everyone_is_done():
+    body = f"""{ST}.x1.b32 [%r151], {{%tid}}; {WAIT_ST} bar.sync 0; {LD}.x1.b32 {{%r2}}, [%r151]; {WAIT_LD}"""
+    free = "tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r150, 512;"
+    run(with_tmem(body), block=128)
+    late = with_tmem(f"{body} @%p14 bra END;\n{free} // HERE\nEND:", free=False)
+    fails(Hazard, late, "frees TMEM column 0", "warp 1", block=128)
+
+
+IDESC = instruction_descriptor(16)
+A, B = smem_descriptor(0, 2048, 128, 0), smem_descriptor(4096, 256, 128, 0)
+MBAR = 8192
+FILL = "".join(f"st.shared.v4.b32 [%s16+{i * 2048}], {{0, 0, 0, 0}};" for i in range(3)) + "FENCE bar.sync 0;"
+MMA = f"""@%p3 tcgen05.mma.cta_group::1.kind::f16 [%r150], %d1, %d2, {IDESC}, 0;
+@%p3 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%s+{MBAR}];"""
+
+
+def product(fence="fence.proxy.async.shared::cta;", before="", after="bar.sync 0;", end="") -> str:
+    body = f"""{init(MBAR)} mov.b64 %d1, {A}; mov.b64 %d2, {B}; {FILL.replace("FENCE", fence)}
+    {before} {MMA} {wait(MBAR)} {after} {end}"""
+    return with_tmem(body, slot=MBAR + 16)
+
+
+def test_an_operand_needs_the_proxy_fence_on_its_way():
+    run(product(), block=128, smem=16384)
+    fails(Hazard, product(fence=""), "fence.proxy.async", block=128, smem=16384)
+    elsewhere = "setp.lt.u32 %p4, %tid, 64; @%p4 bra F; fence.proxy.async.shared::cta; F:"
+    message = fails(Hazard, product(fence="", before=elsewhere), block=128, smem=16384)
+    assert "with no fence.proxy.async between: insert fence.proxy.async after PTX line" in message
+
+
+def test_the_result_is_known_to_those_who_wait():
+    load = f"{LD}.x1.b32 {{%r2}}, [%r151]; // HERE\n"
+    run(product(end=f"{load} {WAIT_LD}"), block=128, smem=16384)
+    slow = "setp.ge.u32 %p5, %tid, 32; " + "".join(f"L{i}: bra L{i + 1};" for i in range(60)) + "L60:"
+    body = product().replace(wait(MBAR), f"{slow}\n@%p5 bra SKIP; {wait(MBAR)} SKIP: {load} {WAIT_LD}")
+    fails(Hazard, body, "tcgen05.commit", block=128, smem=16384)
+
+
+def test_tensor_maps_too():
+    """Two boxes in one place: the second may only come after the first was read."""
+    x = aligned((64, 32), np.uint32)
+    load = """mov.u32 %r20, 0; mov.u32 %r21, ROW;\n@%p3 cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::
+complete_tx::bytes [%s], [%m, {%r20, %r21}], [%s+2048];""".replace("::\n", "::")
+    expect = "@%p3 mbarrier.arrive.expect_tx.shared.b64 _, [%s+2048], 1024;"
+    body = f"""{init(2048)} bar.sync 0; {expect} {load.replace("ROW", "0")} {wait(2048)}
+    ld.shared.b32 %r1, [%s4]; BARRIER {expect} {load.replace("ROW", "8")} {wait(2048, 1, "V")}"""
+    tensor = tensor_map(x, (32, 8))
+    run(body.replace("BARRIER", "bar.sync 0;"), block=64, smem=4096, m=tensor, known={"x": x})
+    fails(Hazard, body.replace("BARRIER", ""), "which warp 1 reads at", block=64, smem=4096, m=tensor, known={"x": x})
