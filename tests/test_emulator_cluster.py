@@ -81,7 +81,8 @@ def test_the_cluster_barrier_waits_for_every_warp():
 
 def test_a_rank_outside_the_cluster():
     """Programs compute an address for each lane and use those of the cluster."""
-    body = "mapa.shared::cluster.u32 %r2, %s, %tid; mov.u32 %r3, 7; setp.lt.u32 %p1, %tid, {};"
+    body = """mov.u32 %r3, %cluster_ctarank; mad.lo.u32 %r3, %r3, 4, %s; mapa.shared::cluster.u32 %r2, %r3, %tid;
+    setp.lt.u32 %p1, %tid, {};"""
     launch(body.format(2) + "@%p1 st.shared::cluster.b32 [%r2], %r3;", (2, 1, 1))
     for lanes, beyond in ((3, 2), (32, 31)):
         with pytest.raises(Hazard, match=f"a shared::cluster address names CTA {beyond} of a cluster of 2"):
