@@ -60,6 +60,8 @@ LineInfo = typer.Option(False, "--lineinfo", help="compile with line information
 Trace = typer.Option(None, "--trace", metavar="FILE", help="write a timeline: .json, .json.gz (Perfetto), .svg")
 TraceCtas = typer.Option(2, "--trace-ctas", min=1, help="CTAs of each launch in the timeline, from the first on")
 LaunchesFile = typer.Option(None, "--json", metavar="FILE", help="write what was launched here")
+Schedules = typer.Option(1, "--schedules", metavar="N", min=1, help="run each launch in N interleavings of its warps")
+ScheduleSeed = typer.Option(0, "--schedule-seed", min=0, help="of the first of them that is not the deterministic one")
 OneShape = typer.Option(None, "--shape", metavar=SHAPE_FORMAT, help="of a specification's random inputs")
 Two = typer.Option(2, "--jobs", min=1, help="processes")
 MutantsFile = typer.Option(None, "--json", metavar="FILE", help="write every mutant and what became of it here")
@@ -173,16 +175,25 @@ def verify(
     fast: bool = Fast,
     trace: Path | None = Trace,
     trace_ctas: int = TraceCtas,
+    schedules: int = Schedules,
+    schedule_seed: int = ScheduleSeed,
     as_json: bool = Json,
 ) -> None:
     """Run the kernel on random inputs and compare with NumPy. Exit code 1 when a shape fails."""
+    if schedules > 1 and backend != "emulator":
+        raise typer.BadParameter("a GPU schedules its warps itself", param_hint="--schedules")
     chosen = plan_kernel(kernel_spec(kernel, fields))
     shapes = _shapes(chosen, shape)
+
     if trace is not None and backend != "emulator":
         raise SpecError("--trace", trace, f"only the emulator is traced, not {backend}", "leave --backend out")
     tracer = _tracer(trace, trace_ctas)
     binary = _compiled(chosen, None, lineinfo or tracer is not None)
-    rows = _verified(chosen, binary, shapes, backend, seed, strict=not fast, trace=tracer)
+
+    def prepare(gpu: Any, outputs: Any) -> None:
+        gpu.schedules, gpu.schedule_seed = schedules, schedule_seed
+
+    rows = _verified(chosen, binary, shapes, backend, seed, strict=not fast, trace=tracer, prepare=prepare)
     if as_json:
         print(present.document(rows))
     else:
@@ -238,6 +249,8 @@ def emulate(
     allow_uninitialized: bool = Uninitialized,
     trace: Path | None = Trace,
     trace_ctas: int = TraceCtas,
+    schedules: int = Schedules,
+    schedule_seed: int = ScheduleSeed,
     json_file: Path | None = LaunchesFile,
 ) -> None:
     """Run a CuTe DSL program on the emulator, NumPy or CPU torch arrays standing for device tensors.
@@ -248,7 +261,7 @@ def emulate(
 
     tracer = _tracer(trace, trace_ctas)
     options = {"strict": not fast, "accumulation": accumulation, "trace": tracer}
-    options["allow_uninitialized"] = allow_uninitialized
+    options |= {"allow_uninitialized": allow_uninitialized, "schedules": schedules, "schedule_seed": schedule_seed}
     run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo or tracer is not None, **options)
     if run.launches:
         present.console(to_stderr=True, for_tables=True).print(present.launches_table(run.launches))

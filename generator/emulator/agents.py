@@ -76,6 +76,25 @@ class AsyncQueue:
         self.entries = [entry for entry in self.entries if entry.remaining]
         return True
 
+    def complete_all(self) -> None:
+        """Everything takes effect, in issue order; of the tensor core's work, what a commit follows: the products
+        between two commits are added up together, whatever the schedule.
+        """
+        last = max((i for i, entry in enumerate(self.entries) if entry.fifo and entry.signals), default=-1)
+        for position, entry in enumerate(self.entries):
+            if not entry.fifo or position == last:
+                self._complete(position, entry.remaining)
+        self.entries = [entry for entry in self.entries if entry.remaining]
+
+    def complete_some(self, position: int, chance: Callable[[], bool]) -> None:
+        """One entry takes effect in those of its clusters that `chance` picks, and tensor-core work before it."""
+        entry = self.entries[position]
+        if entry.fifo and not entry.signals:
+            return
+        chosen = sum(part for part in self.machine.cluster.split(entry.remaining) if chance())
+        self._complete(position, chosen)
+        self.entries = [entry for entry in self.entries if entry.remaining]
+
     def _wanted(self) -> dict[int, int]:
         """mbarrier slot → CTAs where a sleeping warp waits for it."""
         m = self.machine

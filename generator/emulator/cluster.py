@@ -55,6 +55,12 @@ class Cluster:
                 found |= whole << first
         return found
 
+    def split(self, bits: int) -> list[int]:
+        """These CTAs by cluster (CtaSets ints)."""
+        whole = (1 << self.size) - 1
+        parts = (bits & whole << first for first in range(0, bits.bit_length(), self.size))
+        return [part for part in parts if part]
+
     def arrive(self, warps: np.ndarray, ctas: np.ndarray, where) -> None:
         """barrier.cluster.arrive of these warps."""
         if (self.token[warps, ctas] >= 0).any():

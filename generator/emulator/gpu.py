@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from .lineinfo import name_sources, naming_sources
 from .machine import Machine
 from .memory import GlobalMemory
 from .parse import parse_ptx
+from .repeat import check_schedules, repeat
+from .schedule import Schedule
 from .syntax import Module
 from .trace import Tracer
 from .translate import Program, Translator
@@ -36,7 +38,8 @@ WAVE = 32  # CTAs that run together: wide enough to amortize NumPy's cost a call
 @dataclass(frozen=True)
 class LaunchReport:
     """What one launch did. `opcodes` counts warp-instructions by opcode; `tmem_columns` is the peak a CTA; `hazards`
-    are messages: a launch that was cut short has the one that ended it, and no counts.
+    are messages: a launch that was cut short has the one that ended it, and no counts. `schedules`: how often it ran;
+    `seconds` covers all of them, the counts one.
 
     loaded_bytes, stored_bytes: what bulk copies brought to and from shared memory, boxes as a whole; a multicast counts
     in every CTA that it reaches. mma_flop: 2·m·n·k of every tcgen05.mma, wgmma and mma.sync. model: of a traced launch,
@@ -58,6 +61,7 @@ class LaunchReport:
     mma_flop: int = 0
     model: dict[str, Any] | None = None
     printed: str = ""  # by the kernel's printf, which also goes to the standard output
+    schedules: int = 1
 
 
 def _bind_params(program: Program, params) -> dict:
@@ -83,9 +87,11 @@ class LaunchCase:
     smem_bytes: int
     params: tuple[bytes, ...]
 
-    def run(self, text: str | None = None, program: Program | None = None) -> tuple[Counter, int]:
-        """Execute the launch, or another PTX `text` or `program` in its place; warp-instructions by opcode, and TMEM
-        columns.
+    def run(
+        self, schedule: Schedule | None = None, text: str | None = None, program: Program | None = None
+    ) -> tuple[Counter, int]:
+        """Execute the launch, or another PTX `text` or `program` in its place, under a schedule: by default the
+        deterministic one. Returns warp-instructions by opcode, and TMEM columns.
 
         Raises:
             LaunchError, Hazard, Deadlock, UnsupportedInstruction: see `errors`.
@@ -98,7 +104,8 @@ class LaunchCase:
                 f"{SMEM_LIMIT[self.gpu.arch]}"
             )
         values = _bind_params(program, self.params) | self._module_state()
-        ctas = _by_cluster(self.grid, self.cluster)
+        schedule = schedule or Schedule()
+        ctas = _by_cluster(self.grid, self.cluster, schedule)
         size = self.cluster[0] * self.cluster[1] * self.cluster[2]
         wave = max(WAVE // size, 1) * size
         executed, columns = np.zeros(len(program.blocks), np.int64), 0
@@ -106,7 +113,7 @@ class LaunchCase:
             for first in range(0, len(ctas), wave):
                 machine = Machine(
                     *(program, ctas[first : first + wave], self.grid, self.block, self.smem_bytes, values),
-                    *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict),
+                    *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict, schedule),
                 )
                 machine.allow_uninitialized = self.gpu.allow_uninitialized
                 machine.run()
@@ -132,8 +139,8 @@ class LaunchCase:
 Observer = Callable[[LaunchCase], AbstractContextManager[None]]
 
 
-def _by_cluster(grid: tuple[int, int, int], cluster: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """Block indices cluster by cluster, by rank within each (x fastest)."""
+def _by_cluster(grid: tuple[int, int, int], cluster: tuple[int, int, int], schedule: Schedule) -> list:
+    """Block indices cluster by cluster, as scheduled, by rank within each (x fastest)."""
 
     def walk(extents):
         return [(x, y, z) for z in range(extents[2]) for y in range(extents[1]) for x in range(extents[0])]
@@ -141,7 +148,7 @@ def _by_cluster(grid: tuple[int, int, int], cluster: tuple[int, int, int]) -> li
     corners = walk([g // c for g, c in zip(grid, cluster, strict=True)])
     return [
         tuple(c * n + i for c, n, i in zip(corner, cluster, inner, strict=True))
-        for corner in corners
+        for corner in schedule.order(corners)
         for inner in walk(cluster)
     ]
 
@@ -183,6 +190,8 @@ class Gpu:
         accumulation: how tensor cores add up products: "fast", in float32 by BLAS, or "exact", each instruction by the
             alignment-and-truncation model of `accumulate`.
         trace: a Tracer, or the file that its launches are traced into, see `Tracer`.
+        schedules: each launch is repeated so many times on the same inputs: in the deterministic schedule, then under
+            the seeds from `schedule_seed` on. That its result depends on the schedule is a Hazard.
 
     `allow_uninitialized`, False at first: kernels may compute on registers and shared memory that were never written,
     as they do on rows beyond the end of a tensor. Such memory is poison (NaN), so what comes of it shows if it is used.
@@ -194,6 +203,8 @@ class Gpu:
         strict: bool = True,
         accumulation: str = "fast",
         trace: Tracer | str | Path | None = None,
+        schedules: int = 1,
+        schedule_seed: int = 0,
     ):
         if arch not in SMEM_LIMIT:
             raise LaunchError(f"arch is {arch!r}: the emulator knows {', '.join(SMEM_LIMIT)}")
@@ -201,8 +212,10 @@ class Gpu:
             raise LaunchError(f"strict is {strict!r}: True or False")
         if accumulation not in MODES:
             raise LaunchError(f"accumulation is {accumulation!r}: one of {', '.join(MODES)}")
+        check_schedules(schedules, schedule_seed)
         self.arch, self.strict, self.accumulation = arch, strict, accumulation
         self.allow_uninitialized = False
+        self.schedules, self.schedule_seed = schedules, schedule_seed
         self.gmem = GlobalMemory()
         self.variables = ModuleVariables(self.gmem)
         self.printed: list[str] = []  # by the launch under way
@@ -263,21 +276,34 @@ class Gpu:
         with ExitStack() as around:
             for observer in self.observers:
                 around.enter_context(observer(case))
-            self.work = Counter()
+            case._module_state()  # its variables are global memory that every schedule starts from
+            named = {instr.opcode for instr in module.kernels[kernel].instrs}
             try:
-                (opcodes, columns), model = self.tracer.run(case, _parse) if self.tracer else (case.run(), None)
+                result = repeat(partial(self._execute, case), self.gmem, named, self.schedules, self.schedule_seed)
             finally:
                 print(end="".join(self.printed))
-            work = Counter({"mma_flop": _matrix_flop(opcodes)}) + self.work
+            (opcodes, columns), model, work = result
         report = LaunchReport(
             *(kernel, grid, block, smem_bytes, time.perf_counter() - start, sum(opcodes.values()), opcodes, columns),
             cluster=cluster,
             printed="".join(self.printed),
+            schedules=self.schedules,
             model=model,
             **work,
         )
         self.launches.append(report)
         return report
+
+    def _execute(self, case: LaunchCase, schedule: Schedule | None) -> tuple:
+        """Run a case once; the deterministic schedule is the one that is traced, and whose output is printed.
+        Returns opcodes and columns, model, work.
+        """
+        self.work, printed = Counter(), list(self.printed)
+        traced = self.tracer is not None and schedule is None
+        result, model = self.tracer.run(case, _parse) if traced else (case.run(schedule), None)
+        if schedule is not None:
+            self.printed[:] = printed
+        return result, model, Counter({"mma_flop": _matrix_flop(result[0])}) + self.work
 
     def _check_launch(self, module, kernel, grid, block, cluster, smem_bytes, params) -> None:
         if kernel not in module.kernels:

@@ -20,13 +20,13 @@ from .labels import Labels
 from .memory import GlobalMemory, SharedMemory, TensorMemory
 from .ops.tma import check_bulk_at_exit
 from .races import Races
+from .schedule import Schedule
 from .syntax import Instr
 from .tensorcore import TensorCore
 from .translate import Program
 from .warpgroup import Warpgroups
 from .warps import LANES, Warps
 
-TURN = 64  # every so many steps the warp that has waited longest goes first
 PATIENCE = 2048  # after so many steps in which nothing noticeable happened, asynchronous work completes
 IDLE_LIMIT = 500_000 // PATIENCE * PATIENCE  # steps of that kind, with nothing asynchronous left, that make a hang
 REGISTER_DTYPE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -73,6 +73,7 @@ class Machine:
         cluster: tuple[int, int, int] = (1, 1, 1),
         accumulation: str = "fast",
         strict: bool = True,
+        schedule: Schedule | None = None,
     ):
         self.strict = strict
         self.accumulation = accumulation
@@ -115,6 +116,7 @@ class Machine:
         self.wait_parity = np.zeros(shape, np.int8)
         self.wait_line = np.zeros(shape, np.int32)
         self.last_run = np.zeros(shape, np.int64)  # step at which each warp last ran
+        self.schedule = schedule or Schedule()
         self.steps = self.idle = 0  # scheduler steps; those since a block ran that others can notice
         self.executed = np.zeros(len(program.blocks), np.int64)
         self._retire_missing_lanes()
@@ -327,6 +329,8 @@ class Machine:
             Hazard: see `errors`.
         """
         functions, exit_block = self.program.functions, len(self.program.blocks)
+        schedule = self.schedule
+        schedule.start(self)
         while True:
             ready = (self.pc != exit_block) & ~self.barred & (self.stalled != self.pc)
             if not ready.any():
@@ -335,8 +339,9 @@ class Machine:
                 if not self.queue.advance() and not self.settle_clusters():
                     raise Deadlock(self.report_deadlock())
                 continue
-            block = self._next_block(ready)
-            chosen = ready & (self.pc == block)
+            self.steps += 1
+            block, chosen = schedule.choose(self, ready)
+            self._watch_progress(block, ready)
             self.current = block
             waits = self.program.blocks[block].waits
             for ws in self._batches_of(chosen):
@@ -345,20 +350,14 @@ class Machine:
                 self.executed[block] += ws.count
                 self.last_run[ws.index] = self.steps
                 functions[block](self, ws)
+            if schedule.delays != "late":
+                schedule.after_step(self)
         self.queue.drain()
         self.tensor_core.flush()
         self._check_exit()
 
-    def _next_block(self, ready: np.ndarray) -> int:
-        """The lowest block at which a warp is ready, so that warps gather; now and then the longest waiting warp's.
-
-        A loop that polls memory is always ready: without turns for the others it would never end.
-        """
-        self.steps += 1
-        block = int(self.pc[ready].min())
-        if self.steps % TURN == 0:
-            waiting = np.where(ready, self.last_run, np.iinfo(np.int64).max)
-            block = int(self.pc.reshape(-1)[int(np.argmin(waiting))])
+    def _watch_progress(self, block: int, ready: np.ndarray) -> None:
+        """Asynchronous work completes when blocks run for long without effect; nothing of it left, that is a hang."""
         self.idle = 0 if self.program.blocks[block].acts else self.idle + 1
         if self.idle and self.idle % PATIENCE == 0 and not self.queue.advance() and self.idle >= IDLE_LIMIT:
             warp, cta = (int(i) for i in np.argwhere(ready)[0])
@@ -367,7 +366,6 @@ class Machine:
                 f"endless loop: {self.idle} blocks ran and none stored, signalled or ended anything, and nothing "
                 f"asynchronous is under way; CTA {self.name_cta(cta)}, warp {warp} is at PTX lines {first} to {last}"
             )
-        return block
 
     def _batches_of(self, chosen: np.ndarray):
         converged, split = chosen & ~self.diverged, chosen & self.diverged

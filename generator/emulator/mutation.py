@@ -160,4 +160,4 @@ def _difference(after: Snapshot) -> str | None:
     if found is None:
         return None
     name, at, then, now = found
-    return f"{name}: byte {at} is {now:#04x}, {then:#04x} in the original"
+    return f"{name} at byte {at}: {now.tobytes().hex()} (hexadecimal), {then.tobytes().hex()} in the original"

@@ -22,11 +22,11 @@ class Snapshot:
         for start, written in self._written.items():
             self._gmem.written[start][:] = written
 
-    def difference(self) -> tuple[str, int, int, int] | None:
-        """(array, byte offset, byte then, byte now) of the first byte that differs from the copy, or None."""
+    def difference(self) -> tuple[str, int, np.ndarray, np.ndarray] | None:
+        """(array, byte offset, bytes then, bytes now) of the first word of four bytes that differs from the copy."""
         for start, _, name, view in self._gmem.regions:
             differs = view != self._arrays[start]
             if differs.any():
-                at = int(np.argmax(differs))
-                return name, at, int(self._arrays[start][at]), int(view[at])
+                at = int(np.argmax(differs)) // 4 * 4
+                return name, at, self._arrays[start][at : at + 4], view[at : at + 4]
         return None

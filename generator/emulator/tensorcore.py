@@ -118,7 +118,7 @@ class TensorCore:
 
     def __init__(self, machine):
         self.machine = machine
-        self.waiting: list[Mma] = []
+        self.waiting: list[list[Mma]] = []  # taken and not executed, in chains that become one product each
         self.issued: list[Work] = []  # not executed everywhere yet, in issue order
 
     def issue(self, op: Work) -> None:
@@ -183,11 +183,18 @@ class TensorCore:
             op.execute(self.machine, self.machine.queue.sets.array(bits))
             self._finish(op.cells_written(), bits)
             return
-        if bits != op.bits:
-            op = replace(op, ctas=self.machine.queue.sets.array(bits), bits=bits, remaining=0)
-        if self.waiting and not self.waiting[-1].fuses_with(op):
-            self.flush()
-        self.waiting.append(op)
+        for part in (bits,) if self.machine.schedule.seed is None else self.machine.cluster.split(bits):
+            self._collect(op if part == op.bits else self._part(op, part))
+
+    def _part(self, op: Mma, bits: int) -> Mma:
+        return replace(op, ctas=self.machine.queue.sets.array(bits), bits=bits, remaining=0)
+
+    def _collect(self, op: Mma) -> None:
+        before = next((chain for chain in reversed(self.waiting) if chain[0].bits & op.bits), None)  # in some CTA
+        if before is not None and before[-1].fuses_with(op):
+            before.append(op)
+        else:
+            self.waiting.append([op])
 
     def _finish(self, cells: Cells, bits: int) -> None:
         """These cells are written in these CTAs."""
@@ -203,9 +210,11 @@ class TensorCore:
 
     def flush(self) -> None:
         """Execute what has been collected."""
-        if not self.waiting:
-            return
-        ops, self.waiting = self.waiting, []
+        chains, self.waiting = self.waiting, []
+        for ops in chains:
+            self._execute(ops)
+
+    def _execute(self, ops: list[Mma]) -> None:
         m, first = self.machine, ops[0]
         shape, ctas, n = first.shape, first.ctas, len(first.ctas)
         for op in ops if m.strict else ():
