@@ -66,6 +66,13 @@ class Mbarriers:
             )
         return self.settle(slot, ctas, where)
 
+    def drop(self, slot: int, ctas: np.ndarray, counts, where: str) -> None:
+        """The phases after this one expect `counts` fewer arrivals."""
+        self.require_live(slot, ctas, where)
+        self.expected[slot, ctas] -= counts
+        if (self.expected[slot, ctas] < 0).any():
+            raise Hazard(f"{where}: arrive_drop takes the expected count of the {self.name(slot)} below zero")
+
     def add_tx(self, slot: int, ctas: np.ndarray, nbytes, where: str) -> None:
         self.require_live(slot, ctas, where)
         self.tx[slot, ctas] += nbytes

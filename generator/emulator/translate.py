@@ -69,6 +69,7 @@ class Program:
     static_shared: int
     source: str
     load_sites: dict[int, int]  # number of each tcgen05.ld by PTX line, see `loads`
+    read: frozenset[int]  # registers that some instruction reads
 
     def opcode_at(self, line: int) -> str:
         """Opcode of the first instruction on a PTX line that does more than compute."""
@@ -304,4 +305,5 @@ class Translator:
             self.static_shared,
             source,
             load_sites,
+            frozenset(r.index for i in instrs for r in defs_and_uses(i)[1]),
         )

@@ -14,7 +14,7 @@ from ..errors import Hazard
 from ..memory import COPY_PENDING, GENERIC, MBARRIER, REASONS, TMA_PENDING, UNWRITTEN
 from ..table import effect
 from ..tensormap import TensorMap
-from .barrier import by_address
+from .mbarrier import by_address
 from .memory import shared_offsets
 from .tma import _begin, _finish_load, _lanes, _require_valid, _span
 
