@@ -114,11 +114,17 @@ class Mbarriers:
 
 
 class NamedBarriers:
-    """The 16 barriers of each CTA: threads arrived, threads expected [16, n_cta]."""
+    """The 16 barriers of each CTA: threads arrived, threads expected [16, n_cta].
+
+    `votes` counts the true and the false predicates of bar.red in this phase, `outcome` those of the last one, int64
+    [2, 16, n_cta].
+    """
 
     def __init__(self, n_cta: int):
         self.arrived = np.zeros((16, n_cta), np.int64)
         self.expected = np.zeros((16, n_cta), np.int64)
+        self.votes = np.zeros((2, 16, n_cta), np.int64)
+        self.outcome = np.zeros((2, 16, n_cta), np.int64)
 
     def arrive(self, barrier: int, ctas: np.ndarray, threads: np.ndarray, expected: int, where: str) -> np.ndarray:
         """`threads` more threads arrive in each CTA; returns the CTAs where the barrier completed (and was reset)."""
@@ -143,4 +149,6 @@ class NamedBarriers:
             )
         done = ctas[self.arrived[barrier, ctas] == expected]
         self.arrived[barrier, done] = 0
+        self.outcome[:, barrier, done] = self.votes[:, barrier, done]
+        self.votes[:, barrier, done] = 0
         return done

@@ -14,6 +14,7 @@ from .calls import OF_CALL, RETURN, branch_by_table, call, of_call_parameters
 from .errors import PtxSyntaxError
 from .lineinfo import Source, read_loc
 from .syntax import SINK, TYPE_BITS, Address, Imm, Instr, Kernel, Not, Pair, Reg, Special, Symbol, Vector
+from .table import RESULT
 from .toplevel import Outside
 
 _LABEL = re.compile(r"\s*([$%\w]+)\s*:(?!:)")
@@ -180,6 +181,10 @@ class BodyParser:
         if opcode == "ret" and self.calling:
             return self.emit("bra", (Symbol(RETURN),), condition)
         operands = tuple(self.operand(t, line) for t in split_operands(rest)) if rest else ()
+        if re.match(r"bar(rier)?(\.cta)?\.red\.", opcode):  # arrives and waits; then the result is read
+            result, barrier, *counts, predicate = operands
+            self.emit(opcode, (barrier, *(counts or [Imm(0)]), predicate), condition)
+            return self.emit(opcode + RESULT, (result, barrier), condition)
         return self.emit(of_call_parameters(opcode, operands), operands, condition)
 
     def emit(self, opcode: str, operands: tuple, condition: tuple) -> None:

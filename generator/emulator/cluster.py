@@ -24,9 +24,11 @@ class Cluster:
     def __init__(self, shape: tuple[int, int, int], n_cta: int, n_warps: int):
         self.shape = shape
         self.size = shape[0] * shape[1] * shape[2]
-        self.arrived = np.zeros((n_warps, n_cta), bool)
+        self.arrived = np.zeros((n_warps, n_cta, 32), bool)
         self.generation = np.zeros(n_cta // self.size, np.int64)
-        self.token = np.full((n_warps, n_cta), -1, np.int64)  # phase that a warp arrived in and did not wait for yet
+        self.token = np.full(
+            (n_warps, n_cta, 32), -1, np.int64
+        )  # phase that a lane arrived in and did not wait for yet
 
     def rank(self, ctas):
         return ctas % self.size
@@ -61,27 +63,29 @@ class Cluster:
         parts = (bits & whole << first for first in range(0, bits.bit_length(), self.size))
         return [part for part in parts if part]
 
-    def arrive(self, warps: np.ndarray, ctas: np.ndarray, where) -> None:
-        """barrier.cluster.arrive of these warps."""
-        if (self.token[warps, ctas] >= 0).any():
+    def arrive(self, warps: np.ndarray, ctas: np.ndarray, lanes: np.ndarray, where) -> None:
+        """barrier.cluster.arrive of these lanes, bool [len(warps), 32]."""
+        token = self.token[warps, ctas]
+        if (lanes & (token >= 0)).any():
             raise Hazard(f"{where}: barrier.cluster.arrive twice with no barrier.cluster.wait between")
-        self.arrived[warps, ctas] = True
-        self.token[warps, ctas] = self.generation[ctas // self.size]
+        self.arrived[warps, ctas] |= lanes
+        self.token[warps, ctas] = np.where(lanes, self.generation[ctas // self.size][:, None], token)
 
     def settle(self, exited: np.ndarray) -> np.ndarray:
-        """Complete the barrier of every cluster whose warps have all arrived or exited; returns their CTAs."""
-        here = (self.arrived | exited).all(axis=0).reshape(-1, self.size).all(axis=1)
-        some = self.arrived.any(axis=0).reshape(-1, self.size).any(axis=1)
+        """Complete the barrier of every cluster whose lanes have all arrived or exited; returns their CTAs."""
+        here = (self.arrived | exited).all(axis=(0, 2)).reshape(-1, self.size).all(axis=1)
+        some = self.arrived.any(axis=(0, 2)).reshape(-1, self.size).any(axis=1)
         done = np.nonzero(here & some)[0]
         self.generation[done] += 1
         ctas = (done[:, None] * self.size + np.arange(self.size)).reshape(-1)
         self.arrived[:, ctas] = False
         return ctas
 
-    def waits(self, warps: np.ndarray, ctas: np.ndarray, where) -> np.ndarray:
-        """bool: which of these warps must wait for the phase that they arrived in."""
-        if (self.token[warps, ctas] < 0).any():
+    def waits(self, warps: np.ndarray, ctas: np.ndarray, lanes: np.ndarray, where) -> np.ndarray:
+        """bool: which of these warps must wait for the phase that their `lanes` arrived in."""
+        token = self.token[warps, ctas]
+        if (lanes & (token < 0)).any():
             raise Hazard(f"{where}: barrier.cluster.wait without an arrive before it")
-        must = self.generation[ctas // self.size] <= self.token[warps, ctas]
-        self.token[warps, ctas] = -1
+        must = (lanes & (self.generation[ctas // self.size][:, None] <= token)).any(axis=1)
+        self.token[warps, ctas] = np.where(lanes, -1, token)
         return must

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from .flow import CONTROL, IGNORED, MOVES, PARAM_LOADS
-from .table import FAMILIES, TABLE, expand
+from .table import FAMILIES, RESULT, TABLE, expand
 from .translate import Translator
 
 SECTIONS = {
@@ -52,6 +52,8 @@ def names_by_place() -> dict[tuple[str, str], set[str]]:
     """(ISA section, mnemonic) → every opcode."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for name, entry in TABLE.items():
+        if RESULT in name:
+            continue
         found[entry.isa, name.split(".")[0]].add(name)
     for names, sections in TRANSLATED:
         for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ from .variables import ModuleVariables
 SMEM_LIMIT = {"sm_90a": 232448, "sm_100a": 232448}  # opt-in shared memory a CTA, CUDA programming guide, table 27
 GRID_LIMIT = (2**31 - 1, 65535, 65535)  # CUDA programming guide, table 27
 MAX_CLUSTER = 16  # CTAs a cluster, the non-portable limit, CUDA programming guide, thread block clusters
+CANCELLING_WAVE = 4  # the same where CTAs cancel the launch of others, so that some are left to cancel
 WAVE = 32  # CTAs that run together: wide enough to amortize NumPy's cost a call, small enough for the cache
 
 
@@ -107,12 +108,15 @@ class LaunchCase:
         schedule = schedule or Schedule()
         ctas = _by_cluster(self.grid, self.cluster, schedule)
         size = self.cluster[0] * self.cluster[1] * self.cluster[2]
-        wave = max(WAVE // size, 1) * size
+        waiting = values["waiting"] = deque(ctas[i : i + size] for i in range(0, len(ctas), size))
+        cancels = any(i.opcode.startswith("clusterlaunchcontrol.try_cancel") for i in program.kernel.instrs)
+        wave = max((CANCELLING_WAVE if cancels else WAVE) // size, 1)
         executed, columns = np.zeros(len(program.blocks), np.int64), 0
         with np.errstate(all="ignore"), _blas().limit(limits=1):
-            for first in range(0, len(ctas), wave):
+            while waiting:
+                here = [cta for _ in range(min(wave, len(waiting))) for cta in waiting.popleft()]
                 machine = Machine(
-                    *(program, ctas[first : first + wave], self.grid, self.block, self.smem_bytes, values),
+                    *(program, here, self.grid, self.block, self.smem_bytes, values),
                     *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict, schedule),
                 )
                 machine.allow_uninitialized = self.gpu.allow_uninitialized

@@ -8,7 +8,7 @@ of the program allow.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 
@@ -101,6 +101,7 @@ class Machine:
         self.variables: dict[str, np.uint64] = params["variables"]  # addresses of the module's
         self.constants = params["constants"]  # [first, end) of those in constant memory
         self.printed: list[str] = params["printed"]
+        self.waiting: deque[list[tuple[int, int, int]]] = params["waiting"]  # clusters that have not started
         self.block_ids = np.array(ctas, np.uint32).reshape(-1, 3)
         self.special = self._specials(smem_bytes)
         self._make_registers()
@@ -296,15 +297,24 @@ class Machine:
                 self.races.bar_done(barrier, done)
             self.barred[:, done] &= self.barred_on[:, done] != barrier
 
-    def cluster_arrive(self, ws: Warps, instr: Instr) -> None:
-        self.cluster.arrive(*ws.flat_pairs(), self.where(ws, instr))
+    @staticmethod
+    def _running(ws: Warps, lanes) -> np.ndarray:
+        return ws.full(lanes).reshape(-1, 32)
+
+    def exited(self) -> np.ndarray:
+        """bool [warp, CTA, 32]: lanes that have left, or that the last warp lacks."""
+        end = len(self.program.blocks)
+        return np.where(self.diverged[..., None], self.lane_pc == end, (self.pc == end)[..., None])
+
+    def cluster_arrive(self, ws: Warps, lanes, instr: Instr) -> None:
+        self.cluster.arrive(*ws.flat_pairs(), self._running(ws, lanes), self.where(ws, instr, lanes))
         if self.races:
             self.races.cluster_arrive(ws, instr)
         self.settle_clusters()
 
-    def cluster_wait(self, ws: Warps, instr: Instr) -> None:
+    def cluster_wait(self, ws: Warps, lanes, instr: Instr) -> None:
         warps, ctas = ws.flat_pairs()
-        must = self.cluster.waits(warps, ctas, self.where(ws, instr))
+        must = self.cluster.waits(warps, ctas, self._running(ws, lanes), self.where(ws, instr, lanes))
         if self.races:
             self.races.cluster_wait(warps[~must], ctas[~must])
         self.barred[warps[must], ctas[must]] = True
@@ -313,7 +323,7 @@ class Machine:
 
     def settle_clusters(self) -> bool:
         """Let the warps of complete cluster barriers go on."""
-        done = self.cluster.settle(self.pc == len(self.program.blocks))
+        done = self.cluster.settle(self.exited())
         if len(done):
             if self.races:
                 self.races.cluster_done_in(done)

@@ -204,7 +204,8 @@ class OperandWriter:
         items = operand.items if isinstance(operand, Vector) else (operand,)
         said = re.search(r"\.[vx](\d+)(?=\.|$)", instr.opcode)
         wide = next((n for shape, n in (("16x128b", 2), ("16x256b", 4)) if shape in instr.opcode), 1)  # of tcgen05.ld
-        if said and len(items) != int(said[1]) * wide:
+        whole = ".b128" in instr.opcode and len(items) == 2  # a 128-bit register
+        if said and len(items) != int(said[1]) * wide and not whole:
             raise UnsupportedInstruction(
                 f"PTX line {instr.line}: {instr.opcode} with {len(items)} registers: {instr.text!r}"
             )

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
+RESULT = "$result"  # ends the name of an instruction's second half, which the parser writes
 BITS = {"p": 1, "h": 16, "i": 16, "e": 16, "u": 32, "s": 32, "f": 32, "U": 64, "S": 64, "d": 64, "2": 64}
 
 
