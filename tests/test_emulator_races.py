@@ -270,3 +270,24 @@ complete_tx::bytes [%s], [%m, {%r20, %r21}], [%s+2048];""".replace("::\n", "::")
     tensor = tensor_map(x, (32, 8))
     run(body.replace("BARRIER", "bar.sync 0;"), block=64, smem=4096, m=tensor, known={"x": x})
     fails(Hazard, body.replace("BARRIER", ""), "which warp 1 reads at", block=64, smem=4096, m=tensor, known={"x": x})
+
+
+# -- registers ---------------------------------------------------------------------------------------------------------
+def pool(*counts: int, more: str = "") -> str:
+    """A warpgroup each: setmaxnreg to these counts, after a decrease to 24."""
+    body = "setmaxnreg.dec.sync.aligned.u32 24; shr.u32 %r1, %tid, 7;"
+    for group, count in enumerate(counts):
+        body += f"setp.ne.u32 %p1, %r1, {group}; @%p1 bra G{group}; setmaxnreg.inc.sync.aligned.u32 {count}; G{group}:"
+    return body + more
+
+
+def test_setmaxnreg_within_the_pool():
+    run(pool(240, 240, 24), block=384)
+    run(pool(256, 256), block=256)
+    fails(
+        Hazard, pool(240, 240, 48), "67584 registers of a pool of 65536", "from warp 0: 240, 4: 240, 8: 48", block=384
+    )
+    once = "setp.ge.u32 %p1, %tid, 32; @%p1 bra X; setmaxnreg.inc.sync.aligned.u32 40; X:"
+    fails(Hazard, pool(more=once), "different setmaxnreg", block=128)
+    fails(Hazard, "\nsetmaxnreg.dec.sync.aligned.u32 136; // HERE\n", "has at most 128", block=512)
+    fails(Hazard, pool(64, more="\nsetmaxnreg.inc.sync.aligned.u32 32; // HERE\n"), "has 64", block=128)

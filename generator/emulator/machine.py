@@ -20,6 +20,7 @@ from .labels import Labels
 from .memory import GlobalMemory, SharedMemory, TensorMemory
 from .ops.tma import check_bulk_at_exit
 from .races import Races
+from .registers import RegisterPool
 from .schedule import Schedule
 from .syntax import Instr
 from .tensorcore import TensorCore
@@ -91,6 +92,7 @@ class Machine:
         self.tensor_core = TensorCore(self)
         self.wgmma = Warpgroups(self)
         self.races = Races(self) if strict else None
+        self.pool = RegisterPool(self) if strict else None
         self.stores: list[tuple] = []  # tcgen05.st that no wait::st has covered yet
         self.bulk: dict[tuple[int, int, int], list[list]] = {}  # bulk groups by (warp, CTA, lane); the last is open
         self.work: Counter[str] = Counter()  # bytes that bulk copies move, and FLOP of tcgen05.mma: see LaunchReport
@@ -393,6 +395,8 @@ class Machine:
     def _check_exit(self) -> None:
         check_bulk_at_exit(self)
         self.wgmma.check_exit()
+        if self.pool:
+            self.pool.check_exit()
         self.mbarriers.check_exit()
         leaked = np.nonzero(self.tmem.allocated.any(axis=0))[0]
         if len(leaked):

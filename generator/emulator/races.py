@@ -86,16 +86,17 @@ class Races(Order):
                     here, int(warp[at]), write, self._place(int(cta[at]), int(own[at]), int(offsets[at]) + byte),
                     int(epochs[at]), read, int(own[at]), False,
                 )  # fmt: skip
-        if strong:
+        if strong and mine is None:
             self.through_cells(instr, warp, own, cta, offsets, write, sync)
         if mine is None:
             mine = clocks.epoch(warp, own, instr.line) | (STRONG if strong else 0)
         plane = shared.plane_of(nbytes)
         plane.touch(int(offsets.min()), int(offsets.max()) + nbytes)
         if not write:
-            for number in np.unique(warp).tolist():
+            readers = self._readers(mine, cta)
+            for number in np.unique(readers).tolist():
                 read = plane.read_by(number)
-                which = warp == number
+                which = readers == number
                 for cell in plane.indices(offsets[which], nbytes):
                     read[cta[which], cell] = mine[which]
             return
@@ -113,11 +114,10 @@ class Races(Order):
         return int(lanes[at]) if lanes is not None else int(at[-1]) if len(at) > 1 else None
 
     # -- shared memory, asynchronous reads and writes ------------------------------------------------------------------
-    def read_chunks(self, kind: str, numbers, instr, warps, ctas, targets, chunks, time=None, what="reads") -> None:
-        """Asynchronous work of `kind` that warp `warps[i]` of CTA `ctas[i]` issues reads chunks of CTA `targets[i]`.
+    def read_chunks(self, instr, warps, ctas, targets, chunks, mine: np.ndarray, what="reads") -> None:
+        """Asynchronous work that warp `warps[i]` of CTA `ctas[i]` issues reads chunks of CTA `targets[i]`.
 
-        `chunks`: int array, the same in all of them, or a slice; `numbers`: component number of each row (a warp, or a
-        warpgroup); `time`: its time, None for that of the agents' next piece of work.
+        `chunks`: int array, the same in all of them, or a slice; `mine`: epoch of each row's read.
         """
         clocks, shared = self.clocks, self.shared
         low, high = _span(chunks)
@@ -127,28 +127,32 @@ class Races(Order):
             bad = clocks.behind(epochs, base, by_proxy=True)
             if bad.any():
                 self._chunk_race(instr, warps, ctas, targets, chunks, epochs, bad, byte, False, False, what)
-        if time is None:
-            mine = clocks.agent(kind).epoch(warps, ctas, instr.line)
-            local = clocks.agent(kind).local[warps]
-        else:
-            local = np.array([clocks.component(kind, n) for n in np.asarray(numbers).tolist()])
-            mine = time | local * clocks.size + clocks.rank[ctas] | instr.line << LINE_SHIFT
+        readers = self._readers(mine, targets)
         shared.chunks.touch(low, high)
-        for number in np.unique(local).tolist():
-            which = local == number
+        for number in np.unique(readers).tolist():
+            which = readers == number
             _store(shared.chunks.read_by(number), targets[which], chunks, mine[which])
 
-    def write_chunks(self, instr, warps, ctas, targets, chunks, epochs_of_write: np.ndarray) -> None:
-        """Warp `warps[i]` of CTA `ctas[i]` issues an asynchronous write of chunks of CTA `targets[i]`."""
+    def _readers(self, mine: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Number of the plane that keeps a component's reads: by its local number, and by how far its rank lies from
+        the rank of the CTA whose memory it reads, so that no two of a cluster share one.
+        """
+        size, component = self.clocks.size, mine & COMPONENT
+        return component // size * size + (component - self.clocks.rank[targets]) % size
+
+    def write_chunks(self, instr, warps, ctas, targets, chunks, mine: np.ndarray, atomic: bool = False) -> None:
+        """Warp `warps[i]` of CTA `ctas[i]` issues an asynchronous write or reduction of chunks of CTA `targets[i]`."""
         clocks, shared = self.clocks, self.shared
         low, high = _span(chunks)
         base = clocks.base[warps, ctas].reshape(-1, *(1,) * (1 if isinstance(chunks, slice) else chunks.ndim))
         for epochs, read, byte in shared.chunk_marks(_picker(targets, chunks), low, high, True):
             bad = clocks.behind(epochs, base)
+            if atomic:
+                bad &= epochs & STRONG == 0
             if bad.any():
                 self._chunk_race(instr, warps, ctas, targets, chunks, epochs, bad, byte, read, True, "overwrites")
         shared.chunks.touch(low, high)
-        _store(shared.chunks.write, targets, chunks, epochs_of_write)
+        _store(shared.chunks.write, targets, chunks, mine | (STRONG if atomic else 0))
 
     def _chunk_race(self, instr, warps, ctas, targets, chunks, epochs, bad, byte, read, write, what) -> None:
         at = np.unravel_index(int(np.argmax(bad)), bad.shape)
@@ -239,10 +243,9 @@ class Races(Order):
         targets = self.machine.queue.sets.array(op.bits)
         ctas = np.array([cta if cta in issuers else cta - 1 for cta in targets.tolist()])
         warps = np.array([issuers[cta] for cta in ctas.tolist()])
-        agent = clocks.agent("mma")
+        mine = clocks.agent("mma").epoch(warps, ctas, instr.line)
         for name, operand in op.shared_operands():
-            self.read_chunks("mma", None, instr, warps, ctas, targets, operand.chunks, None, f"reads {name} at")
-        mine = agent.epoch(warps, ctas, instr.line)
+            self.read_chunks(instr, warps, ctas, targets, operand.chunks, mine, f"reads {name} at")
         for name, cells in op.cells_read():
             self._tensor_cells(instr, warps, ctas, targets, cells, mine, False, f"reads {name} at")
             self.tensor.read_by("mma")[cells.index(_run(targets))] = mine
@@ -306,13 +309,41 @@ class Races(Order):
             alike.setdefault((slot, offset, nbytes), []).append((warp, cta, target, bar))
         for (slot, offset, nbytes), rows in alike.items():
             warps, ctas, targets, bars = np.array(rows).T
-            self.check_initialized(slot, bars, warps, ctas, where)
-            epochs = np.array([self.phase_epoch(slot, bar, instr.line) for bar in bars.tolist()])
+            epochs = self._signalling(instr, warps, ctas, slot, bars, where)
             chunks = slice(offset // 16, (offset + nbytes) // 16)
             self.write_chunks(instr, warps, ctas, targets, chunks, epochs)
-            self.publish(self.pending.a[slot], bars, warps, ctas)
         warps, ctas = np.unique(np.array([row[:2] for row in begun]), axis=0).T
         self.clocks.tick(warps, ctas)
+
+    def stores(self, instr, warps, ctas, targets, slots, offsets, nbytes: int, atomic: bool, where) -> None:
+        """Lanes issue st.async or red.async to CTA `targets[i]`, which signal the mbarrier there at `slots[i]`."""
+        mine = np.empty(len(warps), np.int64)
+        for slot in np.unique(slots).tolist():
+            here = slots == slot
+            mine[here] = self._signalling(instr, warps[here], ctas[here], slot, targets[here], where)
+        if atomic:
+            mine |= STRONG
+        self._access(instr, warps, ctas, None, targets, offsets, nbytes, True, atomic, mine)
+        self.clocks.tick(*np.unique(np.stack([warps, ctas]), axis=1))
+
+    def copy_between(
+        self, instr, warp: int, cta: int, source, target: int, offset: int, nbytes: int, slot, atomic, where
+    ):
+        """A bulk copy (or reduction) of chunks `source` to another CTA of the cluster, where it signals an mbarrier."""
+        warps, ctas, targets = (np.array([x]) for x in (warp, cta, target))
+        mine = self._signalling(instr, warps, ctas, slot, targets, where)
+        self.read_chunks(instr, warps, ctas, ctas, source, mine)
+        chunks = slice(offset // 16, (offset + nbytes) // 16)
+        self.write_chunks(instr, warps, ctas, targets, chunks, mine, atomic)
+        self.clocks.tick(warps, ctas)
+
+    def _signalling(self, instr, warps, ctas, slot: int, bars, where) -> np.ndarray:
+        """Epochs of asynchronous writes that complete the phase under way of the mbarriers of CTAs `bars`, to which
+        their issuers' clocks go.
+        """
+        self.check_initialized(slot, bars, warps, ctas, where)
+        self.publish(self.pending.a[slot], bars, warps, ctas)
+        return np.array([self.phase_epoch(slot, bar, instr.line) for bar in bars.tolist()])
 
     def copies(self, instr, warps, ctas, offsets, size: int) -> dict[tuple[int, int], int]:
         """Lanes issue cp.async to `offsets` of their CTA; returns the time of it by (warp, CTA)."""
@@ -328,7 +359,7 @@ class Races(Order):
         """A bulk store reads chunks of its own CTA; returns the time of it, for `bulk_known`."""
         one = np.array([warp]), np.array([cta])
         agent = self.clocks.agent("bulk")
-        self.read_chunks("bulk", None, instr, *one, one[1], chunks)
+        self.read_chunks(instr, *one, one[1], chunks, agent.epoch(*one, instr.line))
         time = int(agent.time[warp, cta])
         agent.tick(*one)
         return time
@@ -349,9 +380,10 @@ class Races(Order):
             if quarter is not None:
                 rows = slice(quarter * span, quarter * span + span)
                 chunks = chunks[:, rows] if operand.mn_major else chunks[rows]
+            local = np.array([self.clocks.component("wgmma", n) for n in (warps[mine] // 4).tolist()])
+            epochs = (group[mine] + 1) * ONE | local * self.clocks.size + self.clocks.rank[ctas[mine]]
             some = warps[mine], ctas[mine], ctas[mine]
-            time = (group[mine] + 1) * ONE
-            self.read_chunks("wgmma", warps[mine] // 4, instr, *some, chunks, time, f"reads operand {name} at")
+            self.read_chunks(instr, *some, chunks, epochs | instr.line << LINE_SHIFT, f"reads operand {name} at")
 
     def wgmma_waited(self, warps, ctas, complete) -> None:
         """Groups before number `complete[i]` of these warps are complete."""

@@ -104,7 +104,7 @@ def _by_lane(m, ws, active, instr, address, values, barrier, dtype: str, functio
     width = np.dtype(dtype).itemsize
     nbytes = width * len(values)
     offsets, data, bars = _targets(m, ws, active, instr, address, barrier, nbytes)
-    _, ctas, _, (places, owner, slots, *items) = _lanes(m, ws, active, (offsets, data, bars, *values))
+    warps, ctas, _, (places, owner, slots, *items) = _lanes(m, ws, active, (offsets, data, bars, *values))
     raw = np.stack([np.ascontiguousarray(i).astype(f"u{width}") for i in items], axis=1)
     jobs: dict[int, list] = {}
     signals: Counter[int] = Counter()
@@ -114,6 +114,11 @@ def _by_lane(m, ws, active, instr, address, values, barrier, dtype: str, functio
         _destinations(m).begin(int(owner[i]), int(places[i]), nbytes, function is not None, where)
         signals[slot] |= 1 << cta
         jobs.setdefault(cta, []).append((int(owner[i]), int(places[i]), raw[i], slot))
+
+    if m.races:
+        slots = np.array([m.mbarriers.slot(slot) for slot in slots.tolist()])
+        rows = warps, ctas, owner, slots, places
+        m.races.stores(instr, *rows, nbytes, function is not None, where)
 
     def finish(cta: int, offset: int, words: np.ndarray, slot: int) -> None:
         cells = m.smem.data[cta, offset : offset + nbytes].view(dtype)
@@ -155,7 +160,7 @@ def _bulk(operation: str | None, kind: str):
         where = m.where(ws, instr, True if active is None else active)
         offsets, data, bars = _targets(m, ws, active, instr, destination, barrier, 16)
         sources = shared_offsets(m, ws, active, instr, source, 16)
-        _, ctas, _, rows = _lanes(m, ws, active, (offsets, data, bars, sources, size))
+        warps, ctas, _, rows = _lanes(m, ws, active, (offsets, data, bars, sources, size))
         jobs: dict[int, list] = {}
         signals: Counter[int] = Counter()
         for i, cta in enumerate(ctas.tolist()):
@@ -171,6 +176,9 @@ def _bulk(operation: str | None, kind: str):
             _destinations(m).begin(owner, offset, nbytes, function is not None, where)
             slot = m.mbarriers.slot(bar)
             m.mbarriers.require_live(slot, np.array([owner]), where)
+            if m.races:
+                there = owner, offset, nbytes, slot
+                m.races.copy_between(instr, int(warps[i]), cta, chunks, *there, function is not None, where)
             m.sources[_span(cta, chunks)] += 1
             signals[slot] |= 1 << cta
             jobs.setdefault(cta, []).append((cta, chunks, owner, offset, nbytes, slot))

@@ -90,6 +90,8 @@ for _mode, _functions in _MODES.items():
 def setmaxnreg(m, ws, active, instr, count):
     if not 24 <= count <= 256 or count % 8:
         raise Hazard(f"{m.where(ws, instr)}: setmaxnreg {count}: the count must be a multiple of 8 from 24 to 256")
+    if m.pool:
+        m.pool.set(ws, active, instr, count)
 
 
 @effect("griddepcontrol.{wait,launch_dependents}", "=", "9.7.13.13")
