@@ -101,6 +101,7 @@ class BlockWriter(OperandWriter):
             return
         arguments = ", ".join(self.read(o, k, instr) for o, k in zip(operands, kinds, strict=False))
         result = self.let(f"{function}({arguments})")
+        self.kinds[result] = kind
         dest = dests[0]
         if isinstance(dest, Pair):  # setp p|q: q is made from the complement of the comparison
             combined = hasattr(entry.run, "complement")
@@ -146,6 +147,7 @@ class BlockWriter(OperandWriter):
                     raise UnsupportedInstruction(f"PTX line {instr.line}: {instr.opcode} with a predicate destination")
                 slots.append((item, kind.lstrip("*?")))
         names = [self.name() for _ in slots]
+        self.kinds.update(zip(names, (kind for _, kind in slots), strict=True))
         comma = "," if len(names) != 1 or entry.dests[0][0] == "*" else ""
         target = f"{', '.join(names)}{comma} = " if names else ""
         if guard is None:

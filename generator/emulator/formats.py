@@ -7,6 +7,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from .symbolic import traced_as
+
 F32_TINY = np.finfo(np.float32).tiny
 
 
@@ -18,6 +20,7 @@ def flush(x: np.ndarray) -> np.ndarray:
     return x
 
 
+@traced_as("bf16", np.uint16)
 def bf16_bits(x: np.ndarray) -> np.ndarray:
     """float32 → bf16, nearest even, as u16; NaN becomes 0x7FFF as on the GPU."""
     bits = np.asarray(x).astype(ml_dtypes.bfloat16).view(np.uint16)
@@ -25,6 +28,7 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
     return np.where(nan, np.uint16(0x7FFF), bits) if np.any(nan) else bits
 
 
+@traced_as("f16", np.uint16)
 def f16_bits(x: np.ndarray) -> np.ndarray:
     """float32 → float16, nearest even, as u16; NaN becomes 0x7FFF as on the GPU."""
     bits = np.asarray(x).astype(np.float16).view(np.uint16)

@@ -16,6 +16,7 @@ from .agents import AsyncQueue
 from .barriers import Mbarriers, NamedBarriers
 from .cluster import CLUSTER_BARRIER, RANK_SHIFT, Cluster
 from .errors import Deadlock, Hazard
+from .hot import Frames
 from .labels import Labels
 from .memory import GlobalMemory, SharedMemory, TensorMemory
 from .ops.tma import check_bulk_at_exit
@@ -124,6 +125,7 @@ class Machine:
         self.executed = np.zeros(len(program.blocks), np.int64)
         self._retire_missing_lanes()
         self._batches: dict[bytes, Warps] = {}
+        self.frames = None if program.hot is None else Frames(self)
 
     def _make_registers(self) -> None:
         shape = (self.n_warps, self.n_cta, 32)
@@ -343,6 +345,7 @@ class Machine:
         functions, exit_block = self.program.functions, len(self.program.blocks)
         schedule = self.schedule
         schedule.start(self)
+        whole = functions if self.program.hot is None else self.program.hot.functions
         while True:
             ready = (self.pc != exit_block) & ~self.barred & (self.stalled != self.pc)
             if not ready.any():
@@ -361,7 +364,7 @@ class Machine:
                     self.stalled[ws.index] = -1
                 self.executed[block] += ws.count
                 self.last_run[ws.index] = self.steps
-                functions[block](self, ws)
+                (whole if ws.mask is None else functions)[block](self, ws)
             if schedule.delays != "late":
                 schedule.after_step(self)
         self.queue.drain()

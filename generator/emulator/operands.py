@@ -28,6 +28,7 @@ class OperandWriter:
     def __init__(self, owner: Translator, block: Block):
         self.owner, self.block = owner, block
         self.lines: list[str] = []
+        self.kinds: dict[str, str] = {}  # type of what an instruction delivers in a variable
         self.values: dict[int, Value] = {}
         self.dirty: dict[int, None] = {}
         self.names = 0

@@ -241,4 +241,4 @@ def traced_program(kernel: Kernel, recorder: Callable[[], Recorder], strict: boo
 
         return entered
 
-    return replace(program, functions=[entering(i, run) for i, run in enumerate(program.functions)])
+    return replace(program, functions=[entering(i, run) for i, run in enumerate(program.functions)], hot=None)

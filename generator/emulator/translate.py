@@ -23,8 +23,10 @@ from .flow import (
     solve_liveness,
 )
 from .formats import pack16
+from .hot import HotBlocks
 from .loads import find_uses
 from .memory import LOCAL_BASE, PARAM_BASE, WINDOW_BASE
+from .native import BlockText
 from .syntax import Instr, Kernel, Reg, Vector
 from .table import Entry
 from .values import DTYPE
@@ -70,6 +72,7 @@ class Program:
     source: str
     load_sites: dict[int, int]  # number of each tcgen05.ld by PTX line, see `loads`
     read: frozenset[int]  # registers that some instruction reads
+    hot: HotBlocks | None = None  # machine code for blocks that deserve it; None: there shall be none
 
     def opcode_at(self, line: int) -> str:
         """Opcode of the first instruction on a PTX line that does more than compute."""
@@ -260,6 +263,7 @@ class Translator:
         """Write, compile and bind every block."""
         text: list[str] = []
         load_sites, loads_used = find_uses(self.kernel.instrs, self.blocks) if self.strict else ({}, {})
+        texts: list[BlockText] = []
         for block in self.blocks:
             writer = BlockWriter(self, block)
             for position in range(block.start, block.stop):
@@ -272,6 +276,7 @@ class Translator:
                 "m.params, ws.index, ws.put\n    Q = m.wgmma.busy\n"
             )
             text.append("".join(f"    {line}\n" for line in writer.lines))
+            texts.append(BlockText(writer.lines, writer.kinds))
         source = "".join(text)
         for block in self.blocks:  # registers read before any block stored them still need storage
             for index in range(block.live_in.bit_length()):
@@ -290,7 +295,7 @@ class Translator:
         self.globals |= names
         exec(compile(source, f"<ptx {self.kernel.name}>", "exec"), self.globals)
         instrs = self.kernel.instrs
-        return Program(
+        program = Program(
             self.kernel,
             self.blocks,
             [self.globals[f"block_{b.number}"] for b in self.blocks],
@@ -307,3 +312,8 @@ class Translator:
             load_sites,
             frozenset(r.index for i in instrs for r in defs_and_uses(i)[1]),
         )
+        if self.wrap is not None:
+            return program  # whoever wraps instructions wants to see every one
+        constants = sorted(f"{name} {value!r}" for name, value in self.globals.items() if name[0] == "K")
+        program.hot = HotBlocks(program, "\n".join([source, *constants]), texts, self.globals, self.d_registers)
+        return program

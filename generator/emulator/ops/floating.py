@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..formats import F32_TINY, flush, round_toward, saturate, sum_exact
+from ..symbolic import traced_as
 from ..table import alu
 
 U32, U64 = np.uint32, np.uint64
@@ -12,6 +13,7 @@ S64, F32, F64 = np.int64, np.float32, np.float64
 LOWEST = np.iinfo(S64).min
 
 
+@traced_as("fma", F32)
 def fma(a, b, c):
     """float32 fused multiply-add, rounded once.
 

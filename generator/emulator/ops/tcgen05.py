@@ -176,7 +176,7 @@ def ld_32x32b(m, ws, active, instr, address):
         _require_cells(m, ws, instr, states, column, states != VALID, ("reads", "read"))
     if m.races:
         m.races.tmem_load(ws, instr, _cells_at(block, quarter, ctas, column, columns))
-    return tuple(values)
+    return values
 
 
 def st_32x32b(m, ws, active, instr, address, values):
@@ -185,8 +185,11 @@ def st_32x32b(m, ws, active, instr, address, values):
     block = _block(ws, quarter, column)
     if block is not None:
         first = int(column[0])
-        for i, value in enumerate(values):
-            m.tmem.data[first + i, block[0], block[1]] = value
+        if isinstance(values, np.ndarray):
+            m.tmem.data[first : first + columns, block[0], block[1]] = values
+        else:
+            for i, value in enumerate(values):
+                m.tmem.data[first + i, block[0], block[1]] = value
     else:
         wide = (column[:, None] + np.arange(columns)).T
         for i, value in enumerate(values):
