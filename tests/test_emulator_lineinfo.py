@@ -71,7 +71,7 @@ def test_function_names_of_other_languages_come_from_the_ptx(tmp_path):
     section = "$L__info_string0:\n" + "".join(f".b8 {byte}\n" for byte in names)
     text = located(".loc 1 2 3, function_name $L__info_string0+6, inlined_at 1 9 9\nadd.u32 %r1, %r1, %r1;", "a.cu")
     table = LineTable(text + ".section .debug_str\n{\n" + section + "}\n")
-    assert table.describe(table.at(line_of(text, "add.u32 %r1"))) == "a.cu:2, in inner"
+    assert table.describe(table.at(line_of(text, "add.u32 %r1"))) == "a.cu:2, in inner, called at a.cu:9"
 
 
 def test_innermost_function(program):

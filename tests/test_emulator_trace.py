@@ -339,17 +339,20 @@ def test_a_deadlock_leaves_a_trace_of_what_never_ended(tmp_path):
     assert trace["otherData"]["launches"][0]["unresolved_waits"] == 1
 
 
-def test_command_traces_every_launch(tmp_path):
-    program = checkout_root() / "tests" / "programs" / "two_kernels.py"
+@pytest.mark.parametrize(
+    ("name", "count"), [("two_kernels", 4), ("cluster_rank", 1), ("gemm_sm100", 1), ("tma_copy", 1)]
+)
+def test_command_traces_every_launch(name, count, tmp_path):
+    program = checkout_root() / "tests" / "programs" / f"{name}.py"
     words = ["emulate", "--trace", str(tmp_path / "t.json"), "--json", str(tmp_path / "l.json"), str(program)]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, result.stderr
     trace = json.loads((tmp_path / "t.json").read_text())
     starts = [launch["starts"] for launch in trace["otherData"]["launches"]]
-    assert len(starts) == 4 and starts == sorted(set(starts))
+    assert len(starts) == count and starts == sorted(set(starts))
     launches = json.loads((tmp_path / "l.json").read_text())["launches"]
-    assert [said["model"]["unresolved_waits"] for said in launches] == [0] * 4
-    assert [path.name for path in tmp_path.iterdir()] and not list(tmp_path.glob(".part-*"))
+    assert [said["model"]["unresolved_waits"] for said in launches] == [0] * count
+    assert not list(tmp_path.glob(".part-*"))
 
 
 def test_launches_beyond_the_limit_are_counted(tmp_path):

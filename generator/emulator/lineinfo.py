@@ -98,7 +98,11 @@ class LineTable:
         """ "kernels/softmax.py:214, in softmax"."""
         function = self.function(source)
         text = f"{shown_path(self.files[source.file])}:{source.line}"
-        return f"{text}, in {function}" if function else text
+        text = f"{text}, in {function}" if function else text
+        if source.inlined_at is None or source.inlined_at[0] not in self.files:
+            return text
+        file, line, _ = source.inlined_at
+        return f"{text}, called at {shown_path(self.files[file])}:{line}"
 
     def quote(self, source: Source) -> str:
         """ "kernels/softmax.py:214: s = read(tile)", empty when the file cannot be read."""
