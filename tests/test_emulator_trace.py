@@ -294,6 +294,12 @@ def test_bytes_that_lanes_send_count_on_the_barrier(tmp_path):
     assert {"arrivals": 0, "bytes": 128} in pending
 
 
+def test_barrier_that_reduces_is_a_wait(tmp_path):
+    body = "setp.eq.u32 %p1, %tid, 5; barrier.cta.red.popc.aligned.u32 %r1, 0, %p1;"
+    found = threads(trace_of(ptx(body), tmp_path / "t.json", {}, block=64))
+    assert [[s["name"] for s in found[0, f"warp {i}"] if s["cat"] == "wait"] for i in (0, 1)] == [["bar.sync 0"]] * 2
+
+
 def test_products_of_a_warpgroup(tmp_path):
     """The wait for a group ends when its product does; the tensor core takes products one after the other."""
     product = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {D}, %d1, %d1, 0, 1, 1, 0, 0;\n"

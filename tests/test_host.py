@@ -181,9 +181,9 @@ def test_tensor_map_of_the_driver_s_encode_call(runtime):
         status, raw = encode(runtime)
         assert status == 0
         flat = decode_tensor_map(encode(runtime, 7, (100,), (), (4,), 0)[1])
-    expected = TensorMap(0x7F0012345600, 2, (64, 300, 3), (2, 128, 1 << 37), (64, 128, 1), 3)
+    expected = TensorMap(0x7F0012345600, 2, (64, 300, 3), (2, 128, 1 << 37), (64, 128, 1), 3, "bf16")
     assert decode_tensor_map(raw) == expected
-    assert flat == TensorMap(0x7F0012345600, 4, (100,), (4,), (4,), 0)
+    assert flat == TensorMap(0x7F0012345600, 4, (100,), (4,), (4,), 0, "f32")
 
 
 @pytest.mark.parametrize(

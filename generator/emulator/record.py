@@ -163,10 +163,10 @@ class Recorder:
     def add(self, cta: int, warp: int, instr: Instr, kind: str, **facts: Any) -> None:
         self.log(cta, warp).append(Effect(instr, kind, facts))
 
-    def count(self, *key) -> int:
-        """How often this was asked before."""
+    def count(self, *key, by: int = 1) -> int:
+        """How often this was counted before."""
         found = self.counters.get(key, 0)
-        self.counters[key] = found + 1
+        self.counters[key] = found + by
         return found
 
     # -- places --------------------------------------------------------------------------------------------------------

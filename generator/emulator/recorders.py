@@ -98,6 +98,25 @@ def store_async(r, m, ws, active, instr, operands, result):
         r.add(cta, warp, instr, "arrive", signals=signals)
 
 
+@_notes(r"mbarrier\.complete_tx")
+def complete_bytes(r, m, ws, active, instr, operands, result):
+    for warp, cta, _, (addresses, values) in r.warps(ws, active, *operands[:2]):
+        counts = _count_by_target(r, cta, addresses)
+        signals = [r.barrier(*target).load(int(values[0]) * lanes) for target, lanes in counts]
+        r.add(cta, warp, instr, "arrive", signals=signals)
+
+
+@_notes(r"clusterlaunchcontrol\.try_cancel")
+def try_cancel(r, m, ws, active, instr, operands, result):
+    """The response, 16 bytes, is there at once on this clock."""
+    for warp, cta, _, (addresses,) in r.warps(ws, active, operands[1]):
+        everyone = m.cluster.peers(cta, (1 << m.cluster.size) - 1)
+        reached = everyone if ".multicast" in instr.opcode else [cta]
+        offsets = [r.target(cta, address)[1] for address in addresses.tolist()]
+        signals = [r.barrier(peer, offset).load(16) for offset in offsets for peer in reached]
+        r.add(cta, warp, instr, "arrive", signals=signals)
+
+
 # -- copies ------------------------------------------------------------------------------------------------------------
 @_notes(r"cp\.async\.bulk\.tensor\.\dd\.shared::(cta|cluster)\.global")
 def tensor_load(r, m, ws, active, instr, operands, result):
@@ -220,7 +239,7 @@ def wgmma(r, m, ws, active, instr, operands, result):
 
 
 # -- barriers of warps -------------------------------------------------------------------------------------------------
-@_notes(r"bar(rier)?(\.cta)?\.(sync|arrive)")
+@_notes(r"bar(rier)?(\.cta)?\.(sync|arrive|red)\b[^$]*$")
 def bar(r, m, ws, active, instr, operands, result):
     counts = operands[1] if len(operands) > 1 and operands[1] is not None else 32 * m.n_warps
     for warp, cta, _, (ids, expected) in r.warps(ws, active, operands[0], counts):
@@ -228,15 +247,17 @@ def bar(r, m, ws, active, instr, operands, result):
         generation, arrived = r.bar_state.get(place, (0, 0))
         key, full = ("bar", *place), arrived + 32 >= int(expected[0])
         r.bar_state[place] = (generation + 1, 0) if full else (generation, arrived + 32)
-        r.add(cta, warp, instr, "bar", key=key, phase=generation, blocks=".sync" in instr.opcode)
+        r.add(cta, warp, instr, "bar", key=key, phase=generation, blocks=".arrive" not in instr.opcode)
 
 
 @_notes(r"barrier\.cluster\.(arrive|wait)")
 def cluster_barrier(r, m, ws, active, instr, operands, result):
-    for warp, cta, _, _ in r.warps(ws, active):
+    """Lanes of a diverged warp come one part after the other."""
+    for warp, cta, lanes, _ in r.warps(ws, active):
         key = ("cluster", (r.first + cta) // m.cluster.size)
         arrives = ".arrive" in instr.opcode
-        phase = r.count(key, cta, warp, arrives)
+        before = r.count(key, cta, warp, arrives, by=len(lanes))
+        phase = before // min(32, m.threads - 32 * warp)
         if arrives:
             r.add(cta, warp, instr, "bar", key=key, phase=phase, blocks=False)
         else:
