@@ -91,7 +91,7 @@ def aligned(shape, dtype, fill=0, align: int = 128) -> np.ndarray:
 
 
 # -- tensor maps (facts/host_launch.md, "Tensor maps arrive encoded") --------------------------------------------------
-ELEMENT_TYPES = {"uint8": 0, "uint32": 2, "float16": 6, "float32": 7, "bfloat16": 10}
+ELEMENT_TYPES = {"uint8": 0, "uint16": 1, "uint32": 2, "float16": 6, "float32": 7, "bfloat16": 10}
 
 
 def tensor_map(array: np.ndarray, box, swizzle: int = 0, sizes=None, words: dict | None = None) -> bytes:

@@ -81,6 +81,16 @@ def test_program_on_hopper_by_attached(name):
     assert all(launch.hazards == () and launch.opcodes for launch in gpu.launches)
 
 
+@pytest.mark.parametrize("case", ["tf32", "f16_half", "f16_64", "f8", "f8_64", "s8"])
+@pytest.mark.parametrize("accumulation", ["fast", "exact"])
+def test_gemm_of_every_kind(case, accumulation):
+    with attached("sm_100a", accumulation=accumulation) as gpu:
+        load("gemm_kinds_sm100").main(case, 128, 64, 128 if case == "tf32" else 256)
+    (launch,) = gpu.launches
+    kinds = {"tf32": "tf32", "s8": "i8"}
+    assert any(f"kind::{kinds.get(case, 'f8f6f4' if case[1] == '8' else 'f16')}" in opcode for opcode in launch.opcodes)
+
+
 @pytest.mark.parametrize("shape", [(128, 64, 64), (128, 128, 320), (256, 64, 128)])
 def test_gemm_sizes(shape):
     with attached("sm_100a") as gpu:

@@ -112,6 +112,28 @@ def test_a_multicast_load_reaches_every_cta_of_the_mask():
     assert (y[2] == -1).all()
 
 
+@pytest.mark.parametrize("parity", [0, 1])
+def test_a_multicast_load_of_pairs_counts_in_one_cta_of_each(parity):
+    """With .cta_group::2 the mbarrier's CTA says which of each pair hears of it, for its own box and the peer's."""
+    x = np.arange(4 * 64, dtype=np.float16).reshape(4, 64)
+    y = np.full((4, 256), -1, np.float16)
+    load = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+    body = (
+        INIT
+        + f"""mov.u32 %r1, %cluster_ctarank; and.b32 %r0, %r1, 1; setp.eq.u32 %p3, %r0, {parity};
+    and.pred %p4, %p3, %p1; @%p4 mbarrier.arrive.expect_tx.shared.b64 _, [%s+512], 1024; mov.b16 %h1, 15;
+    mov.u32 %r0, 0; setp.eq.u32 %p2, %r1, 2; and.pred %p2, %p2, %p1; mov.u32 %r6, {parity};
+    add.u32 %r7, %s, 512; mapa.shared::cluster.u32 %r7, %r7, %r6;
+    @%p2 {load}.cta_group::2 [%s], [%m, {{%r0, %r0}}], [%r7], %h1; @!%p3 bra DONE;"""
+        + WAIT
+        + """DONE: barrier.cluster.arrive; barrier.cluster.wait; @!%p3 bra END;
+    ld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%s16]; mul.wide.u32 %d1, %cta, 512; mul.wide.u32 %d2, %tid, 16;
+    add.u64 %d1, %d1, %d2; add.u64 %d1, %d1, %y; st.global.v4.b32 [%d1], {%r2, %r3, %r4, %r5}; END:"""
+    )
+    launch(body, (4, 1, 1), (4, 1, 1), y=y, m=tensor_map(x, (64, 4), 0), known={"x": x})
+    assert (y[parity::2] == x.reshape(-1)).all()
+
+
 def pair_mma(n: int, issuer: int = 0) -> np.ndarray:
     """D of a CTA pair: M = 256, K = 16, no swizzle, K-major; each CTA brings 128 rows of A and n / 2 rows of B."""
     rng = np.random.default_rng(n)

@@ -289,6 +289,16 @@ def test_a_wide_register_written_in_one_branch():
     fails(Hazard, body, "reads register %d1", "CTA (1, 0, 0)", grid=2)
 
 
+def test_a_half_that_the_compiler_left_empty():
+    """A register that nothing writes fills the unused half of a pack; what is used of it is known."""
+    body = "cvt.u16.u32 %h0, %tid; mov.b32 %r1, {%h0, %h1};\n"
+    y = np.zeros(32, np.uint8)
+    run(body + "st.global.b8 [%y_g], %r1;", y=y)
+    assert (y == np.arange(32)).all()
+    fails(Hazard, "mov.b32 %r1, {%h0, %h1};\nadd.u32 %r2, %r1, 1; // HERE\n", "reads register %r1")
+    fails(Hazard, body + "cvt.u32.u16 %r2, %h1; // HERE\n", "reads register %h1")
+
+
 # -- what cannot be translated -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "statement",

@@ -10,7 +10,7 @@ from ptx_kernels import aligned, fails, tensor_map
 from generator.emulator import Hazard, UnsupportedInstruction
 from generator.emulator.tensormap import TensorMap, decode_tensor_map
 
-DTYPES = [np.uint8, np.uint32, np.float16, np.float32, ml_dtypes.bfloat16]
+DTYPES = [np.uint8, np.uint16, np.uint32, np.float16, np.float32, ml_dtypes.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +63,7 @@ def test_unknown_bits_of_word_2_raise(bit):
         decode_tensor_map(tensor_map(array, (16, 2), words={2: word}))
 
 
-@pytest.mark.parametrize("kind", [k for k in range(32) if k not in (0, 2, 6, 7, 10)])
+@pytest.mark.parametrize("kind", [k for k in range(32) if k not in (0, 1, 2, 6, 7, 10)])
 def test_unknown_element_types_raise(kind):
     array = aligned((2, 16), np.uint8)
     with pytest.raises(UnsupportedInstruction, match=f"element type {kind}"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -109,6 +110,9 @@ class OperandWriter:
         if isinstance(operand, Vector):
             part = instr._replace(opcode=f"mov.b{int(instr.opcode[5:]) // len(operand.items)}")
             items = [self.value_of(item, part) for item in operand.items]
+            empty = [isinstance(item, Reg) and item.index in self.owner.undefined for item in operand.items]
+            if items[0].bits == 16 and not all(empty):  # a compiler fills the half that nothing will use that way
+                items = [replace(v, shadow=None) if e else v for v, e in zip(items, empty, strict=True)]
             if len(items) == 2 and items[0].bits == 32:
                 return Value(64, {}, (items[0], items[1]))
             if len(items) == 4 and items[0].bits == 16:

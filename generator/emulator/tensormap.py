@@ -12,8 +12,15 @@ import numpy as np
 
 from .errors import UnsupportedInstruction
 
-ELEMENTS = {0: "u8", 2: "b32", 6: "f16", 7: "f32", 10: "bf16"}  # b32: u32 or s32, f32: or tf32
-ELEMENT_BYTES = {0: 1, 2: 4, 6: 2, 7: 4, 10: 2}
+ELEMENTS = {
+    0: "u8",
+    1: "b16",
+    2: "b32",
+    6: "f16",
+    7: "f32",
+    10: "bf16",
+}  # b16: u16 or s16, b32: u32 or s32, f32: or tf32
+ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 6: 2, 7: 4, 10: 2}
 KNOWN_W2 = 0xF | 0x7 << 4 | 0x1F << 7 | 0x3 << 13 | 1 << 16 | 1 << 18 | 1 << 21
 
 

@@ -133,6 +133,8 @@ class Translator:
         self.param_slots: dict[tuple[int, str], int] = {}
         self.paired = self._find_paired()
         self.checked = self._find_checked() if strict else set()
+        every = [defs_and_uses(instr) for instr in self.kernel.instrs]
+        self.undefined = {r.index for _, uses in every for r in uses} - {r.index for defs, _ in every for r in defs}
         self.in_flight, self.d_registers, self.accumulators = self._find_in_flight()
         if not strict:
             self.in_flight = set()

@@ -73,7 +73,7 @@ def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=N
     """cp.async.bulk.tensor global → shared; the full box counts on the mbarrier, out-of-bounds elements are zero.
 
     Destination and mbarrier name their CTAs independently; with a multicast mask, the box and its byte count reach the
-    same offsets in every CTA of the mask.
+    same offsets in every CTA of the mask; with .cta_group::2 the count goes to one CTA of each pair.
     """
     where = m.where(ws, instr, True if active is None else active)
     address, coords = source
@@ -98,6 +98,9 @@ def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=N
         both = [(data_cta[i], bar_cta[i])]
         if mask is not None:
             both = [(peer, peer) for peer in m.cluster.peers(cta, int(masks[i]))]
+            if "cta_group::2" in instr.opcode:  # in each pair, the CTA of the parity that the mbarrier's CTA has
+                parity = int(m.cluster.rank(bar_cta[i])) % 2
+                both = [(peer, peer - int(m.cluster.rank(peer)) % 2 + parity) for peer, _ in both]
         for reached, bar in both:
             _begin(m, reached, chunks, where)
             begun.append((int(warps[i]), cta, reached, bar, slot, offset, tensor.box_bytes))
