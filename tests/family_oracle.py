@@ -75,7 +75,8 @@ MODES = ("rn", "rz", "rm", "rp")
 
 
 def result_nan(form: str):
-    return 0x7FFF if WIDTH[form] == 16 else AnyNan(WIDTH[form])
+    """The NaN of arithmetic on an H200; float64 hands on the bits of an operand."""
+    return {16: 0x7FFF, 32: 0x7FFFFFFF, 64: AnyNan(64)}[WIDTH[form]]
 
 
 def fused(f: Form, a: int, b: int, c: int, mode: str) -> int | None:
@@ -160,7 +161,7 @@ def float_rule(form: str, parts: list[str]):
             if name == "copysign":
                 return x[0] & f.top | x[1] & (f.top - 1)
             result = x[0] ^ f.top if name == "neg" else x[0] & (f.top - 1)
-            return result if not f.nan(result) or WIDTH[form] == 16 else AnyNan(WIDTH[form])
+            return result_nan(form) if f.nan(result) else result
         if name in ("min", "max"):
             return extreme(form, parts, *x)
         if "approx" in parts:
@@ -174,11 +175,19 @@ def float_rule(form: str, parts: list[str]):
 FUNCTIONS = {
     "tanh": math.tanh,
     "ex2": lambda x: math.inf if x >= 128 else 2.0**x,
-    "sin": lambda x: math.sin(x) if math.isfinite(x) else math.nan,
-    "cos": lambda x: math.cos(x) if math.isfinite(x) else math.nan,
+    "sin": lambda x: math.sin(turned(x)),
+    "cos": lambda x: math.cos(turned(x)),
     "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
     "rcp": lambda x: math.copysign(math.inf, x) if x == 0 else 1 / x,
 }
+
+
+def turned(x: float) -> float:
+    """The angle that an H200 takes the sine of: turns are a float32, rounded toward zero, whose fraction counts."""
+    if not math.isfinite(x):
+        return math.nan
+    turns = FORMS["f32"].value(FORMS["f32"].round(Fraction(x) * Fraction(float(np.float32(0.5 / math.pi))), "rz"))
+    return float(turns % 1) * 2 * math.pi
 
 
 def approximate(form: str, name: str, x, ftz: bool):
@@ -229,10 +238,14 @@ def float_conversion(to: str, source: str, parts: list[str]):
     mode = next((p for p in parts if p in MODES), "rn")
 
     def run(x: int):
-        if "ftz" in parts and source == "f32":
+        if "ftz" in parts and source == "f32" and to != "f16":  # on the way to float16 an H200 flushes nothing
             x = f.flush(x)
         if f.nan(x):
-            return 0 if "sat" in parts else result_nan(to)
+            if source == "f64" and WIDTH[to] == 16 and "sat" not in parts:  # sign and payload stay
+                payload = (x & (1 << f.mantissa) - 1) >> f.mantissa - g.mantissa
+                return f.sign(x) * g.top | g.infinity | 1 << g.mantissa - 1 | payload
+            passed_on = to == "f32" and (source == "f64" or source != "f16" and "ftz" not in parts)
+            return 0 if "sat" in parts else AnyNan(32) if passed_on else result_nan(to)
         if f.inf(x):
             bits = g.infinity | f.sign(x) * g.top
             if "satfinite" in parts:
@@ -253,11 +266,14 @@ def to_tf32(parts: list[str]):
     f, tf32 = FORMS["f32"], Form(10, 8)
 
     def run(x: int):
-        if f.nan(x):
-            return 0x7FFFFFFF
+        magnitude = x & 0x7FFFFFFF
+        if f.nan(x) and "rna" not in parts:
+            return 0x7FFFE000
+        if f.nan(x) or (f.inf(x) and "rna" in parts):  # rna works on the bits, whatever they mean
+            magnitude = (magnitude & ~0x1FFF) - 0x2000 * ("satfinite" in parts)
+            return magnitude | x & 0x80000000
         if "relu" in parts and f.sign(x):
             return 0
-        magnitude = x & 0x7FFFFFFF
         if not f.inf(x):
             if "rna" in parts:
                 magnitude = magnitude + 0x1000 & ~0x1FFF
@@ -331,8 +347,9 @@ def float_to_integer(to: str, source: str, parts, register: int):
 
     def run(x: int):
         x = f.flush(x) if "ftz" in parts else x
-        if f.nan(x):
-            return None if int(to[1:]) == 64 else 0  # 64 bits: not compared, ISA versions differ
+        if f.nan(x):  # the highest bit alone where 64 bits are read or written, as on an H200
+            top = 1 << int(to[1:]) - 1
+            return integer_value(top, to) & register if int(to[1:]) == 64 or source == "f64" else 0
         if f.inf(x):
             return (low if f.sign(x) else high) & register
         return min(max(whole(f.value(x)), low), high) & register
@@ -347,7 +364,7 @@ def property_rule(parts: list[str]):
         "infinite": f.inf,
         "number": lambda x: not f.nan(x),
         "notanumber": f.nan,
-        "normal": lambda x: not (f.nan(x) or f.inf(x)) and f.flush(x) & (f.top - 1) != 0,
+        "normal": lambda x: not (f.nan(x) or f.inf(x)) and (f.zero(x) or not f.zero(f.flush(x))),
         "subnormal": lambda x: not f.zero(x) and f.zero(f.flush(x)),
     }
     return 1, (WIDTH[parts[2]],), lambda x: int(rules[parts[1]](x))

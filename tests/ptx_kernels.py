@@ -119,18 +119,31 @@ def swizzle_address(address, mode: int):
     return address ^ ((address >> 3) & (((1 << mode) - 1) << 4))
 
 
-def box_image(array: np.ndarray, box, coords, swizzle: int, offset: int = 0) -> np.ndarray:
-    """Bytes that a load of the box at `coords` (innermost first) leaves in shared memory from `offset` on."""
+def box_places(box, itemsize: int, swizzle: int, offset: int = 0) -> np.ndarray:
+    """Where each byte of a box lies in shared memory, counted from `offset`: a swizzled row fills its span."""
+    inner = box[0] * itemsize
+    row = np.arange(int(np.prod(box[1:])))[:, None] * (16 << swizzle if swizzle else inner)
+    return swizzle_address((row + np.arange(inner)).reshape(-1) + SHARED + offset, swizzle) - SHARED - offset
+
+
+def box_image(array: np.ndarray, box, coords, swizzle: int, offset: int = 0, before: int = 0xEE) -> np.ndarray:
+    """Bytes that a load of the box at `coords` (innermost first) leaves in shared memory from `offset` on, where every
+    byte was `before`.
+    """
     tile = np.zeros(box[::-1], array.dtype)
     for index in np.ndindex(*box[::-1]):
         at = tuple(i + c for i, c in zip(index, coords[::-1], strict=True))
         if all(0 <= i < n for i, n in zip(at, array.shape, strict=True)):
             tile[index] = array[at]
-    linear = tile.reshape(-1).view(np.uint8)
-    image = np.empty_like(linear)
-    address = np.arange(len(linear)) + SHARED + offset
-    image[swizzle_address(address, swizzle) - SHARED - offset] = linear
+    places = box_places(box, array.itemsize, swizzle, offset)
+    image = np.full(shared_bytes(box, array.itemsize, swizzle), before, np.uint8)
+    image[places] = tile.reshape(-1).view(np.uint8)
     return image
+
+
+def shared_bytes(box, itemsize: int, swizzle: int) -> int:
+    """Bytes of shared memory that a box spans."""
+    return int(np.prod(box[1:])) * (16 << swizzle if swizzle else box[0] * itemsize)
 
 
 # -- tcgen05 descriptors (facts/ptx.md §3.1, §3.2) ---------------------------------------------------------------------

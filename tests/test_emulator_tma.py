@@ -3,12 +3,13 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from ptx_kernels import SHARED, aligned, box_image, fails, run, swizzle_address, tensor_map
+from ptx_kernels import aligned, box_image, box_places, fails, run, shared_bytes, tensor_map
 
 from generator.emulator import Deadlock, Hazard
 
 MBAR = 65536  # shared offset of the mbarrier, past every box
 SMEM = MBAR + 64
+FENCE = "fence.proxy.async.shared::cta; bar.sync 0; setp.eq.u32 %p1, %tid, 0;"
 LEADER = f"setp.eq.u32 %p1, %tid, 0; @%p1 mbarrier.init.shared.b64 [%s+{MBAR}], 1; bar.sync 0;"
 WAIT = f"W: mbarrier.try_wait.parity.shared::cta.b64 %p9, [%s+{MBAR}], 0; @!%p9 bra W;"
 
@@ -56,25 +57,30 @@ def copy(nbytes: int, threads: int, out: bool, offset=0) -> str:
 
 def loaded(array, box, point, swizzle, offset=0) -> np.ndarray:
     """Bytes in shared memory after a load."""
-    nbytes = int(np.prod(box)) * array.itemsize
-    y = aligned(nbytes, np.uint8)
-    body = LEADER + expect(nbytes) + load(point, offset=offset) + WAIT + copy(nbytes, 128, True, offset)
-    run(body, block=128, smem=SMEM, y=y, m=tensor_map(array, box, swizzle), known={"array": array})
+    nbytes = shared_bytes(box, array.itemsize, swizzle)
+    y, x = aligned(nbytes, np.uint8), aligned(nbytes, np.uint8)
+    x[:] = 0xEE
+    body = LEADER + copy(nbytes, 128, False, offset) + FENCE + expect(int(np.prod(box)) * array.itemsize)
+    body += load(point, offset=offset) + WAIT + copy(nbytes, 128, True, offset)
+    run(body, block=128, smem=SMEM, x=x, y=y, m=tensor_map(array, box, swizzle), known={"array": array})
     return y
 
 
-CASES = [  # shape, box (innermost first), coordinates
-    ((50,), (16,), (7,)),
-    ((50,), (16,), (-3,)),
-    ((50,), (16,), (45,)),
+CASES = [  # shape, box (innermost first), coordinates: the first a multiple of 16 bytes
+    ((50,), (16,), (8,)),
+    ((50,), (16,), (-8,)),
+    ((50,), (16,), (40,)),
     ((20, 64), (16, 8), (8, 3)),
     ((20, 64), (16, 8), (-8, -3)),
     ((20, 64), (16, 8), (56, 17)),
     ((5, 9, 32), (8, 4, 3), (16, 2, 1)),
-    ((5, 9, 32), (8, 4, 3), (-4, 7, 4)),
-    ((3, 4, 9, 32), (16, 3, 2, 2), (5, 8, -1, 2)),
-    ((2, 3, 4, 9, 16), (8, 4, 2, 3, 2), (12, -2, 3, -1, 1)),
+    ((5, 9, 32), (8, 4, 3), (-8, 7, 4)),
+    ((3, 4, 9, 32), (16, 3, 2, 2), (8, 8, -1, 2)),
+    ((2, 3, 4, 9, 16), (8, 4, 2, 3, 2), (8, -2, 3, -1, 1)),
 ]
+
+
+ON_16_BYTES = [c for c in CASES if min(c[2]) >= 0 and c[0][-1] % 8 == 0]
 
 
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
@@ -97,7 +103,7 @@ def test_a_swizzle_follows_the_absolute_shared_address(swizzle, inner, offset):
 )
 def test_loads_of_every_element_type(dtype, box):
     array = filled((30, 160), dtype)
-    for point in ((0, 0), (100, 25), (-16, 29)):
+    for point in ((0, 0), (96, 25), (-16, 29)):
         assert (loaded(array, box, point, 3) == box_image(array, box, point, 3)).all()
 
 
@@ -105,7 +111,7 @@ def test_a_box_that_lies_outside_is_zero_and_counts_in_full():
     array = filled((20, 64), np.float16)
     assert not loaded(array, (16, 8), (64, 0), 0).any()
     assert not loaded(array, (16, 8), (-16, -8), 1).any()
-    assert not loaded(array, (16, 8), (2**31 - 1, 0), 0).any()
+    assert not loaded(array, (16, 8), (2**31 - 8, 0), 0).any()
 
 
 def test_strides_wider_than_the_tensor():
@@ -113,6 +119,16 @@ def test_strides_wider_than_the_tensor():
     whole = filled((4, 12, 6, 64), np.float16)
     part = whole[1:3, :, 4]  # [2, 12, 64]
     assert (loaded(part, (32, 5, 2), (32, 9, 0), 2) == box_image(part, (32, 5, 2), (32, 9, 0), 2)).all()
+
+
+@pytest.mark.parametrize("transfer", [load, store])
+@pytest.mark.parametrize("dtype, first", [(np.float16, 4), (np.float16, -1), (np.float32, 2), (np.uint8, 8)])
+def test_the_first_coordinate_is_a_multiple_of_16_bytes(transfer, dtype, first):
+    """Anything else is an illegal instruction on an H200."""
+    array, x = filled((20, 64), dtype), filled(1024, np.uint8)
+    body = LEADER + copy(1024, 32, False) + FENCE + transfer((first, 0))
+    words = f"element {first} of {array.itemsize} bytes: the first coordinate must be a multiple of 16 bytes"
+    fails(Hazard, body, words, smem=SMEM, x=x, m=tensor_map(array, (16, 8)), known={"array": array})
 
 
 def test_both_spellings_of_the_destination():
@@ -233,17 +249,16 @@ def test_destinations_that_cannot_be(q, offset, words):
 
 # -- stores ------------------------------------------------------------------------------------------------------------
 FINISH = "@%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_group.read 0;"
-FENCE = "fence.proxy.async.shared::cta; bar.sync 0; setp.eq.u32 %p1, %tid, 0;"
 
 
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
-@pytest.mark.parametrize("shape, box, point", [c for c in CASES if min(c[2]) >= 0] + [((20, 64), (16, 8), (64, 0))])
+@pytest.mark.parametrize("shape, box, point", ON_16_BYTES + [((20, 64), (16, 8), (64, 0))])
 def test_stores_are_clipped_at_the_edge(shape, box, point, swizzle):
     array = filled(shape, np.float16)
     expected = array.copy()
-    nbytes = int(np.prod(box)) * 2
+    nbytes = shared_bytes(box, 2, swizzle)
     x = filled(nbytes, np.uint8, seed=9)
-    linear = x[swizzle_address(np.arange(nbytes) + SHARED, swizzle) - SHARED].view(np.uint16).reshape(box[::-1])
+    linear = x[box_places(box, 2, swizzle)].view(np.uint16).reshape(box[::-1])
     for index in np.ndindex(*box[::-1]):
         at = tuple(i + c for i, c in zip(index, point[::-1], strict=True))
         if all(i < n for i, n in zip(at, shape, strict=True)):
@@ -251,6 +266,37 @@ def test_stores_are_clipped_at_the_edge(shape, box, point, swizzle):
     body = copy(nbytes, 128, False) + FENCE + store(point) + FINISH
     run(body, block=128, smem=SMEM, x=x, m=tensor_map(array, box, swizzle), known={"array": array})
     assert (array.view(np.uint16) == expected.view(np.uint16)).all()
+
+
+def test_a_store_writes_whole_16_bytes_of_a_row():
+    """Rows of 21 float16 in a wider array: an H200 writes the three elements that follow, too."""
+    whole, x = filled((20, 32), np.float16), filled(512, np.uint8, seed=5)
+    expected = whole.copy()
+    expected[3:11, 16:24] = x.view(np.float16).reshape(8, 32)[:, :8]
+    body = copy(512, 32, False) + FENCE + store((16, 3)) + FINISH
+    run(body, smem=SMEM, x=x, m=tensor_map(whole[:, :21], (32, 8)), known={"array": whole})
+    assert (whole.view(np.uint16) == expected.view(np.uint16)).all()
+
+
+def test_a_store_whose_last_16_bytes_leave_the_array():
+    x = filled(256, np.uint8)
+    line = filled((44,), np.float16)
+    body = copy(256, 32, False) + FENCE + store((32,))
+    fails(Hazard, body + FINISH, "out of bounds", smem=SMEM, x=x, m=tensor_map(line, (16,)), known={"line": line})
+
+
+def test_a_load_rounds_to_tf32():
+    """TFLOAT32 tensors: to nearest even, NaN to 0x7FFFE000, as on an H200."""
+    words = np.array([0x3F801000, 0x3F803000, 0x3F800FFF, 0x3F801001, 0x7F800000, 0x7FC00001, 0xBF801001, 1], np.uint32)
+    array = filled((2, 8), np.float32)
+    array.view(np.uint32)[:] = words
+    raw = bytearray(tensor_map(array, (8, 2)))
+    raw[10] |= 1
+    y = aligned(64, np.uint8)
+    body = LEADER + expect(64) + load((0, 0)) + WAIT + copy(64, 32, True)
+    run(body, smem=SMEM, y=y, m=bytes(raw), known={"array": array})
+    rounded = [0x3F800000, 0x3F804000, 0x3F800000, 0x3F802000, 0x7F800000, 0x7FFFE000, 0xBF802000, 0]
+    assert y.view(np.uint32).tolist() == rounded * 2
 
 
 def test_a_store_from_all_lanes_is_idempotent():

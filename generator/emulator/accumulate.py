@@ -73,6 +73,20 @@ def fused_dot(a: np.ndarray, b: np.ndarray, c: np.ndarray | None, forms: tuple[s
     return fused_blocks(a[..., None], b[..., None], *exponents, c, model)
 
 
+def split_fp8_dot(a: np.ndarray, b: np.ndarray, c: np.ndarray, kind: str) -> np.ndarray:
+    """mma.sync of fp8 as an H200 does it, which has no such instruction: every operand becomes float16, the lower two
+    and the upper two elements of each register go through a float16 instruction of their own, from zero, and C is added
+    last, rounded to nearest. Shapes as in `fused_dot`; `kind`: "f32" or "f16".
+    """
+    lower = np.arange(a.shape[-1]) % 4 < 2
+    total, model, forms = None, mma_model(kind), ("f16", "f16")
+    for part in (lower, ~lower):
+        total = fused_dot(a[..., part], b[..., part], total, forms, model)
+    if kind == "f16":
+        return (total.astype(np.float64) + c).astype(np.float16).astype(np.float32)
+    return total + c.astype(np.float32)
+
+
 def fused_blocks(a, b, a_exponents, b_exponents, c, model: Model) -> np.ndarray:
     """As `fused_dot`, for blocks of k that are one term each.
 
@@ -134,7 +148,7 @@ def _ieee_sum(a, b, c) -> np.ndarray:
 def rounded(x: np.ndarray, result: str) -> np.ndarray:
     """Step 5: float64 → float32."""
     if result == "f16":
-        return (x + 0.0).astype(np.float16).astype(np.float32)
+        return (x + 0.0).astype(np.float16).astype(np.float32) + np.float32(0)  # what rounds to zero is +0
     bits = 13 if result == "e8m13" else 23
     kept = np.uint64((1 << 64) - (1 << (52 - bits)))
     cut = (x.view(np.uint64) & kept).view(np.float64)

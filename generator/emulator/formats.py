@@ -46,6 +46,17 @@ def f16_to_f32(bits: np.ndarray) -> np.ndarray:
     return bits.view(np.float16).astype(np.float32)
 
 
+def hardware_nan(x: np.ndarray) -> np.ndarray:
+    """Bits, u32, of float32 results: a NaN that arithmetic produces is always 0x7FFFFFFF (measured on an H200).
+
+    The bits of a computed NaN do not matter before somebody looks at them as an integer, so that is where they are made
+    what they are on silicon.
+    """
+    bits = x.view(np.uint32)
+    nan = np.isnan(x)
+    return np.where(nan, np.uint32(0x7FFFFFFF), bits) if nan.any() else bits
+
+
 def pack16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Two u16 → u32."""
     return (high.astype(np.uint32) << np.uint32(16)) | low
@@ -80,7 +91,7 @@ class Format(NamedTuple):
 FORMATS = {
     "f16": Format(10, -14, 65504.0, 0x7FFF),
     "bf16": Format(7, -126, float.fromhex("0x1.fep127"), 0x7FFF),
-    "tf32": Format(10, -126, float.fromhex("0x1.ffcp127"), 0x7FFFFFFF),
+    "tf32": Format(10, -126, float.fromhex("0x1.ffcp127"), 0x7FFFE000),
     "f32": Format(23, -126, float.fromhex("0x1.fffffep127"), 0x7FFFFFFF),
     "e4m3": Format(3, -6, 448.0, 0x7F, False),
     "e5m2": Format(2, -14, 57344.0, 0x7F),

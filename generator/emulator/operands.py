@@ -75,7 +75,9 @@ class OperandWriter:
         source = next(iter(value.forms.values()))
         if BITS[kind] != value.bits:
             raise UnsupportedInstruction(f"PTX line {self.line}: operand of {value.bits} bits used as type {kind!r}")
-        value.forms[kind] = self.let(f"{source}.view(T_{kind})")
+        computed = "f" in value.forms and "u" not in value.forms and "s" not in value.forms  # see `hardware_nan`
+        read = f"hardware_nan({source})" if computed and kind in "us" else f"{source}.view(T_{kind})"
+        value.forms[kind] = self.let(read if kind != "s" or not computed else f"{read}.view(T_s)")
         return value.forms[kind]
 
     def halves(self, value: Value) -> tuple[Value, Value]:

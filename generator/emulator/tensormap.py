@@ -44,14 +44,29 @@ class TensorMap:
     def box_bytes(self) -> int:
         return int(np.prod(self.box)) * self.element_bytes
 
-    def part(self, coords: tuple[int, ...]) -> Part | None:
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from a row of the box to the next in shared memory: a swizzled row fills its span (seen on an H200)."""
+        return 16 << self.swizzle if self.swizzle else self.box[0] * self.element_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes from the start of the box to its end in shared memory."""
+        return int(np.prod(self.box[1:])) * self.row_bytes
+
+    def part(self, coords: tuple[int, ...], whole: bool = False) -> Part | None:
         """What of the box at `coords` (innermost first, may be negative) lies inside the tensor; None: nothing.
+
+        `whole`: rows end at a multiple of 16 bytes, as those of a store do (seen on an H200).
 
         Addresses wrap at 64 bits: sizes and strides may describe far more than there is memory, and programs use that
         to let one map serve sequences of any length (the last dimension moves back what another one moved on).
         """
         low = [max(c, 0) for c in coords]
-        shape = [min(c + b, n) - start for c, b, n, start in zip(coords, self.box, self.sizes, low, strict=True)]
+        sizes = self.sizes
+        if whole:
+            sizes = (-(-sizes[0] * self.element_bytes // 16) * 16 // self.element_bytes, *sizes[1:])
+        shape = [min(c + b, n) - start for c, b, n, start in zip(coords, self.box, sizes, low, strict=True)]
         if min(shape) <= 0:
             return None
         address = (self.address + sum(c * s for c, s in zip(low, self.strides, strict=True))) % (1 << 64)
@@ -112,7 +127,8 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
     strides = (size, *((w[2 + d] | (w[7] >> 4 * (d - 1) & 15) << 32) * 16 for d in range(1, rank)))
     sizes = tuple(w[8 + d] + 1 for d in range(rank))
     box = ((w[13] >> 24) + 1, *((w[14] >> 8 * (d - 1) & 255) + 1 for d in range(1, rank)))
-    found = TensorMap(w[0] | w[1] << 32, size, sizes, strides, box, swizzle, ELEMENTS[kind])
+    element = "tf32" if w[2] >> 16 & 1 else ELEMENTS[kind]
+    found = TensorMap(w[0] | w[1] << 32, size, sizes, strides, box, swizzle, element)
     inner = box[0] * size
     if inner % 16 or (swizzle and inner > 16 << swizzle):
         raise UnsupportedInstruction(
@@ -121,9 +137,13 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
     return found
 
 
-def swizzled_chunks(offset: int, nbytes: int, swizzle: int) -> np.ndarray:
-    """Index of each 16-byte chunk of a box at absolute shared address `offset`: chunk ^= (address >> 7) & (2^B -
-    1) (§5.5.7).
+def box_chunks(address: int, tensor: TensorMap) -> np.ndarray:
+    """Index of each 16 bytes of the box at shared address `address`, in order; a swizzle moves them: chunk ^=
+    (address >> 7) & (2^B - 1) (§5.5.7).
+
+    A row that is narrower than the span of its swizzle leaves the rest of the span alone (seen on an H200).
     """
-    chunks = np.arange(offset // 16, (offset + nbytes) // 16)
-    return chunks ^ (chunks >> 3 & (1 << swizzle) - 1) if swizzle else chunks
+    rows = np.arange(tensor.shared_bytes // tensor.row_bytes)[:, None] * (tensor.row_bytes // 16)
+    inner = np.arange(tensor.box[0] * tensor.element_bytes // 16)
+    chunks = (address // 16 + rows + inner).reshape(-1)
+    return chunks ^ (chunks >> 3 & (1 << tensor.swizzle) - 1) if tensor.swizzle else chunks

@@ -22,7 +22,7 @@ from .flow import (
     solve_joins,
     solve_liveness,
 )
-from .formats import pack16
+from .formats import hardware_nan, pack16
 from .hot import HotBlocks
 from .loads import find_uses
 from .memory import LOCAL_BASE, PARAM_BASE, WINDOW_BASE
@@ -293,7 +293,7 @@ class Translator:
             "TRUE": np.bool_(True),
             "C16": np.uint32(16),
         }
-        names |= {"pack16": pack16, "ws_active": ws_active}
+        names |= {"hardware_nan": hardware_nan, "pack16": pack16, "ws_active": ws_active}
         self.globals |= names
         exec(compile(source, f"<ptx {self.kernel.name}>", "exec"), self.globals)
         instrs = self.kernel.instrs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..cluster import OFFSET_MASK
-from ..formats import decode, encode, flush, pack16
+from ..formats import decode, encode, flush, hardware_nan, pack16
 from ..memory import LOCAL_BASE, WINDOW_BASE
 from ..table import family
 from .access import place
@@ -30,8 +30,8 @@ def _pair(form: str, combine):
 
 
 def _add_flushed(x, y, _):
-    """Additions of float32 in global memory flush subnormal inputs and results (§9.7.13.5)."""
-    return flush(flush(x) + flush(y))
+    """Additions of float32 in global memory flush subnormal inputs and results (§9.7.13.5); a NaN is the hardware's."""
+    return hardware_nan(np.asarray(flush(flush(x) + flush(y)))).view(np.float32)
 
 
 INTEGER = {

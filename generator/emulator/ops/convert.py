@@ -68,24 +68,37 @@ def _write(kind: str, x, mode: str = "rn", finite: bool = False):
 def _float_to_float(to, source, mode="rn", ftz=False, sat=False, clamp=False, finite=False, whole=None):
     def run(x):
         value = _read(source, x)
-        if ftz and source == "f32":
+        if ftz and source == "f32" and to != "f16":  # an H200 flushes no input on the way to float16
             value = flush_to("f32", value)
         if whole is not None:
             value = whole(value)
         if sat:
             value = saturate(value)
         result = _write(to, relu(value) if clamp else value, mode, finite)
+        if source == "f64" and to in ("f16", "bf16") and not sat:  # its NaN keeps sign and payload
+            quiet, shift = (0x7E00, 42) if to == "f16" else (0x7FC0, 45)
+            bits = x.view(U64)
+            kept = bits >> U64(shift) & U64(quiet ^ 0x7FFF) | bits >> U64(48) & U64(0x8000) | U64(quiet)
+            result = np.where(np.isnan(x), kept.astype(U16), result)
         return flush(result) if ftz and to == "f32" else result
 
     return run
 
 
 def _register(name: str, signature: str, f) -> None:
-    """Nothing saturates to or from bf16, and no 8-bit integer converts to or from it."""
+    """Nothing saturates to or from bf16, and no 8-bit integer converts to or from it. Where silicon hands on the bits
+    of a NaN, the result is bits: arithmetic's would become 0x7FFFFFFF.
+    """
     *modifiers, to, source = name.split(".")
     if "bf16" in (to, source) and ("sat" in modifiers or {to, source} & {"u8", "s8"}):
         return
-    alu(name, signature, ISA)(FAST.get(name, f))
+    f = FAST.get(name, f)
+    if name == "cvt.f32.f32":
+        alu(name, "u=u", ISA)(lambda x: x)
+    elif name == "cvt.f32.bf16" or name.endswith(".f32.f64"):
+        alu(name, signature.replace("f=", "u="), ISA)(lambda x: f(x).view(U32))
+    else:
+        alu(name, signature, ISA)(f)
 
 
 _RANK = {"f16": 0, "bf16": 0, "f32": 1, "f64": 2}
@@ -120,9 +133,26 @@ def _to_tf32(mode, clamp, finite):
     return lambda x: encode("tf32", relu(x.astype(F64)) if clamp else x.astype(F64), mode, finite)
 
 
-for _mode in ("rna", "rn", "rz"):
+def _nearest_tf32(finite):
+    """cvt.rna.tf32 rounds the bits of the magnitude; it cuts those of NaN and infinity, as an H200 does."""
+
+    def run(x):
+        bits = x.view(U32)
+        magnitude = bits & U32(0x7FFFFFFF)
+        beyond = magnitude >= U32(0x7F800000)
+        magnitude = np.where(beyond, magnitude, magnitude + U32(0x1000)) & U32(0x7FFFE000)
+        if finite:
+            magnitude = np.where(magnitude >= U32(0x7F800000), magnitude - U32(0x2000), magnitude)
+        return bits & U32(0x80000000) | magnitude
+
+    return run
+
+
+alu("cvt.rna.tf32.f32", "u=f", ISA)(_nearest_tf32(False))
+alu("cvt.rna.satfinite.tf32.f32", "u=f", ISA)(_nearest_tf32(True))
+for _mode in ("rn", "rz"):
     for _finite in ("", ".satfinite"):
-        for _relu in ("", ".relu") if _mode != "rna" else ("",):
+        for _relu in ("", ".relu"):
             alu(f"cvt.{_mode}{_finite}{_relu}.tf32.f32", "u=f", ISA)(_to_tf32(_mode, bool(_relu), bool(_finite)))
 
 
@@ -168,7 +198,10 @@ def _value_dtype(kind: str):
 
 
 def _float_to_int(to, source, rounding, ftz):
-    """Saturates; NaN becomes 0."""
+    """Saturates. NaN becomes 0, or where 64 bits are read or written the highest bit alone (measured on an H200)."""
+    nan = _value_dtype(to)(0)
+    if to[1:] == "64" or source == "f64":
+        nan = np.array(1 << int(to[1:]) - 1, f"u{int(to[1:]) // 8}").view(_value_dtype(to))[()]
     dtype, register = _value_dtype(to), DTYPES[INTEGERS[to]]
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
 
@@ -180,7 +213,8 @@ def _float_to_int(to, source, rounding, ftz):
             whole <= float(low),
         )  # high of 64 bits is 2^64 in float64: equal is too large
         result = np.where(over | under | np.isnan(whole), 0.0, whole).astype(dtype)
-        return np.where(over, dtype(high), np.where(under, dtype(low), result)).astype(register)
+        result = np.where(over, dtype(high), np.where(under, dtype(low), result))
+        return np.where(np.isnan(whole), nan, result).astype(register)
 
     return run
 

@@ -134,8 +134,16 @@ alu("rcp.approx.ftz.f32", "f=f", "9.7.3.13")(_flushed(_reciprocal))
 alu("sqrt.approx.f32", "f=f", "9.7.3.15")(np.sqrt)
 alu("sqrt.approx.ftz.f32", "f=f", "9.7.3.15")(_flushed(np.sqrt))
 
-alu("div.{full,approx}.f32", "f=f,f", "9.7.3.8")(np.divide)
-alu("div.{full,approx}.ftz.f32", "f=f,f", "9.7.3.8")(_flushed(np.divide))
+
+def _divide_approx(a, b):
+    """A divisor above 2^126 has no normal reciprocal: the quotient of a finite number is +0, as on an H200."""
+    return np.where((np.abs(b) > F32(2.0**126)) & np.isfinite(b) & np.isfinite(a), F32(0), a / b)
+
+
+alu("div.full.f32", "f=f,f", "9.7.3.8")(np.divide)
+alu("div.full.ftz.f32", "f=f,f", "9.7.3.8")(_flushed(np.divide))
+alu("div.approx.f32", "f=f,f", "9.7.3.8")(_divide_approx)
+alu("div.approx.ftz.f32", "f=f,f", "9.7.3.8")(_flushed(_divide_approx))
 
 
 def _ordered_zeros(pick):
@@ -231,7 +239,13 @@ def tanh(x):
 
 
 def _trigonometric(f):
-    return lambda x: f(x.astype(F64)).astype(F32)
+    """The argument in turns is a float32, so the error grows with it, as on an H200: a large one is a whole turn."""
+
+    def run(x):
+        turns = round_toward(x.astype(F64) * F64(F32(0.5 / np.pi)), "rz").astype(F64)
+        return f((turns - np.floor(turns)) * (2 * np.pi)).astype(F32)
+
+    return run
 
 
 for _name, _f, _isa in (("sin", np.sin, "9.7.3.18"), ("cos", np.cos, "9.7.3.19")):
@@ -239,6 +253,6 @@ for _name, _f, _isa in (("sin", np.sin, "9.7.3.18"), ("cos", np.cos, "9.7.3.19")
     alu(f"{_name}.approx.ftz.f32", "f=f", _isa)(_flushed(_trigonometric(_f)))
 
 
-@alu("copysign.f32", "f=f,f", "9.7.3.2")
+@alu("copysign.f32", "u=u,u", "9.7.3.2")
 def copysign(a, b):
-    return np.copysign(b, a)
+    return a & U32(0x80000000) | b & U32(0x7FFFFFFF)

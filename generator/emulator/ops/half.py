@@ -68,12 +68,14 @@ def _extreme(name, form, ftz=False, nan=False, xorsign=False):
 
 
 def _sign(name, form, ftz=False):
-    smallest = U16(0x0400)
+    """A NaN becomes the hardware's, also here."""
+    smallest, infinity = U16(0x0400), U16(0x7C00 if form == "f16" else 0x7F80)
 
     def run(a):
+        nan = a & U16(0x7FFF) > infinity
         if ftz:
             a = np.where(a & U16(0x7FFF) < smallest, a & U16(0x8000), a)
-        return a ^ U16(0x8000) if name == "neg" else a & U16(0x7FFF)
+        return np.where(nan, U16(0x7FFF), a ^ U16(0x8000) if name == "neg" else a & U16(0x7FFF))
 
     return run
 

@@ -99,7 +99,9 @@ def _quotient(a, b):
 
 
 def _remainder(a, b):
-    return np.where(b == 0, a, a - _quotient(a, b) * b)
+    """C's remainder; a zero divisor gives all ones, as the hardware does."""
+    quotient = _quotient(a, b)
+    return np.where(b == 0, quotient, a - quotient * b)
 
 
 for _type, _kind in (("u32", "u"), ("s32", "s"), ("u64", "U"), ("s64", "S"), ("u16", "h"), ("s16", "i")):

@@ -9,9 +9,9 @@ import itertools
 
 import numpy as np
 
-from ..accumulate import fused_dot, mma_model
+from ..accumulate import fused_dot, mma_model, split_fp8_dot
 from ..errors import Hazard, UnsupportedInstruction
-from ..formats import decode, pack16
+from ..formats import decode, f16_bits, hardware_nan, pack16
 from ..memory import GENERIC_WORD, REASONS, UNDER_WAY
 from ..table import effect
 from ..warps import LANES
@@ -170,7 +170,7 @@ def _registers(d, kind: str, rows: int):
         value = d[..., row, column]
         bits = value.astype(np.int64).astype(U32) if kind == "s32" else None
         if bits is None:
-            bits = value.astype(np.float32).view(U32) if kind == "f32" else value.astype(np.float16).view(U16)
+            bits = hardware_nan(value.astype(np.float32)) if kind == "f32" else f16_bits(value)
         results.setdefault(register, []).append(bits)
     return tuple(pack16(parts[1], parts[0]) if kind == "f16" else parts[0] for parts in results.values())
 
@@ -193,8 +193,9 @@ def _mma(form_a: str, form_b: str, rows: int, k: int, kind: str, saturate: bool 
         right = _gather(ws, b, form_b, 8, k, b_places)
         start = _accumulator(ws, c, kind, rows)
         if kind != "s32" and m.accumulation == "exact":
-            forms = (form_a, form_b)
-            return _registers(fused_dot(left, right, start, forms, mma_model(kind)), kind, rows)
+            if BITS[form_a] == 8:
+                return _registers(split_fp8_dot(left, right, start, kind), kind, rows)
+            return _registers(fused_dot(left, right, start, (form_a, form_b), mma_model(kind)), kind, rows)
         d = left @ np.swapaxes(right, -1, -2) + start
         return _registers(np.clip(d, -(2.0**31), 2.0**31 - 1) if saturate else d, kind, rows)
 

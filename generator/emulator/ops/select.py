@@ -76,7 +76,8 @@ for _type, _kind in KINDS.items():
             for _bool, _g in COMBINE.items():
                 alu(f"setp.{_cmp}.{_bool}{_ftz}.{_type}", f"p={_kind},{_kind},p", "9.7.6.2")(_combined(_test, _g))
     if _type[0] != "s" or _kind in "sSi":
-        alu(f"selp.{_type}", f"{_kind}={_kind},{_kind},p", "9.7.6.3")(lambda a, b, p: np.where(p, a, b))
+        _bits = "u" if _kind == "f" else _kind  # a NaN keeps its bits
+        alu(f"selp.{_type}", f"{_bits}={_bits},{_bits},p", "9.7.6.3")(lambda a, b, p: np.where(p, a, b))
 
 
 # -- f16 and bf16, §9.7.7 ----------------------------------------------------------------------------------------------
@@ -138,6 +139,7 @@ def _choose_flushed(a, b, c):
 
 
 for _type, _kind in KINDS.items():
+    _kind = "u" if _kind == "f" else _kind  # bits pass through
     alu(f"slct.{_type}.s32", f"{_kind}={_kind},{_kind},s", "9.7.6.4")(lambda a, b, c: np.where(c >= 0, a, b))
     alu(f"slct.{_type}.f32", f"{_kind}={_kind},{_kind},f", "9.7.6.4")(lambda a, b, c: np.where(c >= 0, a, b))
     alu(f"slct.ftz.{_type}.f32", f"{_kind}={_kind},{_kind},f", "9.7.6.4")(_choose_flushed)
@@ -149,7 +151,7 @@ for _type, _kind, _dtype in (("f32", "f", np.float32), ("f64", "d", np.float64))
         "infinite": np.isinf,
         "number": lambda x: ~np.isnan(x),
         "notanumber": np.isnan,
-        "normal": lambda x, tiny=_tiny: np.isfinite(x) & (np.abs(x) >= tiny),
+        "normal": lambda x, tiny=_tiny: np.isfinite(x) & ((np.abs(x) >= tiny) | (x == 0)),  # a zero counts as normal
         "subnormal": lambda x, tiny=_tiny: (np.abs(x) < tiny) & (x != 0),
     }.items():
         alu(f"testp.{_name}.{_type}", f"p={_kind}", "9.7.3.1")(_f)

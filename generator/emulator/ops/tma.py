@@ -6,10 +6,11 @@ from collections import Counter
 
 import numpy as np
 
-from ..errors import Hazard, UnsupportedInstruction
+from ..errors import Hazard
+from ..formats import encode
 from ..memory import MBARRIER, PARAM_BASE, REASONS, TMA_PENDING, UNWRITTEN, VALID, WINDOW_BASE
 from ..table import effect
-from ..tensormap import Part, TensorMap, decode_tensor_map, swizzled_chunks
+from ..tensormap import Part, TensorMap, box_chunks, decode_tensor_map
 from .memory import shared_offsets
 
 
@@ -51,22 +52,22 @@ def _check_place(m, tensor: TensorMap, offset: int, where: str) -> None:
     """Destination or source box inside shared memory, aligned to 128 bytes (CUDA programming guide, tensor copies)."""
     if offset % 128:
         raise Hazard(f"{where}: shared address offset {offset:#x} of a tensor copy must be a multiple of 128")
-    if offset < 0 or offset + tensor.box_bytes > m.smem.size:
+    if offset < 0 or offset + tensor.shared_bytes > m.smem.size:
         raise Hazard(
-            f"{where}: a box of {tensor.box_bytes} bytes at shared offset {offset:#x} leaves the CTA's "
+            f"{where}: a box of {tensor.shared_bytes} bytes at shared offset {offset:#x} leaves the CTA's "
             f"{m.smem.size} bytes"
         )
 
 
-def _chunks(offset: int, tensor: TensorMap, where) -> np.ndarray:
-    """Shared-memory chunk of each 16 bytes of the box, in order."""
-    chunks = swizzled_chunks(offset + WINDOW_BASE, tensor.box_bytes, tensor.swizzle) - WINDOW_BASE // 16
-    if int(chunks.max() + 1) * 16 > offset + tensor.box_bytes:
-        raise UnsupportedInstruction(
-            f"{where}: a box of {tensor.box_bytes} bytes does not fill its {16 << tensor.swizzle}-byte swizzle rows: "
-            "what the hardware does then is not known; make it a multiple of 128 bytes"
+def _check_start(tensor: TensorMap, point, where, is_store: bool) -> None:
+    """What an H200 answers with an illegal instruction: a box that starts off 16 bytes, a store at negative ones."""
+    if point[0] * tensor.element_bytes % 16:
+        raise Hazard(
+            f"{where}: the box starts at element {point[0]} of {tensor.element_bytes} bytes: the first coordinate must "
+            "be a multiple of 16 bytes"
         )
-    return chunks
+    if is_store and min(point) < 0:
+        raise Hazard(f"{where}: a store starts at coordinates {point}: they must not be negative (§9.7.9.27.1.1)")
 
 
 def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=None):
@@ -92,9 +93,10 @@ def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=N
             raise Hazard(f"{where}: {len(coords)} coordinates for a tensor map of rank {tensor.rank}")
         offset = int(dsts[i])
         _check_place(m, tensor, offset, where)
+        _check_start(tensor, points[i].tolist(), where, False)
         slot = m.mbarriers.slot(int(mbars[i]))
         signals[slot] = signals.get(slot, 0) | 1 << cta
-        chunks = _chunks(offset, tensor, where)
+        chunks = box_chunks(offset + WINDOW_BASE, tensor) - WINDOW_BASE // 16
         both = [(data_cta[i], bar_cta[i])]
         if mask is not None:
             both = [(peer, peer) for peer in m.cluster.peers(cta, int(masks[i]))]
@@ -175,10 +177,9 @@ def store(m, ws, active, instr, destination, source, policy=None, combine=None):
         if tensor.rank != len(coords):
             raise Hazard(f"{where}: {len(coords)} coordinates for a tensor map of rank {tensor.rank}")
         point = tuple(int(c) for c in points[i])
-        if min(point) < 0:
-            raise Hazard(f"{where}: a store starts at coordinates {point}: they must not be negative (§9.7.9.27.1.1)")
+        _check_start(tensor, point, where, True)
         _check_place(m, tensor, int(sources[i]), where)
-        chunks = _chunks(int(sources[i]), tensor, where)
+        chunks = box_chunks(int(sources[i]) + WINDOW_BASE, tensor) - WINDOW_BASE // 16
         _require_valid(m, cta, chunks, where)
         key = (int(warps[i]), int(cta), int(lanes[i]))
         time = m.races.bulk_read(instr, *key[:2], chunks) if m.races else 0
@@ -201,7 +202,7 @@ def _require_valid(m, cta, chunks, where) -> None:
 
 
 def _read_box(m, tensor: TensorMap, point, where) -> np.ndarray:
-    """The box at `point` as u8 [box bytes]; elements outside the tensor are zero."""
+    """The box at `point` as u8 [box bytes]; elements outside the tensor are zero, those of a tf32 tensor rounded."""
     out = np.zeros((*tensor.box[::-1], tensor.element_bytes), np.uint8)
     part = tensor.part(point)
     if part is not None:
@@ -210,6 +211,8 @@ def _read_box(m, tensor: TensorMap, point, where) -> np.ndarray:
         if written is not None and not part.of(start, written).all():
             raise Hazard(f"{where}: loads global memory although {REASONS[UNWRITTEN]}")
         out[part.place] = part.of(start, view)
+    if tensor.element == "tf32":
+        return encode("tf32", out.view(np.float32).astype(np.float64)).view(np.uint8).reshape(-1)
     return out.reshape(-1)
 
 
@@ -222,7 +225,7 @@ def finish_store(m, cta: int, jobs) -> None:
     for tensor, point, chunks, where, combine, _ in jobs:
         _require_valid(m, cta, chunks, where)
         m.sources -= Counter([_span(cta, chunks)])  # drops what reaches zero
-        part = tensor.part(point)
+        part = tensor.part(point, whole=True)
         if part is None:
             continue
         start, view = _memory(m, tensor, part, where)
