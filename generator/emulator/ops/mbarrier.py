@@ -188,12 +188,7 @@ def mbarrier_wait(m, ws, active, instr, address, parity, hint=None):
     offsets = shared_offsets(m, ws, active, instr, address, 8)
     low = int(np.min(offsets))
     if low != int(np.max(offsets)):
-        if active is not None:
-            raise Hazard(
-                f"{m.where(ws, instr, active)}: divergent lanes wait on different mbarriers, which the "
-                "emulator does not support"
-            )
-        return _wait_each(m, ws, instr, ws.full(offsets), ws.full(parity))
+        return _wait_each(m, ws, active, instr, ws.full(offsets), ws.full(parity))
     slot = m.mbarriers.slot(low)
     m.mbarriers.require_live(slot, np.unique(ws.cta), m.where(ws, instr, True if active is None else active))
     done = (m.mbarriers.phase[slot][ws.cta] & 1) != parity
@@ -207,19 +202,22 @@ def mbarrier_wait(m, ws, active, instr, address, parity, hint=None):
     return done
 
 
-def _wait_each(m, ws, instr, offsets, parity):
-    """Warps of one batch that wait on different mbarriers."""
+def _wait_each(m, ws, active, instr, offsets, parity):
+    """Warps, or lanes of diverged warps, that wait on different mbarriers."""
+    on = np.ones(offsets.shape, bool) if active is None else ws.full(active)
     done = np.zeros(offsets.shape, bool)
-    slots = np.zeros(offsets.shape[:-1], np.int64)
-    for offset in np.unique(offsets):
-        here = offsets == offset
+    slots = np.zeros(offsets.shape, np.int64)
+    for offset in np.unique(offsets[on]):
+        here = on & (offsets == offset)
         slot = m.mbarriers.slot(int(offset))
         ctas = np.broadcast_to(ws.cta, here.shape)
         m.mbarriers.require_live(slot, np.unique(ctas[here]), m.where(ws, instr, here))
         done |= here & ((m.mbarriers.phase[slot][ctas] & 1) != parity)
-        slots[here[..., 0]] = slot
-    if m.races:
-        m.races.waited(ws, None, instr, slots, done, parity)
-    if not done.all():
-        m.stall(ws, ~done, slots, parity[..., 0], instr)
+        slots[here] = slot
+        if m.races:
+            m.races.waited(ws, here, instr, slot, here & done, parity)
+    failed = on & ~done
+    if failed.any():  # a warp sleeps on what its first lane that failed waits for
+        first = failed.argmax(axis=-1)[..., None]
+        m.stall(ws, failed, *(np.take_along_axis(x, first, -1)[..., 0] for x in (slots, parity)), instr)
     return done
