@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from . import processes
 from .accumulate import MODES
 from .errors import LaunchError
 from .labels import Labels
@@ -97,6 +98,7 @@ class LaunchCase:
         Raises:
             LaunchError, Hazard, Deadlock, UnsupportedInstruction: see `errors`.
         """
+        own = schedule is None and text is None and program is None
         program = program or _translate(text or self.text, self.kernel, self.gpu.strict)
         total = program.static_shared + self.smem_bytes
         if total > SMEM_LIMIT[self.gpu.arch]:
@@ -108,27 +110,43 @@ class LaunchCase:
         schedule = schedule or Schedule()
         ctas = _by_cluster(self.grid, self.cluster, schedule)
         size = self.cluster[0] * self.cluster[1] * self.cluster[2]
-        waiting = values["waiting"] = deque(ctas[i : i + size] for i in range(0, len(ctas), size))
-        cancels = any(i.opcode.startswith("clusterlaunchcontrol.try_cancel") for i in program.kernel.instrs)
-        wave = max((CANCELLING_WAVE if cancels else WAVE) // size, 1)
-        executed, columns = np.zeros(len(program.blocks), np.int64), 0
+        clusters = [ctas[i : i + size] for i in range(0, len(ctas), size)]
+        n = processes.wanted(program, len(clusters), self.gpu.gmem) if own else 1
         with np.errstate(all="ignore"), _blas().limit(limits=1):
-            while waiting:
-                here = [cta for _ in range(min(wave, len(waiting))) for cta in waiting.popleft()]
-                machine = Machine(
-                    *(program, here, self.grid, self.block, self.smem_bytes, values),
-                    *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict, schedule),
-                )
-                machine.allow_uninitialized = self.gpu.allow_uninitialized
-                machine.run()
-                executed += machine.executed
-                self.gpu.work.update(machine.work)
-                columns = max(columns, int(machine.tmem.peak.max(initial=0)))
+            shares = [partial(self._run_clusters, program, clusters[i::n], values, schedule) for i in range(n)]
+            results = processes.run_shares(shares, self.gpu.gmem) if n > 1 else None
+            results = results or [self._run_clusters(program, clusters, values, schedule)]
+        executed = sum(blocks for blocks, _, _ in results)
+        columns = max(peak for _, peak, _ in results)
+        for _, _, work in results:
+            self.gpu.work.update(work)
         opcodes: Counter = Counter()
         for times, counts in zip(executed.tolist(), program.opcode_counts, strict=True):
             for opcode, n in counts.items():
                 opcodes[opcode] += n * times
         return opcodes, columns
+
+    def _run_clusters(
+        self, program: Program, clusters: list, values: dict, schedule: Schedule
+    ) -> tuple[np.ndarray, int, Counter]:
+        """Run these clusters to their end, a wave at a time: warps by block, TMEM columns, work."""
+        waiting = values["waiting"] = deque(clusters)
+        cancels = any(i.opcode.startswith("clusterlaunchcontrol.try_cancel") for i in program.kernel.instrs)
+        size = self.cluster[0] * self.cluster[1] * self.cluster[2]
+        wave = max((CANCELLING_WAVE if cancels else WAVE) // size, 1)
+        executed, columns, work = np.zeros(len(program.blocks), np.int64), 0, Counter()
+        while waiting:
+            here = [cta for _ in range(min(wave, len(waiting))) for cta in waiting.popleft()]
+            machine = Machine(
+                *(program, here, self.grid, self.block, self.smem_bytes, values),
+                *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict, schedule),
+            )
+            machine.allow_uninitialized = self.gpu.allow_uninitialized
+            machine.run()
+            executed += machine.executed
+            work.update(machine.work)
+            columns = max(columns, int(machine.tmem.peak.max(initial=0)))
+        return executed, columns, work
 
     def _module_state(self) -> dict:
         variables = _parse(self.text).variables

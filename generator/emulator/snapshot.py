@@ -15,6 +15,11 @@ class Snapshot:
         self._arrays = {start: view.copy() for start, _, _, view in gmem.regions}
         self._written = {start: written.copy() for start, written in gmem.written.items()}
 
+    def arrays(self) -> dict[tuple[str, int], np.ndarray]:
+        """The copies: ("data" or "written", address) → bytes."""
+        copies = {("data", start): copy for start, copy in self._arrays.items()}
+        return copies | {("written", start): copy for start, copy in self._written.items()}
+
     def restore(self) -> None:
         """Every array as it was; outputs hold what they held, and count as unwritten again."""
         for start, _, _, view in self._gmem.regions:

@@ -15,7 +15,7 @@ class Warps:
     `mask` is None when every lane runs, else bool `lead + (32,)`.
     """
 
-    __slots__ = ("index", "lead", "warp", "cta", "mask", "count", "sliced", "w_range", "c_range")
+    __slots__ = ("index", "lead", "warp", "cta", "mask", "count", "sliced", "w_range", "c_range", "shape", "pairs")
 
     def __init__(self, warps: np.ndarray, ctas: np.ndarray):
         """`warps`, `ctas`: int arrays of the same length, sorted by warp, then CTA."""
@@ -37,6 +37,9 @@ class Warps:
             self.cta = ctas.reshape(-1, 1)
             self.w_range = self.c_range = (-1, -1)
 
+        self.shape = (*self.lead, 32)
+        self.pairs: tuple[np.ndarray, np.ndarray] | None = None
+
     def get(self, register: np.ndarray) -> np.ndarray:
         return register[self.index]
 
@@ -51,12 +54,19 @@ class Warps:
 
     def full(self, value) -> np.ndarray:
         """`value` as lead + (32,)."""
-        return np.broadcast_to(value, (*self.lead, 32))
+        if type(value) is np.ndarray and value.shape == self.shape:
+            return value
+        return np.broadcast_to(value, self.shape)
 
     def flat_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Warp and CTA index of each warp of the batch, in the order of `full(x).reshape(-1, 32)`."""
-        shape = (*self.lead, 1)
-        return np.broadcast_to(self.warp, shape).reshape(-1), np.broadcast_to(self.cta, shape).reshape(-1)
+        if self.pairs is None:
+            shape = (*self.lead, 1)
+            both = (np.broadcast_to(self.warp, shape).reshape(-1), np.broadcast_to(self.cta, shape).reshape(-1))
+            for array in both:
+                array.flags.writeable = False
+            self.pairs = both
+        return self.pairs
 
     def where(self, lanes: np.ndarray) -> tuple[int, int, int]:
         """CTA, warp, lane of the first True in `lanes` (broadcastable to lead + (32,))."""
