@@ -162,7 +162,9 @@ def kernel(body: str, nbytes: int, columns: int, group: int, load: bool = True) 
     tcgen05.dealloc.cta_group::{group}.sync.aligned.b32 %r150, 512; END:"""
 
 
-def execute(body: str, x: np.ndarray, t: np.ndarray, group: int = 1, accumulation: str = "fast", **flags) -> np.ndarray:
+def execute(
+    body: str, x: np.ndarray, t: np.ndarray, group: int = 1, accumulation="fast", strict=True, **flags
+) -> np.ndarray:
     """x: u8 [CTAs, bytes]; t: u32 [CTAs, 128, columns], columns a multiple of 16. Returns tensor memory, as t."""
     nbytes = -(-x.shape[1] // 2048) * 2048
     image = aligned((len(x), nbytes), np.uint8)
@@ -171,7 +173,7 @@ def execute(body: str, x: np.ndarray, t: np.ndarray, group: int = 1, accumulatio
     before[:] = t
     arguments = {"x": image, "t": before, "y": y}
     text = ptx(kernel(body, nbytes, t.shape[2], group, **flags), **arguments)
-    gpu = Gpu(accumulation=accumulation)
+    gpu = Gpu(strict=strict, accumulation=accumulation)
     for name, value in arguments.items():
         gpu.add_array(value, name)
     params = [struct.pack("<Q", value.ctypes.data) for value in arguments.values()]

@@ -45,6 +45,11 @@ def test_more_than_there_is():
     fails(Hazard, f"{ALLOC} [%s], 512;\n{ALLOC} [%s+4], 32; // HERE\n", "32 TMEM columns are not free in CTA (0, 0, 0)")
 
 
+def test_allocations_do_not_grow():
+    body = f"{ALLOC} [%s], 32; ld.shared.b32 %r1, [%s]; {DEALLOC} %r1, 32;\n{ALLOC} [%s], 64; // HERE\n"
+    fails(Hazard, body, "tcgen05.alloc of 64 columns after one of 32", "the count must not increase")
+
+
 def test_leak_at_exit():
     fails(Hazard, with_tmem("", 128, free=False), "CTA (0, 0, 0) exits with 128 TMEM columns still allocated")
     body = f"{ALLOC} [%s], 64; ld.shared.b32 %r1, [%s]; setp.eq.u32 %p1, %cta, 3; @%p1 ret; {DEALLOC} %r1, 64;"

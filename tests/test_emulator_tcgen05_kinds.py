@@ -23,7 +23,7 @@ K = {"f16": 16, "tf32": 8, "mxf4": 64, "mxf4nvf4": 64}
 A_AT, FACTORS_AT = 256, 272  # columns of A in tensor memory, and of scale factors
 
 
-def draw(shape, form: str, seed: int) -> np.ndarray:
+def integers(shape, form: str, seed: int) -> np.ndarray:
     low = 0 if form == "u8" else -4
     return np.random.default_rng(seed).integers(low, 5, shape)
 
@@ -32,7 +32,7 @@ class Case:
     """One MMA: operands, descriptors, and what it makes of tensor memory."""
 
     def __init__(self, kind, m, n, a="f16", b=None, d="f32", group=1, layout="D", a_mn=False, b_mn=False,
-                 swizzle=(3, 3), half=0, a_in_tmem=False, columns=256, seed=0):  # fmt: skip
+                 swizzle=(3, 3), half=0, a_in_tmem=False, columns=256, seed=0, draw=integers):  # fmt: skip
         self.kind, self.m, self.n, self.d, self.group, self.layout, self.half = kind, m, n, d, group, layout, half
         self.form, self.a_in_tmem, k = a, a_in_tmem, K.get(kind, 32)
         b = b or a
@@ -46,7 +46,7 @@ class Case:
         self.x = np.stack([np.concatenate([left.image, right.image]) for left, right in self.tiles])
         self.t = np.random.default_rng(seed + 2).integers(0, 2**32, (group, 128, columns), dtype=np.uint32)
         self.idesc = instruction(m, n, a, b, d, a_mn, b_mn)
-        self.c = draw((m, n), "s8", seed + 3)
+        self.c = draw((m, n), "s8" if draw is integers else d, seed + 3)
         self.t[:] = self.expected(self.c)
         if a_in_tmem:
             self._put_a(k)

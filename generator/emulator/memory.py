@@ -111,6 +111,7 @@ class TensorMemory:
         self.allocated = np.zeros((self.COLUMNS, n_cta), bool)
         self.blocks: list[dict[int, int]] = [{} for _ in range(n_cta)]
         self.relinquished = np.zeros(n_cta, bool)
+        self.requested = np.full(n_cta, self.COLUMNS)  # by the last allocation
         self.peak = np.zeros(n_cta, np.int64)
 
     def allocate(self, cta: int, columns: int) -> int | None:

@@ -44,6 +44,12 @@ def alloc(m, ws, active, instr, destination, columns):
     for cta in _one_warp_a_cta(m, ws, active, instr):
         if m.tmem.relinquished[cta]:
             raise Hazard(f"{where}: tcgen05.alloc after tcgen05.relinquish_alloc_permit")
+        if m.strict and columns > m.tmem.requested[cta]:
+            raise Hazard(
+                f"{where}: tcgen05.alloc of {columns} columns after one of {m.tmem.requested[cta]}: from one allocation "
+                "to the next the count must not increase"
+            )
+        m.tmem.requested[cta] = columns
         start = m.tmem.allocate(cta, columns)
         if start is None:
             raise Hazard(
