@@ -45,9 +45,10 @@ def alloc(m, ws, active, instr, destination, columns):
         if m.tmem.relinquished[cta]:
             raise Hazard(f"{where}: tcgen05.alloc after tcgen05.relinquish_alloc_permit")
         if m.strict and columns > m.tmem.requested[cta]:
+            before = f"after one of {m.tmem.requested[cta]}"
             raise Hazard(
-                f"{where}: tcgen05.alloc of {columns} columns after one of {m.tmem.requested[cta]}: from one allocation "
-                "to the next the count must not increase"
+                f"{where}: tcgen05.alloc of {columns} columns {before}: from one allocation to the next the count must "
+                "not increase"
             )
         m.tmem.requested[cta] = columns
         start = m.tmem.allocate(cta, columns)
