@@ -62,6 +62,7 @@ TraceCtas = typer.Option(2, "--trace-ctas", min=1, help="CTAs of each launch in 
 LaunchesFile = typer.Option(None, "--json", metavar="FILE", help="write what was launched here")
 Schedules = typer.Option(1, "--schedules", metavar="N", min=1, help="run each launch in N interleavings of its warps")
 ScheduleSeed = typer.Option(0, "--schedule-seed", min=0, help="of the first of them that is not the deterministic one")
+Exhaustively = typer.Option(False, "--exhaustive", help="prove that no interleaving of the barriers goes wrong")
 OneShape = typer.Option(None, "--shape", metavar=SHAPE_FORMAT, help="of a specification's random inputs")
 Two = typer.Option(2, "--jobs", min=1, help="processes")
 MutantsFile = typer.Option(None, "--json", metavar="FILE", help="write every mutant and what became of it here")
@@ -177,11 +178,12 @@ def verify(
     trace_ctas: int = TraceCtas,
     schedules: int = Schedules,
     schedule_seed: int = ScheduleSeed,
+    exhaustive: bool = Exhaustively,
     as_json: bool = Json,
 ) -> None:
     """Run the kernel on random inputs and compare with NumPy. Exit code 1 when a shape fails."""
-    if schedules > 1 and backend != "emulator":
-        raise typer.BadParameter("a GPU schedules its warps itself", param_hint="--schedules")
+    if (schedules > 1 or exhaustive) and backend != "emulator":
+        raise typer.BadParameter("a GPU schedules its warps itself", param_hint="--schedules, --exhaustive")
     chosen = plan_kernel(kernel_spec(kernel, fields))
     shapes = _shapes(chosen, shape)
 
@@ -190,10 +192,14 @@ def verify(
     tracer = _tracer(trace, trace_ctas)
     binary = _compiled(chosen, None, lineinfo or tracer is not None)
 
+    proof = _proof(exhaustive)
+
     def prepare(gpu: Any, outputs: Any) -> None:
         gpu.schedules, gpu.schedule_seed = schedules, schedule_seed
+        gpu.observers += proof
 
     rows = _verified(chosen, binary, shapes, backend, seed, strict=not fast, trace=tracer, prepare=prepare)
+    _say_proofs(proof)
     if as_json:
         print(present.document(rows))
     else:
@@ -251,6 +257,7 @@ def emulate(
     trace_ctas: int = TraceCtas,
     schedules: int = Schedules,
     schedule_seed: int = ScheduleSeed,
+    exhaustive: bool = Exhaustively,
     json_file: Path | None = LaunchesFile,
 ) -> None:
     """Run a CuTe DSL program on the emulator, NumPy or CPU torch arrays standing for device tensors.
@@ -262,7 +269,10 @@ def emulate(
     tracer = _tracer(trace, trace_ctas)
     options = {"strict": not fast, "accumulation": accumulation, "trace": tracer}
     options |= {"allow_uninitialized": allow_uninitialized, "schedules": schedules, "schedule_seed": schedule_seed}
+    proof = _proof(exhaustive)
+    options["prepare"] = lambda gpu: gpu.observers.extend(proof)
     run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo or tracer is not None, **options)
+    _say_proofs(proof)
     if run.launches:
         present.console(to_stderr=True, for_tables=True).print(present.launches_table(run.launches))
     for message in [run.message] if run.error is not None else run.hazards:
@@ -357,6 +367,17 @@ def _verified(
 
     results = (verify_kernel(binary, shape, backend=backend, seed=seed, **options).as_dict() for shape in shapes)
     return list(present.track(results, len(shapes), "verify", present.row_summary))
+
+
+def _proof(wanted: bool) -> list[Any]:
+    from .emulator.exhaustive import Exhaustive
+
+    return [Exhaustive()] if wanted else []
+
+
+def _say_proofs(proof: list[Any]) -> None:
+    for text in dict.fromkeys(text for one in proof for text in one.proofs):
+        present.say(text)
 
 
 def _tracer(path: Path | None, ctas: int) -> Any:

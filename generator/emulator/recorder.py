@@ -37,9 +37,10 @@ class Event(NamedTuple):
 
 
 class Recorder:
-    """Events by (CTA, warp) of every launch of the programs that it makes; CTAs are numbered within their wave."""
+    """Events by (CTA, warp) of one launch of the program that it makes; CTAs are numbered as their waves come."""
 
     def __init__(self):
+        self._machine, self._first = None, 0  # the wave under way, and the number of its first CTA
         self.events: dict[tuple[int, int], list[Event]] = defaultdict(list)
         self.lines: set[int] = set()  # PTX lines of the instructions with effects that ran
 
@@ -50,18 +51,27 @@ class Recorder:
     def _wrap(self, entry: Entry) -> Callable:
         if entry.pure:
             return entry.run
-        look = next((look for prefix, look in _LOOKS if entry.name.startswith(prefix)), _nothing)
-        return self._watched(entry.run, look)
+        look = next((look for prefix, look in _LOOKS if entry.name.startswith(prefix)), None)
+        signals = "mbarrier" in entry.name and not entry.name.startswith("fence.")
+        return self._watched(entry.run, look or (_unknown if signals else _nothing))
 
     def _watched(self, run: Callable, look: Callable) -> Callable:
         def watched(m, ws, active, instr, *operands):
             result = run(m, ws, active, instr, *operands)
             self.lines.add(instr.line)
-            for key, event in look(m, ws, active, instr, operands, result):
-                self.events[key].append(event)
+            first = self._first_cta(m)
+            for (cta, warp), event in look(m, ws, active, instr, operands, result):
+                places = tuple((place + first, offset) for place, offset in event.places)
+                self.events[cta + first, warp].append(event._replace(places=places))
             return result
 
         return watched
+
+    def _first_cta(self, m) -> int:
+        if m is not self._machine:
+            self._first += 0 if self._machine is None else self._machine.n_cta
+            self._machine = m
+        return self._first
 
 
 def _rows(m, ws, active, instr, address, *others, remote: bool = True):
@@ -77,6 +87,13 @@ def _rows(m, ws, active, instr, address, *others, remote: bool = True):
 
 def _nothing(*_):
     return ()
+
+
+def _unknown(m, ws, active, instr, operands, _):
+    """Something about an mbarrier that is recorded by name only."""
+    warps, ctas = ws.flat_pairs()
+    for warp, cta in zip(warps.tolist(), ctas.tolist(), strict=True):
+        yield (cta, warp), Event("unknown", instr.line)
 
 
 def _init(m, ws, active, instr, operands, _):
@@ -161,6 +178,8 @@ def _cluster(kind):
 
 
 _LOOKS = (  # the first prefix that fits
+    ("mbarrier.arrive_drop", _unknown),
+    ("mbarrier.arrive.noComplete", _unknown),
     ("mbarrier.init", _init),
     ("mbarrier.arrive", _arrive),
     ("mbarrier.expect_tx", _arrive),
