@@ -68,6 +68,10 @@ Two = typer.Option(2, "--jobs", min=1, help="processes")
 MutantsFile = typer.Option(None, "--json", metavar="FILE", help="write every mutant and what became of it here")
 WriteDocs = typer.Option(False, "--write-docs", help="bring docs/mutation.md up to date for these kernels")
 Target = typer.Argument(None, metavar="[KERNEL | SCRIPT.py [ARGS]...]", help="as of verify, or as of emulate")
+Group = typer.Option(None, "--group", help="repeatable: scalar, conversion, memory, warp, matrix, tma, wgmma")
+Recorded = typer.Option(False, "--recorded", help="compare with the recorded answers of an H200: needs no GPU")
+Record = typer.Option(None, "--record", metavar="FILE", help="write digests of the GPU's answers")
+CrosscheckFile = typer.Option(None, "--json", metavar="FILE", help="write all comparisons here")
 JsonFile = typer.Option(None, "--json", metavar="FILE", help="write all rows here")
 
 
@@ -94,10 +98,11 @@ def command(function: Callable[..., None] | None = None, **settings: Any) -> Cal
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors that are told without a traceback. Python asks for them only when there is an error."""
+    from .crosscheck import DeviceError
     from .emulator import EmulatorError
     from .run import RunError
 
-    return (SpecError, CompileError, RunError, EmulatorError)
+    return (SpecError, CompileError, RunError, EmulatorError, DeviceError)
 
 
 @command
@@ -326,6 +331,70 @@ def mutate(
     for outcome in missed:
         present.say(f"missed: {outcome.kernel} PTX line {outcome.line}, {outcome.kind} ({outcome.opcode})")
     if missed:
+        raise typer.Exit(VERIFICATION_FAILED)
+
+
+@command
+def crosscheck(
+    group: list[str] | None = Group,
+    seed: int = Seed,
+    accumulation: str = Accumulation,
+    recorded: bool = Recorded,
+    record: Path | None = Record,
+    json_file: Path | None = CrosscheckFile,
+) -> None:
+    """Run the same PTX on the GPU of this machine and in the emulator, and compare what comes out bit by bit.
+
+    Exit code 1 when anything differs by more than its rule allows.
+    """
+    from . import crosscheck as check
+
+    unknown = [name for name in group or () if name not in check.GROUPS]
+    if unknown:
+        raise SpecError("group", unknown[0], f"one of {', '.join(check.GROUPS)}", "leave it out for all")
+    cases = [case for name in group or check.GROUPS for case in check.cases_of(name, seed)]
+    if recorded:
+        _replayed(check, cases)
+        return
+    recording, step = check.Recording("", 0), present.counted("cases", lambda row: f"{row.group}: {row.name}")
+
+    def progress(case: Any, row: Any, silicon: Any) -> None:
+        recording.add(case, silicon)
+        if row is not None:
+            step(row)
+
+    outcome = check.crosscheck(cases, progress, accumulation=accumulation)
+    present.say(f"{outcome.device} ({outcome.target}), driver {outcome.driver}")
+    present.console().print(present.plain_table(check.HEADER, [line.cells() for line in check.lines_of(outcome)]))
+    for case, message in outcome.failed:
+        present.say(f"{case.group}: {case.name}: failed {message}")
+    for row in outcome.rows:
+        if not row.good:
+            present.say(f"{row.group}: {row.name}: {row.differ} of {row.values} values differ; {row.example}")
+    if record is not None:
+        recording.device, recording.driver = outcome.device, outcome.driver
+        write_text(record, recording.text())
+    if json_file is not None:
+        write_text(json_file, present.document([vars(row) | {"rule": vars(row.rule)} for row in outcome.rows]) + "\n")
+    if not outcome.good:
+        raise typer.Exit(VERIFICATION_FAILED)
+
+
+def _replayed(check: Any, cases: list[Any]) -> None:
+    """The emulator against what a GPU was recorded to answer."""
+    recording = check.load_recording()
+    tally: dict[str, dict[str, int]] = {}
+    for found in check.replay(cases, recording):
+        kind = found.result if found.result in ("same", "different", "unknown") else "failed"
+        counts = tally.setdefault(found.group, dict.fromkeys(("same", "different", "failed", "unknown"), 0))
+        counts[kind] += 1
+        if kind in ("different", "failed"):
+            present.say(f"{found.group}: {found.name}: {found.result}")
+    present.say(f"recorded on {recording.device}, driver {recording.driver}")
+    header = ("group", "same", "different", "failed", "not recorded")
+    rows = [[name, *map(str, counts.values())] for name, counts in tally.items()]
+    present.console().print(present.plain_table(header, rows))
+    if any(counts["different"] or counts["failed"] for counts in tally.values()):
         raise typer.Exit(VERIFICATION_FAILED)
 
 

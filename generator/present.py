@@ -260,6 +260,14 @@ def mutation_table(tally: Mapping[str, Counter[str]], results: Sequence[str]) ->
     return table
 
 
+def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Rows of text under a header; the first column is left-aligned."""
+    table = _table(*header, left=header[:1])
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
 def report_table(rows: Iterable[dict[str, Any]]) -> Table:
     """Verification rows: kernel, shape, errors, hazards, verdict."""
     table = _table(

@@ -33,7 +33,10 @@ class Device:
         except ImportError as error:
             raise DeviceError(f"cuda-python cannot be imported: {error}") from None
         self.driver = driver
-        _check(driver.cuInit(0))
+        try:
+            _check(driver.cuInit(0))
+        except RuntimeError as error:  # cuda-python's own, where there is no driver library; DeviceError is one, too
+            raise DeviceError(f"no CUDA device can be used ({error}); `--recorded` needs none") from None
         self.handle = _check(driver.cuDeviceGet(0))
         self.name = _check(driver.cuDeviceGetName(100, self.handle)).split(b"\0")[0].decode()
         attribute = driver.CUdevice_attribute
