@@ -67,7 +67,11 @@ def markdown(outcomes: Sequence[tuple[str, Outcome]]) -> str:
         text += [f"| {' | '.join(line.cells())} |" for line in lines_of(outcome)]
         seen = [row for row in approximations(outcome.rows) if row.group in ("scalar", "conversion")]
         if seen:
-            text += ["", "| approximation | values that differ | largest error, of the bound | bound |", "|---|---|---|---|"]
+            text += [
+                "",
+                "| approximation | values that differ | largest error, of the bound | bound |",
+                "|---|---|---|---|",
+            ]
             text += [f"| `{r.name}` | {r.differ} of {r.values} | {r.worst:.2f} | {r.rule.source} |" for r in seen]
         text.append("")
     return "\n".join(text)
