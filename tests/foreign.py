@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from generator.emulator import EmulatorError, Hazard, attached
+
+os.environ["QUACK_CACHE_ENABLED"] = "0"  # what it keeps on the disk was compiled for a GPU
 
 MODULES = ("foreign_fa4", "foreign_quack")
 HEADER = "| source | arch | case | error against float64 | hazards | launches | seconds | M warp-instructions |"
@@ -97,7 +100,7 @@ def chosen(words: list[str]) -> Iterator[tuple[ModuleType, Any]]:
             print(f"{module.SOURCE} is not installed", file=sys.stderr)
             continue
         for case in module.CASES:
-            if all(word in f"{name} {case.arch} {case}" for word in words):
+            if all(word in f"{name} {case.arch} {case}," for word in words):
                 yield module, case
 
 

@@ -5,12 +5,9 @@ Random inputs, the same computation in float64. See foreign.py for what runs the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-os.environ.setdefault("QUACK_CACHE_ENABLED", "0")  # what it keeps on the disk was compiled for a GPU
 
 SOURCE = "quack-kernels"
 SMS = 4

@@ -82,6 +82,16 @@ def test_compiled_outside_cannot_be_called_inside():
         compiled(a, a, a)
 
 
+def test_object_file_is_refused(tmp_path):
+    with attached("sm_90a"):
+        module = load()
+        compiled = module.cute.compile(module.add, *[given(module, "fake")] * 3, options="--enable-tvm-ffi")
+        path = tmp_path / "add.o"
+        compiled.export_to_c(str(path), function_name="add")
+        with pytest.raises(HostError, match="add.o was compiled ahead of time, so its PTX is unknown"):
+            module.cute.runtime.load_module(str(path), enable_tvm_ffi=True)
+
+
 def test_compiled_inside_cannot_be_called_outside(capfd):
     with attached("sm_90a"):
         module = load()

@@ -73,3 +73,13 @@ def test_fast_mode_reports_a_deadlock(fast):
 
 def test_strict_must_be_said_plainly():
     assert Gpu().strict and not Gpu(strict=False).strict
+
+
+def test_fast_mode_lets_pass_what_silicon_lets_pass(fast):
+    """A bulk store that nobody waits for lands; lanes may initialize an mbarrier together."""
+    x, y = np.arange(32, dtype=np.uint32), np.zeros(32, np.uint32)
+    body = """mbarrier.init.shared.b64 [%s+512], 1; ld.global.b32 %r1, [%x_g]; st.shared.b32 [%s4], %r1;
+    fence.proxy.async.shared::cta; bar.warp.sync -1; elect.sync %r2|%p1, -1;
+    @%p1 cp.async.bulk.global.shared::cta.bulk_group [%y], [%s], 128;"""
+    run(body, x=x, y=y)
+    assert (y == x).all()

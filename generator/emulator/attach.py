@@ -123,6 +123,7 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int, lineinfo
         from cutlass import cute  # noqa: F401  (makes the DSL's singleton)
         from cutlass.base_dsl.compiler import CompileOptions, Compiler, KeepPTX
         from cutlass.base_dsl.dsl import BaseDSL, DSLSingletonMeta
+        from cutlass.base_dsl.export.external_binary_module import ExternalBinaryModule
         from cutlass.base_dsl.jit_executor import JitCompiledFunction, JitExecutor
         from cutlass.cute import runtime as cute_runtime
         from cutlass.utils import HardwareInfo
@@ -151,6 +152,7 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int, lineinfo
     _replace(stack, cute_runtime._Tensor, "__init__", lambda theirs: _registering_tensor(theirs, arrays))
     _replace(stack, cute_runtime._Pointer, "__init__", lambda theirs: _registering_pointer(theirs, arrays))
     _replace(stack, BaseDSL, "_build_jit_function", _remembering)
+    _replace(stack, ExternalBinaryModule, "__init__", lambda _: _refuse_object_file)
     _replace(stack, JitCompiledFunction, "__call__", _checking_arguments)
     for caller in (JitCompiledFunction, JitExecutor):
         _replace(stack, caller, "run_compiled_program", lambda theirs: _raising(theirs, session))
@@ -298,6 +300,13 @@ def _raising(theirs: Callable[..., Any], session: _Attachment) -> Callable[..., 
         return result
 
     return run_compiled_program
+
+
+def _refuse_object_file(module: Any, file_path: str, *_: Any, **__: Any) -> None:
+    raise HostError(
+        f"{file_path} was compiled ahead of time, so its PTX is unknown: compile inside "
+        "(a library that keeps compiled functions on the disk must be told not to, QuACK by QUACK_CACHE_ENABLED=0)"
+    )
 
 
 def _remembering(theirs: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,7 +42,7 @@ def mbarrier_init(m, ws, active, instr, address, count):
     lanes = np.ones(offsets.shape, bool) if active is None else ws.full(active)
     for offset, ctas, inits in by_address(m, ws, active, instr, address):
         where = m.where(ws, instr, lanes & (offsets == offset))
-        if (inits > 1).any():
+        if m.strict and (inits > 1).any():
             raise Hazard(
                 f"{where}: {int(inits.max())} lanes initialize the same mbarrier; to do so with a live one is "
                 "undefined: elect one"
