@@ -44,15 +44,8 @@ def test_a_cluster_takes_over_a_cluster():
 def test_the_answer_is_waited_for_and_may_be_no():
     text = persistent().replace("WAIT: mbarrier.try_wait.parity.shared.b64 %p9, [%s+64], %r2; @!%p9 bra WAIT;", "")
     fails(Hazard, text, "may not be read", declare=".reg .b128 %q<2>;", grid=5, y=np.zeros(5, np.uint32))
-    text = (
-        persistent()
-        .replace("@!%p4 bra DONE;", "\n")
-        .replace("clusterlaunchcontrol.query_cancel.get_first_ctaid::x", "")
-    )
-    text = text.replace(
-        ".b32.b128 %r1, %q1;", "clusterlaunchcontrol.query_cancel.get_first_ctaid::x.b32.b128 %r1, %q1; // HERE\n", 1
-    )
-    fails(Hazard, text, "cancelled nothing", declare=".reg .b128 %q<2>;", grid=1, y=np.zeros(1, np.uint32))
+    text = persistent().replace("@!%p4 bra DONE;", "")  # takes a CTA that there is not
+    fails(Hazard, text, "red.global", "out of bounds", declare=".reg .b128 %q<2>;", grid=1, y=np.zeros(1, np.uint32))
 
 
 # -- bar.red -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import Hazard
 from ..memory import VALID
 from ..table import effect
 from .memory import shared_offsets
@@ -62,9 +61,8 @@ def is_canceled(m, ws, active, instr, response):
 @effect("clusterlaunchcontrol.query_cancel.get_first_ctaid.v4.b32.b128", "*u=*U", "9.7.13.18")
 @effect("clusterlaunchcontrol.query_cancel.get_first_ctaid::{x,y,z}.b32.b128", "u=*U", "9.7.13.18")
 def first_ctaid(m, ws, active, instr, response):
+    """Where the request cancelled nothing the ISA leaves open what comes: all ones, which is no CTA of any grid."""
     words = _words(response)
-    failed = words[3] != 1 if active is None else (words[3] != 1) & active
-    if np.any(failed):
-        raise Hazard(f"{m.where(ws, instr, failed)}: asks for the CTA of a request that cancelled nothing (§9.7.13.18)")
+    words = [np.where(words[3] == 1, word, np.uint32(0xFFFFFFFF)) for word in words]
     axis = instr.opcode.split("::")[-1][0]
     return words[" xyz".index(axis) - 1] if "::" in instr.opcode else (*words[:3], np.uint32(0))
