@@ -20,8 +20,9 @@ def _try_cancel(multicast: bool):
         where = m.where(ws, instr, True if active is None else active)
         places = shared_offsets(m, ws, active, instr, address, RESPONSE_BYTES)
         bars = shared_offsets(m, ws, active, instr, barrier, 8)
-        _, ctas, _, rows = _lanes(m, ws, active, (places, bars))
-        for cta, offset, bar in zip(ctas.tolist(), *(row.tolist() for row in rows), strict=True):
+        warps, ctas, _, rows = _lanes(m, ws, active, (places, bars))
+        columns = (column.tolist() for column in (warps, ctas, *rows))
+        for warp, cta, offset, bar in zip(*columns, strict=True):
             cancelled = m.waiting.popleft()[0] if m.waiting else None
             response = np.array([*(cancelled or (0, 0, 0)), cancelled is not None], np.uint32).view(np.complex128)
             reached = m.cluster.peers(cta, (1 << m.cluster.size) - 1) if multicast else [cta]
@@ -29,6 +30,9 @@ def _try_cancel(multicast: bool):
             for peer in reached:
                 m.mbarriers.require_live(slot, np.array([peer]), where)
                 _begin(m, peer, chunk, where)
+            if m.races:
+                began = [(warp, cta, peer, peer, slot, offset, RESPONSE_BYTES) for peer in reached]
+                m.races.loads(instr, began, where)
 
             def complete(done: int, slot=slot, chunk=chunk, reached=reached, response=response) -> None:
                 for peer in reached:
