@@ -23,6 +23,7 @@ LAUNCHES = {  # program: (kernel, grid, block) of its launches, in order
     "shared_reverse": [("reverse_kernel", (5, 1, 1), (64, 1, 1))],
     "tma_copy": [("copy_kernel", (3, 3, 1), (64, 1, 1))],
     "gemm_sm100": [("gemm_kernel", (2, 2, 1), (128, 1, 1))],
+    "print_and_count": [("print_kernel", (3, 1, 1), (32, 1, 1))],
     "cluster_rank": [("rank_kernel", (6, 1, 1), (32, 1, 1))],
     "two_kernels": [("square_kernel", (11, 1, 1), (32, 1, 1)), ("sum_kernel", (4, 1, 1), (32, 1, 1))] * 2,
 }
@@ -60,7 +61,8 @@ def summary(launch):
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_program_by_the_command(name, tmp_path):
     result = emulate("--json", tmp_path / "launches.json", PROGRAMS / f"{name}.py")
-    assert result.stdout.startswith(f"{name}: ") and "right" in result.stdout
+    assert f"{name}: " in result.stdout and "right" in result.stdout
+    assert ("block 1 thread 8: -2.250000 is negative\n" in result.stdout) == (name == "print_and_count")
     facts = json.loads((tmp_path / "launches.json").read_text())
     assert (facts["arch"], facts["exit_code"], facts["error"]) == ("sm_100a", 0, None)
     assert len(facts["launches"]) == len(LAUNCHES[name])

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from ptx_kernels import fails, run
+from ptx_kernels import fails, ptx, run
 
-from generator.emulator import Deadlock, Hazard, UnsupportedInstruction
+from generator.emulator import Deadlock, Gpu, Hazard, LaunchError, UnsupportedInstruction
 
 LEADER = "setp.eq.u32 %p1, %tid, 0; "
 
@@ -106,3 +106,22 @@ def test_lanes_that_do_not_arrive_are_waited_for():
     apart = "barrier.cluster.arrive; setp.lt.u32 %p1, %tid, 5; @%p1 bra A;\nbarrier.cluster.wait; // HERE\n"
     apart += "A: nop; bar.warp.sync -1;"
     fails(UnsupportedInstruction, apart, "whose other lanes go on", grid=2, cluster=2)
+
+
+# -- cooperative launches ----------------------------------------------------------------------------------------------
+GRID_BARRIER = """setp.eq.u32 %p1, %tid, 0; ld.global.b32 %r9, [%n]; @!%p1 bra MET;
+    atom.release.gpu.global.add.u32 %r1, [%y], 1;
+SPIN: ld.acquire.gpu.global.u32 %r2, [%y]; setp.lt.u32 %p2, %r2, %r9; @%p2 bra SPIN; MET: bar.sync 0;"""
+
+
+def test_a_barrier_of_the_whole_grid():
+    y, n = np.zeros(1, np.uint32), np.array([100], np.uint32)
+    text = ptx(GRID_BARRIER, y=y, n=n)
+    gpu = Gpu()
+    gpu.add_array(y, "y")
+    gpu.add_array(n, "n")
+    params = [int(a.ctypes.data).to_bytes(8, "little") for a in (y, n)]
+    gpu.launch(gpu.load_ptx(text), "k", (100, 1, 1), (64, 1, 1), params=params, cooperative=True)
+    assert y[0] == 100
+    with pytest.raises(LaunchError, match="4737 CTAs .* 4736 fit on sm_100a at once"):
+        gpu.launch(gpu.load_ptx(text), "k", (4737, 1, 1), (64, 1, 1), params=params, cooperative=True)

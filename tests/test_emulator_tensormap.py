@@ -5,7 +5,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from ptx_kernels import aligned, fails, tensor_map
+from ptx_kernels import aligned, fails, run, tensor_map
 
 from generator.emulator import Hazard, UnsupportedInstruction
 from generator.emulator.tensormap import TensorMap, decode_tensor_map
@@ -140,7 +140,7 @@ def test_a_tensor_that_reaches_outside_its_array():
 
 def test_a_map_that_is_not_a_parameter():
     array = aligned((8, 64), np.float16)
-    fails(Hazard, BODY.format(map="%array"), "which is not a kernel parameter", array=array)
+    fails(Hazard, BODY.format(map="%array+8000"), "out of bounds", "its tensor map", array=array)
     fails(Hazard, BODY.format(map="%m+64"), "which is not a kernel parameter", m=tensor_map(array, (8, 8)), array=array)
 
 
@@ -150,7 +150,7 @@ def test_a_map_that_is_not_aligned():
     fails(
         Hazard,
         BODY.format(map="%m+32"),
-        "parameter offset 32, which is not a multiple of 64",
+        "32 bytes beyond a multiple of 64",
         m=bytes(32) + raw + bytes(32),
         known={"q": array},
     )
@@ -165,3 +165,36 @@ def test_coordinates_must_match_the_rank():
         m=tensor_map(array, (8, 8, 2)),
         known={"q": array},
     )
+
+
+def test_a_map_in_global_memory_may_be_one_that_the_kernel_wrote():
+    """A map of another array and shape is copied to shared memory, changed field by field, and copied back."""
+    x, y = aligned((16, 64), np.float16), aligned((8, 32), np.float32)
+    x[:], y[:] = np.arange(1024).reshape(16, 64) / 8, np.arange(256).reshape(8, 32)
+    first = np.frombuffer(tensor_map(x, (64, 4), 3), np.uint32)
+    maps, out = aligned(32, np.uint32), aligned((4, 32), np.float32)
+    maps[:] = first
+    replaced = "".join(
+        f"@%p1 tensormap.replace.tile.{field}.shared::cta.b1024.{kind} [%s+512], {value};"
+        for field, kind, value in (
+            ("global_address", "b64", "%y"), ("rank", "b32", "1"), ("elemtype", "b32", "7"),
+            ("swizzle_mode", "b32", "0"),
+            ("global_dim", "b32", "0, 32"), ("global_dim", "b32", "1, 7"), ("global_stride", "b64", "0, 128"),
+            ("box_dim", "b32", "0, %r5"), ("box_dim", "b32", "1, 4"), ("element_stride", "b32", "0, 1"),
+            ("interleave_layout", "b32", "0"), ("fill_mode", "b32", "0"),
+        )
+    )  # fmt: skip
+    run(
+        f"""setp.eq.u32 %p1, %tid, 0; @%p1 mbarrier.init.shared.b64 [%s+1024], 1; ld.global.b32 %r1, [%maps_g];
+        st.shared.b32 [%s4+512], %r1; bar.sync 0; mov.u32 %r5, 32; {replaced} bar.sync 0;
+        tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%maps], [%s+512], 128;
+        fence.proxy.tensormap::generic.acquire.gpu [%maps], 128; mov.u32 %r2, 0; mov.u32 %r3, 4;
+        @%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%s+1024], 512;
+        @%p1 cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes
+        [%s], [%maps, {{%r2, %r3}}], [%s+1024];
+        W: mbarrier.try_wait.parity.shared.b64 %p2, [%s+1024], 0; @!%p2 bra W;
+        ld.shared.v4.b32 {{%r6, %r7, %r8, %r9}}, [%s16]; mad.wide.u32 %d1, %tid, 16, %out;
+        st.global.v4.b32 [%d1], {{%r6, %r7, %r8, %r9}};""",
+        smem=2048, maps=maps, y=y, out=out,
+    )  # fmt: skip
+    assert (out[:3] == y[4:7]).all() and not out[3].any()  # the tensor has 7 rows

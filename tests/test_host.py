@@ -107,6 +107,15 @@ def test_launch_arrives_with_its_configuration_and_parameters(runtime):
     assert arguments["params"] == list(expected.params)
 
 
+def test_a_cooperative_launch_and_hints_arrive(runtime):
+    gpu = Recorder()
+    with host.attached(gpu, PTX, CUBIN) as session:
+        hints = [(i, (2, 1, 1)) for i in (1, 5, 6, 8, 9, 10, 11, 14)]
+        assert launch(runtime, kernel_handle(runtime), attributes=[(2, (1,)), *hints]) == 0
+    assert session.launches[0].cooperative and session.launches[0].cluster == (1, 1, 1)
+    assert gpu.calls[0][1]["cooperative"] is True
+
+
 @pytest.mark.parametrize("error", [ValueError("a hazard"), KeyboardInterrupt()])
 def test_exception_of_a_launch_reaches_the_caller(runtime, error):
     with pytest.raises(type(error)) as caught, host.attached(Recorder(fail=error), PTX, CUBIN):
@@ -145,8 +154,7 @@ REFUSED = {
     "launched with 49153 bytes of dynamic shared memory; limit 49152": lambda r: launch(
         r, kernel_handle(r), smem=49153
     ),
-    "cooperative launches are not emulated": lambda r: launch(r, kernel_handle(r), attributes=[(2, (1,))]),
-    "launch attribute 9 has no emulated meaning": lambda r: launch(r, kernel_handle(r), attributes=[(9, (1,))]),
+    "launch attribute 3 has no emulated meaning": lambda r: launch(r, kernel_handle(r), attributes=[(3, (1,))]),
     "0x7 is no kernel handle": lambda r: launch(r, 7),
     "0x7 is no loaded library": lambda r: call(r, "_cudaLibraryGetKernel", ctypes.byref(ctypes.c_uint64()), 7, b"k"),
     "none of them the attached": lambda r: call(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import re
+import struct
 import time
 from collections.abc import Callable
 from types import ModuleType
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from .arrays import KnownArrays
+from .encode import encode_tiled
 from .gpu import SMEM_LIMIT, Gpu
-from .host import DEFAULT_SHARED_BYTES, HostError
+from .host import DEFAULT_SHARED_BYTES, ENCODE_LIMITS, HostError
 
 CUDA_VERSION = 13000
 L2_BYTES = 50 << 20
@@ -103,6 +105,7 @@ class CudaPython:
             **dict.fromkeys(("cuMemcpyHtoD", "cuMemcpyHtoDAsync"), self._to_device),
             **dict.fromkeys(("cuMemcpyDtoH", "cuMemcpyDtoHAsync"), self._to_host),
             **dict.fromkeys(("cuMemcpyDtoD", "cuMemcpyDtoDAsync"), self._on_device),
+            "cuTensorMapEncodeTiled": lambda *arguments: _encode(module, *arguments),
             "cuGetErrorName": lambda error: str(error.name).encode(),
             "cuGetErrorString": lambda error: str(error.name).encode(),
         }
@@ -209,6 +212,18 @@ class CudaPython:
         if int(size):
             self._gpu.gmem.require(int(address), int(address) + int(size), f"the program's {what}")
         return int(address)
+
+
+def _encode(module, kind, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill) -> Any:
+    """cuTensorMapEncodeTiled: a CUtensorMap. L2 promotion is a hint."""
+    rank = int(rank)
+    sizes, strides, box, steps = ([int(x) for x in list(values or ())] for values in (sizes, strides, box, steps))
+    if any(step != 1 for step in steps[:rank]) or int(interleave) or int(fill):
+        raise HostError(ENCODE_LIMITS)
+    raw = encode_tiled(int(kind), int(address), sizes[:rank], strides[: rank - 1], box[:rank], int(swizzle))
+    found = module.CUtensorMap()
+    found.opaque = [module.cuuint64_t(word) for word in struct.unpack("<16Q", raw)]
+    return found
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -31,6 +31,8 @@ from .translate import Program, Translator
 from .variables import ModuleVariables
 
 SMEM_LIMIT = {"sm_90a": 232448, "sm_100a": 232448}  # opt-in shared memory a CTA, CUDA programming guide, table 27
+SM_COUNT = {"sm_90a": 132, "sm_100a": 148}  # multiprocessors of H200 and B200
+SM_SMEM = 228 << 10  # bytes of shared memory a multiprocessor, CUDA programming guide, table 27
 GRID_LIMIT = (2**31 - 1, 65535, 65535)  # CUDA programming guide, table 27
 MAX_CLUSTER = 16  # CTAs a cluster, the non-portable limit, CUDA programming guide, thread block clusters
 CANCELLING_WAVE = 4  # the same where CTAs cancel the launch of others, so that some are left to cancel
@@ -88,6 +90,7 @@ class LaunchCase:
     cluster: tuple[int, int, int]
     smem_bytes: int
     params: tuple[bytes, ...]
+    cooperative: bool = False  # every CTA runs at the same time as the others
 
     def run(
         self, schedule: Schedule | None = None, text: str | None = None, program: Program | None = None
@@ -111,7 +114,7 @@ class LaunchCase:
         ctas = _by_cluster(self.grid, self.cluster, schedule)
         size = self.cluster[0] * self.cluster[1] * self.cluster[2]
         clusters = [ctas[i : i + size] for i in range(0, len(ctas), size)]
-        n = processes.wanted(program, len(clusters), self.gpu.gmem) if own else 1
+        n = processes.wanted(program, len(clusters), self.gpu.gmem) if own and not self.cooperative else 1
         with np.errstate(all="ignore"), _blas().limit(limits=1):
             shares = [partial(self._run_clusters, program, clusters[i::n], values, schedule) for i in range(n)]
             results = processes.run_shares(shares, self.gpu.gmem) if n > 1 else None
@@ -133,7 +136,7 @@ class LaunchCase:
         waiting = values["waiting"] = deque(clusters)
         cancels = any(i.opcode.startswith("clusterlaunchcontrol.try_cancel") for i in program.kernel.instrs)
         size = self.cluster[0] * self.cluster[1] * self.cluster[2]
-        wave = max((CANCELLING_WAVE if cancels else WAVE) // size, 1)
+        wave = len(clusters) if self.cooperative else max((CANCELLING_WAVE if cancels else WAVE) // size, 1)
         executed, columns, work = np.zeros(len(program.blocks), np.int64), 0, Counter()
         while waiting:
             here = [cta for _ in range(min(wave, len(waiting))) for cta in waiting.popleft()]
@@ -272,7 +275,15 @@ class Gpu:
         return module
 
     def launch(
-        self, module: Module, kernel: str, grid, block, cluster=(1, 1, 1), smem_bytes: int = 0, params: list[bytes] = ()
+        self,
+        module: Module,
+        kernel: str,
+        grid,
+        block,
+        cluster=(1, 1, 1),
+        smem_bytes: int = 0,
+        params: list[bytes] = (),
+        cooperative: bool = False,
     ) -> LaunchReport:
         """Run a kernel to its end.
 
@@ -280,20 +291,25 @@ class Gpu:
             grid, block, cluster: three extents each.
             smem_bytes: dynamic shared memory a CTA.
             params: the bytes of each parameter, in order.
+            cooperative: every CTA runs at the same time, so that a barrier of the whole grid is possible.
         Raises:
             LaunchError: limits or parameters do not fit. Hazard, Deadlock, UnsupportedInstruction: see `errors`.
         """
         with naming_sources(self._texts.get(id(module), "")):
-            report = self._launch(module, kernel, tuple(grid), tuple(block), tuple(cluster), smem_bytes, params)
+            shape = tuple(grid), tuple(block), tuple(cluster)
+            report = self._launch(module, kernel, *shape, smem_bytes, params, cooperative)
         if report.hazards:
             text = self._texts[id(module)]
             report = replace(report, hazards=tuple(name_sources(hazard, text) for hazard in report.hazards))
             self.launches[-1] = report
         return report
 
-    def _launch(self, module, kernel, grid, block, cluster, smem_bytes, params) -> LaunchReport:
+    def _launch(self, module, kernel, grid, block, cluster, smem_bytes, params, cooperative) -> LaunchReport:
         self._check_launch(module, kernel, grid, block, cluster, smem_bytes, params)
-        case = LaunchCase(self, self._texts[id(module)], kernel, grid, block, cluster, smem_bytes, tuple(params))
+        if cooperative:
+            self._check_resident(kernel, grid, block, smem_bytes)
+        facts = (kernel, grid, block, cluster, smem_bytes, tuple(params), cooperative)
+        case = LaunchCase(self, self._texts[id(module)], *facts)
         start = time.perf_counter()
         with ExitStack() as around:
             for observer in self.observers:
@@ -326,6 +342,16 @@ class Gpu:
         if schedule is not None:
             self.printed[:] = printed
         return result, model, Counter({"mma_flop": _matrix_flop(result[0])}) + self.work
+
+    def _check_resident(self, kernel, grid, block, smem_bytes: int) -> None:
+        """A cooperative launch must fit on the device at once (the registers of the compiled kernel are not known)."""
+        each = min(2048 // (block[0] * block[1] * block[2]), 32, SM_SMEM // (smem_bytes + 1024))
+        count = grid[0] * grid[1] * grid[2]
+        if count > each * SM_COUNT[self.arch]:
+            raise LaunchError(
+                f"cooperative launch of {kernel}: {count} CTAs of {block} threads, {each * SM_COUNT[self.arch]} fit on "
+                f"{self.arch} at once"
+            )
 
     def _check_launch(self, module, kernel, grid, block, cluster, smem_bytes, params) -> None:
         if kernel not in module.kernels:

@@ -42,11 +42,15 @@ from .gpu import SMEM_LIMIT
 
 CUDA_SUCCESS = 0
 CUDA_ERROR_UNKNOWN = 999
+ENCODE_LIMITS = "cuTensorMapEncodeTiled: element strides, interleaving and fill values are not emulated"
 DEFAULT_SHARED_BYTES = 48 * 1024  # what a kernel may use before it opts in to more
 
 _ATTRIBUTE_MAX_OPTIN_SHARED = 97
 _FUNCTION_STATIC_SHARED, _FUNCTION_MAX_DYNAMIC_SHARED, _FUNCTION_NON_PORTABLE_CLUSTER = 1, 8, 14
-_LAUNCH_COOPERATIVE, _LAUNCH_CLUSTER, _LAUNCH_PROGRAMMATIC_SERIALIZATION = 2, 4, 6
+_LAUNCH_COOPERATIVE, _LAUNCH_CLUSTER = 2, 4
+# L2 window, cluster scheduling, programmatic serialization, priority, memory synchronization domains, preferred
+# cluster, shared memory carveout: they change when and where CTAs run, and launches run one after another.
+_LAUNCH_WITHOUT_EFFECT = {1, 5, 6, 8, 9, 10, 11, 14}
 
 
 class HostError(EmulatorError):
@@ -91,6 +95,7 @@ class Launch:
     cluster: tuple[int, int, int]
     smem_bytes: int
     params: tuple[bytes, ...]
+    cooperative: bool = False
 
 
 @dataclass
@@ -119,6 +124,7 @@ class Session:
             cluster=launch.cluster,
             smem_bytes=launch.smem_bytes,
             params=list(launch.params),
+            **({"cooperative": True} if launch.cooperative else {}),
         )
 
 
@@ -393,7 +399,7 @@ def _encode_tensor_map(session: Session, arguments: Any) -> None:
     sizes, strides = (ctypes.cast(arguments[i], ctypes.POINTER(ctypes.c_uint64)) for i in (4, 5))
     box, steps = (ctypes.cast(arguments[i], ctypes.POINTER(ctypes.c_uint32)) for i in (6, 7))
     if any(steps[i] != 1 for i in range(rank)) or _signed(arguments[8]) or _signed(arguments[11]):
-        raise HostError("cuTensorMapEncodeTiled: element strides, interleaving and fill values are not emulated")
+        raise HostError(ENCODE_LIMITS)
     tensor_map = encode_tiled(
         _signed(arguments[1]), arguments[3], sizes[:rank], strides[: rank - 1], box[:rank], _signed(arguments[9])
     )
@@ -417,26 +423,26 @@ def _launch(session: Session, arguments: Any) -> None:
         kernel=kernel.name,
         grid=tuple(config.grid),
         block=tuple(config.block),
-        cluster=_cluster(kernel.name, config),
         smem_bytes=config.smem_bytes,
         params=tuple(ctypes.string_at(pointers[i], size) for i, size in enumerate(sizes)),
+        **_attributes(kernel.name, config),
     )
     session.launches.append(launch)
     session.run(module, launch)
 
 
-def _cluster(kernel: str, config: _LaunchConfig) -> tuple[int, int, int]:
-    cluster = (1, 1, 1)
+def _attributes(kernel: str, config: _LaunchConfig) -> dict[str, Any]:
+    """`cluster` and `cooperative` of a launch."""
+    found: dict[str, Any] = {"cluster": (1, 1, 1)}
     for i in range(config.attribute_count):
         attribute = config.attributes[i]
         if attribute.id == _LAUNCH_CLUSTER:
-            cluster = tuple(attribute.value[:3])
+            found["cluster"] = tuple(attribute.value[:3])
         elif attribute.id == _LAUNCH_COOPERATIVE:
-            if attribute.value[0]:
-                raise HostError(f"{kernel}: cooperative launches are not emulated")
-        elif attribute.id != _LAUNCH_PROGRAMMATIC_SERIALIZATION:  # changes nothing: launches run one after another
+            found["cooperative"] = bool(attribute.value[0])
+        elif attribute.id not in _LAUNCH_WITHOUT_EFFECT:
             raise HostError(f"{kernel}: launch attribute {attribute.id} has no emulated meaning")
-    return cluster
+    return found
 
 
 def _kernel(handle: int) -> _Kernel:

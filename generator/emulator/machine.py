@@ -98,7 +98,7 @@ class Machine:
         self.bulk: dict[tuple[int, int, int], list[list]] = {}  # bulk groups by (warp, CTA, lane); the last is open
         self.work: Counter[str] = Counter()  # bytes that bulk copies move, and FLOP of tcgen05.mma: see LaunchReport
         self.sources: Counter[tuple[int, int, int]] = Counter()  # (CTA, first, end) chunk of bulk stores under way
-        self.params_maps: dict[int, object] = {}
+        self.params_maps: dict[int, object] = {}  # tensor maps by address, as they were when last used
         self.param_bytes = params["bytes"]
         self.params = params["values"]
         self.variables: dict[str, np.uint64] = params["variables"]  # addresses of the module's

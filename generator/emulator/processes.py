@@ -22,7 +22,7 @@ from .memory import GlobalMemory
 from .snapshot import Snapshot
 
 HEAVY = ("tcgen05.mma", "wgmma.mma", "mma.sync")  # a kernel with one of these computes enough
-SPEAKING = ("atom", "red.", "multimem", "cp.reduce", "call", "clusterlaunchcontrol", "membar.gl", "membar.sys")
+SPEAKING = ("atom", "red.", "multimem", "cp.reduce", "vprintf", "clusterlaunchcontrol", "membar.gl", "membar.sys")
 ORDERED = (".volatile", ".acquire.gpu", ".acquire.sys", ".release.gpu", ".release.sys", ".relaxed.gpu", ".relaxed.sys")
 CLUSTERS_EACH = 4  # a process for fewer does not pay
 COPIED = 256 << 20  # bytes of global memory, at most, that are copied to find what a process stored

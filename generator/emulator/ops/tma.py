@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,18 +16,21 @@ from .memory import shared_offsets
 
 
 def tensor_map(m, address: int, where: str) -> TensorMap:
-    """The tensor map at a generic address in the parameter space, decoded once a launch."""
-    cached = m.params_maps.get(address)
-    if cached is not None:
-        return cached
+    """The tensor map at a generic address: of a kernel parameter, or in global or constant memory."""
+    raw = m.param_bytes
     offset = address - PARAM_BASE
-    if not 0 <= offset <= len(m.param_bytes) - 128:
+    if offset < 0:
+        start, raw = m.gmem.require(address, address + 128, where.during("for its tensor map"))
+        offset = address - start
+    elif offset > len(raw) - 128:
         raise Hazard(f"{where}: tensor map at {address:#x}, which is not a kernel parameter")
-    if offset % 64:
-        raise Hazard(f"{where}: tensor map at parameter offset {offset}, which is not a multiple of 64")
-    found = decode_tensor_map(m.param_bytes[offset : offset + 128])
-    m.params_maps[address] = found
+    if address % 64:
+        raise Hazard(f"{where}: tensor map at {address:#x}, {address % 64} bytes beyond a multiple of 64")
+    found = m.params_maps[address] = _decoded(bytes(raw[offset : offset + 128]))
     return found
+
+
+_decoded = lru_cache(maxsize=256)(decode_tensor_map)
 
 
 def _memory(m, tensor: TensorMap, part: Part, where) -> tuple[int, np.ndarray]:
