@@ -1,8 +1,8 @@
 """When blocks become machine code, where it is kept, and what a machine hands to it.
 
-A block is compiled once it has cost more time than compiling it will. The code lies in the user's cache folder under a
-key that names everything it depends on, so that the next process begins with it. `BESPOKE_NATIVE` is auto, off, or
-always (compile at first sight, and keep nothing).
+A block is compiled once it has cost a good part of the time that compiling it will. The code lies in the user's cache
+folder under a key that names everything it depends on, so that the next process begins with it. `BESPOKE_NATIVE` is
+auto, off, or always (compile at first sight, and keep nothing).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .symbolic import NotTraceable
 
 BUFFERS, ADDRESSES, STRIDES, COUNT, DATA = 0, 512, 544, 576, 584  # places in the work memory, see `lower`
 LANES = 16
-SECONDS_A_LINE = 0.5e-3  # to compile one line of a block's text, measured
+SECONDS_A_LINE = 0.15e-3  # of a block's text; compiling it takes twice as long, but serves later processes too
 PROGRAMS_KEPT = 256  # in the cache folder
 WORTHWHILE = 12  # lines: a shorter block is not worth a call
 _MAGIC = b"bespoke native 1\n"

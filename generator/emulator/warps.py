@@ -15,7 +15,20 @@ class Warps:
     `mask` is None when every lane runs, else bool `lead + (32,)`.
     """
 
-    __slots__ = ("index", "lead", "warp", "cta", "mask", "count", "sliced", "w_range", "c_range", "shape", "pairs")
+    __slots__ = (
+        "index",
+        "lead",
+        "warp",
+        "cta",
+        "mask",
+        "count",
+        "sliced",
+        "w_range",
+        "c_range",
+        "shape",
+        "pairs",
+        "unique",
+    )
 
     def __init__(self, warps: np.ndarray, ctas: np.ndarray):
         """`warps`, `ctas`: int arrays of the same length, sorted by warp, then CTA."""
@@ -39,6 +52,7 @@ class Warps:
 
         self.shape = (*self.lead, 32)
         self.pairs: tuple[np.ndarray, np.ndarray] | None = None
+        self.unique: np.ndarray | None = None
 
     def get(self, register: np.ndarray) -> np.ndarray:
         return register[self.index]
@@ -67,6 +81,12 @@ class Warps:
                 array.flags.writeable = False
             self.pairs = both
         return self.pairs
+
+    def ctas(self) -> np.ndarray:
+        """CTAs of the batch, ascending, each once."""
+        if self.unique is None:
+            self.unique = np.unique(self.cta)
+        return self.unique
 
     def where(self, lanes: np.ndarray) -> tuple[int, int, int]:
         """CTA, warp, lane of the first True in `lanes` (broadcastable to lead + (32,))."""

@@ -190,7 +190,7 @@ def mbarrier_wait(m, ws, active, instr, address, parity, hint=None):
     if low != int(np.max(offsets)):
         return _wait_each(m, ws, active, instr, ws.full(offsets), ws.full(parity))
     slot = m.mbarriers.slot(low)
-    m.mbarriers.require_live(slot, np.unique(ws.cta), m.where(ws, instr, True if active is None else active))
+    m.mbarriers.require_live(slot, ws.ctas(), m.where(ws, instr, True if active is None else active))
     done = (m.mbarriers.phase[slot][ws.cta] & 1) != parity
     if m.races:
         m.races.waited(ws, active, instr, slot, done, parity)

@@ -249,7 +249,7 @@ def fence_proxy_async(m, ws, active, instr):
     by the issuing thread, after a barrier, is as good as one by the writers.
     """
     if m.strict:
-        m.smem.fence_proxy(np.unique(ws.cta))
+        m.smem.fence_proxy(ws.ctas())
     if m.races:
         m.races.fence_proxy(ws, active)
 

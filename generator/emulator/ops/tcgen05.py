@@ -297,7 +297,12 @@ def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=True, sc
     disabled = () if disabled is None else disabled
     if disabled and len(disabled) != 4 * group:
         raise Hazard(f"{where}: disable-output-lane has {len(disabled)} words, cta_group::{group} takes {4 * group}")
-    pick = lambda x: ws.full(x).reshape(-1, 32)[rows, lanes].tolist()  # noqa: E731
+
+    def pick(x):
+        return (
+            [np.asarray(x).item()] * len(rows) if np.size(x) == 1 else ws.full(x).reshape(-1, 32)[rows, lanes].tolist()
+        )
+
     columns = list(zip(*map(pick, (d, a[1], b, idesc, accumulate, *disabled, *factors)), strict=True))
     chosen = ws.flat_pairs()[1][rows]
     for key in dict.fromkeys(columns):
@@ -322,7 +327,7 @@ def one_lane_each(m, ws, active, instr):
     on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
     rows, lanes = np.nonzero(on.reshape(-1, 32))
     where = m.where(ws, instr, on)
-    if len(np.unique(rows)) != len(rows):
+    if len(rows) > 1 and (rows[1:] == rows[:-1]).any():
         name = ".".join(instr.opcode.split(".")[:2])
         raise Hazard(f"{where}: {name} is issued by several lanes of a warp: elect one")
     return rows, lanes, where
