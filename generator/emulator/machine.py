@@ -243,8 +243,9 @@ class Machine:
             return
         taken, every = c.any(axis=-1), c.all(axis=-1)
         self.pc[ws.index] = np.where(every, target, after)
-        split = np.broadcast_to(taken != every, ws.lead)
+        split = taken != every
         if split.any():
+            split = np.broadcast_to(split, ws.lead)
             warps, ctas = ws.flat_pairs()
             at = (warps[split.reshape(-1)], ctas[split.reshape(-1)])
             self.lane_pc[at] = np.where(ws.full(c), target, after)[split]

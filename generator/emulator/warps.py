@@ -70,7 +70,10 @@ class Warps:
         """`value` as lead + (32,)."""
         if type(value) is np.ndarray and value.shape == self.shape:
             return value
-        return np.broadcast_to(value, self.shape)
+        value = np.asarray(value)
+        found = np.empty(self.shape, value.dtype)  # a copy is cheaper than np.broadcast_to's view
+        found[...] = value
+        return found
 
     def flat_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Warp and CTA index of each warp of the batch, in the order of `full(x).reshape(-1, 32)`."""
