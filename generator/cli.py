@@ -56,6 +56,7 @@ Sms = typer.Option(4, "--sms", min=1, help="multiprocessors that the GPU says it
 Uninitialized = typer.Option(
     False, "--allow-uninitialized", help="let kernels compute on values never written, as on rows beyond the end"
 )
+Warnings = typer.Option(False, "--warnings", help="also say what the ISA asks for and silicon does without")
 LineInfo = typer.Option(False, "--lineinfo", help="compile with line information: messages name the source line")
 Trace = typer.Option(None, "--trace", metavar="FILE", help="write a timeline: .json, .json.gz (Perfetto), .svg")
 TraceCtas = typer.Option(2, "--trace-ctas", min=1, help="CTAs of each launch in the timeline, from the first on")
@@ -258,6 +259,7 @@ def emulate(
     accumulation: str = Accumulation,
     fast: bool = Fast,
     allow_uninitialized: bool = Uninitialized,
+    warnings: bool = Warnings,
     trace: Path | None = Trace,
     trace_ctas: int = TraceCtas,
     schedules: int = Schedules,
@@ -273,13 +275,16 @@ def emulate(
 
     tracer = _tracer(trace, trace_ctas)
     options = {"strict": not fast, "accumulation": accumulation, "trace": tracer}
-    options |= {"allow_uninitialized": allow_uninitialized, "schedules": schedules, "schedule_seed": schedule_seed}
+    options |= {"allow_uninitialized": allow_uninitialized, "warnings": warnings}
+    options |= {"schedules": schedules, "schedule_seed": schedule_seed}
     proof = _proof(exhaustive)
     options["prepare"] = lambda gpu: gpu.observers.extend(proof)
     run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo or tracer is not None, **options)
     _say_proofs(proof)
     if run.launches:
         present.console(to_stderr=True, for_tables=True).print(present.launches_table(run.launches))
+    for warning in dict.fromkeys(text for launch in run.launches for text in launch.warnings):
+        present.say(f"warning: {warning}")
     for message in [run.message] if run.error is not None else run.hazards:
         present.say(message)
     code = 0 if run.passed else BAD_INPUT if run.beyond_emulator else VERIFICATION_FAILED

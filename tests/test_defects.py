@@ -45,6 +45,33 @@ DEFECTS = {
         "    # no fence",
         "no fence.proxy.async followed",
     ),
+    "no wait after S was read": ("    cute.arch.fence_view_async_tmem_load()\n", "", "insert tcgen05.wait::ld after"),
+    "S given back before it is read": (
+        "    s = read_row(s_tmem, S_COLUMNS)\n    arrive_warp(bars + S_EMPTY)",
+        "    arrive_warp(bars + S_EMPTY)\n    s = read_row(s_tmem, S_COLUMNS)",
+        "not known to be complete",
+    ),
+    "P announced before it is stored": (
+        "    cute.arch.fence_view_async_tmem_store()\n    arrive_warp(bars + P_FULL)",
+        "    arrive_warp(bars + P_FULL)\n    cute.arch.fence_view_async_tmem_store()",
+        "tcgen05.wait::st",
+    ),
+    "no wait for V": ("    cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)\n", "", "TMA load"),
+    "a V stage given back before PV": (
+        "        tcgen05.commit(bars + V_EMPTY + stage)\n",
+        "        cute.arch.mbarrier_arrive(bars + V_EMPTY + stage)\n",
+        "wait on the mbarrier of its tcgen05.commit first",
+    ),
+    "no barrier after the setup": (
+        "            cpasync.prefetch_descriptor(tma)\n    cute.arch.sync_threads()\n",
+        "            cpasync.prefetch_descriptor(tma)\n",
+        "nothing orders the two",
+    ),
+    "TMEM freed before every warp is done": (
+        "    cute.arch.sync_threads()  # every warp is done with TMEM\n",
+        "",
+        "tcgen05.dealloc",
+    ),
     "TMEM kept": ("cute.arch.dealloc_tmem(tmem, TMEM_COLUMNS)", "pass", "dealloc is missing"),
 }
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from ptx_kernels import aligned, fails, instruction_descriptor, run, smem_descriptor, tensor_map, with_tmem
+from ptx_kernels import aligned, fails, instruction_descriptor, ptx, run, smem_descriptor, tensor_map, with_tmem
 
-from generator.emulator import Hazard
+from generator.emulator import Gpu, Hazard
 
 LD, ST = "tcgen05.ld.sync.aligned.32x32b", "tcgen05.st.sync.aligned.32x32b"
 WAIT_LD, WAIT_ST = "tcgen05.wait::ld.sync.aligned;", "tcgen05.wait::st.sync.aligned;"
@@ -155,6 +155,17 @@ def test_the_end_of_an_mbarrier():
     fails(Hazard, body.format("", ""), "may still arrive on it", block=64)
 
 
+def test_relaxed_forms_order_with_fences_only():
+    y = np.zeros(32, np.uint32)
+    relaxed = "@%p3 mbarrier.arrive.relaxed.cta.shared.b64 _, [%s+512];\n"
+    looks = wait(512).replace("parity.shared", "parity.relaxed.cta.shared")
+    fence = "fence.acq_rel.cta;"
+    run(handed_over(fence + relaxed, looks + fence), block=64, y=y)
+    assert (y == np.arange(32)).all()
+    fails(Hazard, handed_over(relaxed, looks + fence), "which warp 0 writes", block=64, y=y)
+    fails(Hazard, handed_over(fence + relaxed, looks), "which warp 0 writes", block=64, y=y)
+
+
 # -- named barriers ----------------------------------------------------------------------------------------------------
 def test_bar_arrive_releases_and_bar_sync_acquires():
     y = np.zeros(32, np.uint32)
@@ -291,3 +302,26 @@ def test_setmaxnreg_within_the_pool():
     fails(Hazard, pool(more=once), "different setmaxnreg", block=128)
     fails(Hazard, "\nsetmaxnreg.dec.sync.aligned.u32 136; // HERE\n", "has at most 128", block=512)
     fails(Hazard, pool(64, more="\nsetmaxnreg.inc.sync.aligned.u32 32; // HERE\n"), "has 64", block=128)
+
+
+# -- warnings ----------------------------------------------------------------------------------------------------------
+def warnings_of(body: str, wanted: bool = True, smem: int = 16384) -> tuple[str, ...]:
+    gpu = Gpu()
+    gpu.warnings = wanted
+    return gpu.launch(gpu.load_ptx(ptx(body)), "k", (1, 1, 1), (128, 1, 1), (1, 1, 1), smem, []).warnings
+
+
+def test_what_silicon_does_without_is_a_warning():
+    used = f"{LD}.x1.b32 {{%r2}}, [%r151]; WAIT add.u32 %r3, %r2, 1;"
+    body = product(end=used.replace("WAIT", ""))
+    assert warnings_of(body, wanted=False) == ()
+    found = " / ".join(warnings_of(body))
+    assert "used before tcgen05.wait::ld" in found and "tcgen05.fence::after_thread_sync between" in found
+    assert "tcgen05.fence::before_thread_sync" in found and "fence.mbarrier_init.release.cluster after" in found
+    fenced = product(
+        after="bar.sync 0; tcgen05.fence::after_thread_sync;",
+        end=f"{used.replace('WAIT', WAIT_LD)} tcgen05.fence::before_thread_sync;",
+    )
+    fenced = fenced.replace(init(MBAR), f"{init(MBAR)} fence.mbarrier_init.release.cluster;")
+    fenced = fenced.replace("@%p3 tcgen05.mma", "tcgen05.fence::after_thread_sync; @%p3 tcgen05.mma")
+    assert warnings_of(fenced) == ()

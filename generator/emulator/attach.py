@@ -67,12 +67,14 @@ def attached(
     accumulation: str = "fast",
     trace: Any = None,
     allow_uninitialized: bool = False,
+    warnings: bool = False,
     schedules: int = 1,
     schedule_seed: int = 0,
 ) -> Iterator[Gpu]:
     """What this thread compiles and calls through the CuTe DSL inside the block runs on the Gpu that it yields.
 
-    arch: "sm_90a" or "sm_100a". strict, accumulation, trace, allow_uninitialized, schedules, schedule_seed: see Gpu.
+    arch: "sm_90a" or "sm_100a". strict, accumulation, trace, allow_uninitialized, warnings, schedules, schedule_seed:
+    see Gpu.
     sms: multiprocessors that the device says it has; few of them make a persistent kernel loop. lineinfo: compile with
     line information, so that messages name lines of the program. Raises HostError when one is attached already, when
     the DSL is missing or has changed; LaunchError for bad arguments. What the emulator finds is raised by the call of
@@ -81,7 +83,7 @@ def attached(
     if isinstance(sms, bool) or not isinstance(sms, int) or sms < 1:
         raise LaunchError(f"sms is {sms!r}: at least 1 multiprocessor")
     gpu = Gpu(arch, strict, accumulation, trace, schedules, schedule_seed)
-    gpu.allow_uninitialized = allow_uninitialized
+    gpu.allow_uninitialized, gpu.warnings = allow_uninitialized, warnings
     if not _active.acquire(blocking=False):
         raise HostError("an emulator is attached already: leave its block first")
     try:

@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from . import processes
 from .accumulate import MODES
+from .advice import Advice
 from .errors import LaunchError
 from .labels import Labels
 from .lineinfo import name_sources, naming_sources
@@ -60,6 +61,7 @@ class LaunchReport:
     tmem_columns: int
     cluster: tuple[int, int, int] = (1, 1, 1)
     hazards: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # of a Gpu that was asked for them
     loaded_bytes: int = 0
     stored_bytes: int = 0
     mma_flop: int = 0
@@ -119,10 +121,11 @@ class LaunchCase:
             shares = [partial(self._run_clusters, program, clusters[i::n], values, schedule) for i in range(n)]
             results = processes.run_shares(shares, self.gpu.gmem) if n > 1 else None
             results = results or [self._run_clusters(program, clusters, values, schedule)]
-        executed = sum(blocks for blocks, _, _ in results)
-        columns = max(peak for _, peak, _ in results)
-        for _, _, work in results:
+        executed = sum(blocks for blocks, *_ in results)
+        columns = max(peak for _, peak, *_ in results)
+        for _, _, work, warned in results:
             self.gpu.work.update(work)
+            self.gpu.warned.update(warned)
         opcodes: Counter = Counter()
         for times, counts in zip(executed.tolist(), program.opcode_counts, strict=True):
             for opcode, n in counts.items():
@@ -131,8 +134,9 @@ class LaunchCase:
 
     def _run_clusters(
         self, program: Program, clusters: list, values: dict, schedule: Schedule
-    ) -> tuple[np.ndarray, int, Counter]:
-        """Run these clusters to their end, a wave at a time: warps by block, TMEM columns, work."""
+    ) -> tuple[np.ndarray, int, Counter, dict[str, None]]:
+        """Run these clusters to their end, a wave at a time: warps by block, TMEM columns, work, warnings."""
+        warned: dict[str, None] = {}
         waiting = values["waiting"] = deque(clusters)
         cancels = any(i.opcode.startswith("clusterlaunchcontrol.try_cancel") for i in program.kernel.instrs)
         size = self.cluster[0] * self.cluster[1] * self.cluster[2]
@@ -145,11 +149,13 @@ class LaunchCase:
                 *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict, schedule),
             )
             machine.allow_uninitialized = self.gpu.allow_uninitialized
+            if self.gpu.warnings and machine.races:
+                machine.races.advice = Advice(machine, warned)
             machine.run()
             executed += machine.executed
             work.update(machine.work)
             columns = max(columns, int(machine.tmem.peak.max(initial=0)))
-        return executed, columns, work
+        return executed, columns, work, warned
 
     def _module_state(self) -> dict:
         variables = _parse(self.text).variables
@@ -220,6 +226,7 @@ class Gpu:
 
     `allow_uninitialized`, False at first: kernels may compute on registers and shared memory that were never written,
     as they do on rows beyond the end of a tensor. Such memory is poison (NaN), so what comes of it shows if it is used.
+    `warnings`, False at first: launch reports also say what the ISA asks for and silicon does without, see `advice`.
     """
 
     def __init__(
@@ -239,7 +246,8 @@ class Gpu:
             raise LaunchError(f"accumulation is {accumulation!r}: one of {', '.join(MODES)}")
         check_schedules(schedules, schedule_seed)
         self.arch, self.strict, self.accumulation = arch, strict, accumulation
-        self.allow_uninitialized = False
+        self.allow_uninitialized = self.warnings = False
+        self.warned: dict[str, None] = {}  # by the launch under way
         self.schedules, self.schedule_seed = schedules, schedule_seed
         self.gmem = GlobalMemory()
         self.variables = ModuleVariables(self.gmem)
@@ -298,9 +306,10 @@ class Gpu:
         with naming_sources(self._texts.get(id(module), "")):
             shape = tuple(grid), tuple(block), tuple(cluster)
             report = self._launch(module, kernel, *shape, smem_bytes, params, cooperative)
-        if report.hazards:
+        if report.hazards or report.warnings:
             text = self._texts[id(module)]
-            report = replace(report, hazards=tuple(name_sources(hazard, text) for hazard in report.hazards))
+            said = [tuple(name_sources(x, text) for x in found) for found in (report.hazards, report.warnings)]
+            report = replace(report, hazards=said[0], warnings=said[1])
             self.launches[-1] = report
         return report
 
@@ -310,6 +319,7 @@ class Gpu:
             self._check_resident(kernel, grid, block, smem_bytes)
         facts = (kernel, grid, block, cluster, smem_bytes, tuple(params), cooperative)
         case = LaunchCase(self, self._texts[id(module)], *facts)
+        self.warned.clear()
         start = time.perf_counter()
         with ExitStack() as around:
             for observer in self.observers:
@@ -326,6 +336,7 @@ class Gpu:
             cluster=cluster,
             printed="".join(self.printed),
             schedules=self.schedules,
+            warnings=tuple(self.warned),
             model=model,
             **work,
         )

@@ -296,7 +296,7 @@ class Machine:
             self.barred_line[warps, ctas] = instr.line
         done = self.named.arrive(barrier, unique, 32 * warps_each, expected, where)
         if self.races:
-            self.races.bar_arrive(ws, barrier)
+            self.races.bar_arrive(ws, barrier, instr)
         if len(done):
             if self.races:
                 self.races.bar_done(barrier, done)

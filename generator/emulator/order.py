@@ -24,6 +24,7 @@ class Order:
     def __init__(self, machine):
         self.machine = machine
         n_warps, n_cta = machine.n_warps, machine.n_cta
+        self.advice = None  # an Advice, if warnings are wanted
         self.clocks = clocks = Clocks(n_warps, n_cta, machine.cluster.size)
         self.named = clocks.array(16, n_cta)
         self.cluster_pending = clocks.array(n_cta // machine.cluster.size)
@@ -93,6 +94,8 @@ class Order:
         for array in (self.pending, self.done):
             array.a[slot, ctas] = 1
         self.passed[slot][:, ctas] = NEVER
+        if self.advice:
+            self.advice.initialized(slot, instr.line)
 
     def mbarrier_inval(self, ws, active, slot: int, ctas: np.ndarray, where) -> None:
         warps, here = self.chosen(ws, active)
@@ -145,6 +148,8 @@ class Order:
             slot = m.mbarriers.slot(offset)
             self._grow(slot)
             self.check_initialized(slot, to, from_warps, from_ctas, where)
+            if self.advice and (to != from_ctas).any():
+                self.advice.used_by_others(slot, f"another CTA uses at PTX line {instr.line}")
             if publish:
                 self.publish(self.pending.a[slot], to, from_warps, from_ctas, source)
                 if also:
@@ -155,6 +160,8 @@ class Order:
                         pending[to, row, component] = np.maximum(pending[to, row, component], until)
         if publish:
             self.clocks.tick(warps, ctas)
+            if self.advice:
+                self.advice.released(warps, ctas, instr)
 
     def lend(self, slot: int, to: list[int], clocks: np.ndarray) -> None:
         """Something asynchronous arrives in these CTAs with the clock [2, components] of its issue."""
@@ -240,7 +247,13 @@ class Order:
         warps, ctas, phase = warps[passing], ctas[passing], phase[passing]
         self.passed[slot, warps, ctas] = phase - 1
         self.passed_at[slot, warps, ctas] = clocks.epoch(warps, ctas, instr.line)
-        clocks.join(warps, ctas, self.done.a[slot, ctas])
+        learned = self.done.a[slot, ctas]
+        if ".relaxed" in instr.opcode:  # known from the warp's next fence on
+            self.acquirable.a[warps, ctas] = np.maximum(self.acquirable.a[warps, ctas], learned)
+        else:
+            clocks.join(warps, ctas, learned)
+        if self.advice:
+            self.advice.acquires(warps, ctas, instr.line)
 
     def _knows_arrivals(self, published, slot: int, warps, ctas) -> np.ndarray:
         """bool: which warps know every arrival that went into `published` (self.done or self.pending)."""
@@ -249,8 +262,10 @@ class Order:
         return (arrived <= self.clocks.warps[warps, ctas, 0]).all(axis=-1)
 
     # -- named barriers and the cluster barrier ------------------------------------------------------------------------
-    def bar_arrive(self, ws, barrier: int) -> None:
+    def bar_arrive(self, ws, barrier: int, instr) -> None:
         warps, ctas = ws.flat_pairs()
+        if self.advice:
+            self.advice.released(warps, ctas, instr)
         self.publish(self.named.a[barrier], ctas, warps, ctas)
         self.clocks.tick(warps, ctas)
 
@@ -259,6 +274,8 @@ class Order:
         m = self.machine
         warps, at = np.nonzero((m.barred & (m.barred_on == barrier))[:, ctas])
         self.clocks.join(warps, ctas[at], self.named.a[barrier, ctas[at]])
+        if self.advice:
+            self.advice.acquires(warps, ctas[at], m.barred_line[warps, ctas[at]])
         self.named.a[barrier, ctas] = 1
 
     def cluster_arrive(self, ws, instr) -> None:
@@ -291,6 +308,8 @@ class Order:
     def fence(self, ws, active, instr) -> None:
         """A relaxed arrive that follows publishes what the warp did before this."""
         warps, ctas = self.chosen(ws, active)
+        if self.advice and ("mbarrier_init" in instr.opcode or ".cta" not in instr.opcode):
+            self.advice.fenced_inits()
         if "mbarrier_init" not in instr.opcode:
             self.clocks.join(warps, ctas, self.acquirable.a[warps, ctas])
             self.fenced.a[warps, ctas] = self.clocks.warps[warps, ctas]

@@ -182,6 +182,8 @@ class Races(Order):
         warps, ctas = ws.flat_pairs()
         if chosen is not None:
             warps, ctas = warps[chosen], ctas[chosen]
+        if self.advice:
+            self.advice.tensor(warps, ctas, instr, True)
         mine = agent.epoch(warps, ctas, instr.line)
         axes = tensor.write[cells].ndim
         shaped = lambda x: _lead_in(x, ws, axes)  # noqa: E731
@@ -208,7 +210,10 @@ class Races(Order):
 
     def settle(self, ws, sites: list[int]) -> None:
         """An instruction of these warps needs what the tcgen05.ld of these numbers deliver: they are complete."""
-        self._settle(*ws.flat_pairs(), sites)
+        warps, ctas = ws.flat_pairs()
+        if self.advice:
+            self.advice.used_early([s for s in sites if (self.outstanding[s, warps, ctas] != NONE).any()])
+        self._settle(warps, ctas, sites)
 
     def _settle(self, warps, ctas, sites) -> None:
         agent = self.clocks.agent("ld")
@@ -243,6 +248,8 @@ class Races(Order):
         targets = self.machine.queue.sets.array(op.bits)
         ctas = np.array([cta if cta in issuers else cta - 1 for cta in targets.tolist()])
         warps = np.array([issuers[cta] for cta in ctas.tolist()])
+        if self.advice:
+            self.advice.tensor(warps, ctas, instr, False)
         mine = clocks.agent("mma").epoch(warps, ctas, instr.line)
         for name, operand in op.shared_operands():
             self.read_chunks(instr, warps, ctas, targets, operand.chunks, mine, f"reads {name} at")
@@ -284,6 +291,8 @@ class Races(Order):
         """The mbarriers of a commit, of CTAs `targets[issuing CTA]`, must be initialized, and the warp know it."""
         for warp, cta in zip(warps.tolist(), ctas.tolist(), strict=True):
             to = np.array(targets[cta])
+            if self.advice:
+                self.advice.used_by_others(slot, f"a tcgen05.commit signals at PTX line {where.instr.line}")
             self.check_initialized(slot, to, np.full(len(to), warp), np.full(len(to), cta), where)
 
     def release_columns(self, ws, instr, columns: slice) -> None:
@@ -342,6 +351,8 @@ class Races(Order):
         their issuers' clocks go.
         """
         self.check_initialized(slot, bars, warps, ctas, where)
+        if self.advice:
+            self.advice.used_by_others(slot, f"a copy signals at PTX line {instr.line}")
         self.publish(self.pending.a[slot], bars, warps, ctas)
         return np.array([self.phase_epoch(slot, bar, instr.line) for bar in bars.tolist()])
 

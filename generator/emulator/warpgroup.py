@@ -322,6 +322,14 @@ class Warpgroups:
         self.chains = left
 
     def check_exit(self) -> None:
+        whole = self.committed[: len(self.committed) // 4 * 4].reshape(-1, 4, self.committed.shape[1])
+        uneven = (whole != whole[:, :1]).any(axis=1)
+        if uneven.any() and self.machine.strict:
+            group, cta = (int(i) for i in np.argwhere(uneven)[0])
+            raise Hazard(
+                f"CTA {self.machine.name_cta(cta)}: the warps of warpgroup {group} executed "
+                f"{whole[group, :, cta].tolist()} wgmma.commit_group: all four must execute the same wgmma instructions"
+            )
         if self.chains:
             raise Hazard(
                 f"{self.chains[0].where}: the warp exits with this wgmma in flight: wgmma.wait_group is missing"

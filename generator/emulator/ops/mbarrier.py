@@ -70,7 +70,7 @@ def mbarrier_inval(m, ws, active, instr, address):
 def _arrive(m, ws, active, instr, address, count, nbytes):
     where = m.where(ws, instr, True if active is None else active)
     if m.races:
-        m.races.arrivals(ws, active, instr, address, publish=".relaxed" not in instr.opcode)
+        m.races.arrivals(ws, active, instr, address)
     wanted = getattr(instr.operands[0], "index", None) in m.program.read  # most throw it away
     state = _states(m, ws, active, instr, address, count) if wanted else np.uint64(0)
     if nbytes is not None:

@@ -278,7 +278,9 @@ def wait_ld(m, ws, active, instr):
 
 @effect("tcgen05.fence::{before,after}_thread_sync", "=", "9.7.16.6.4")
 def fence(m, ws, active, instr):
-    """Orders tcgen05 work around a thread synchronization; the emulator runs it in program order of each warp."""
+    """Orders tcgen05 work around a thread synchronization; that it is there is all that can be seen of it here."""
+    if m.races and m.races.advice:
+        m.races.advice.fenced(*m.races.chosen(ws, active), "before" in instr.opcode)
 
 
 # -- tcgen05.mma and commit, §9.7.16.10 --------------------------------------------------------------------------------
