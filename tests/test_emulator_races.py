@@ -1,5 +1,7 @@
 """emulator/races: accesses that nothing orders are found in whatever order they run; ordered ones are not reported."""
 
+import struct
+
 import numpy as np
 import pytest
 from ptx_kernels import aligned, fails, instruction_descriptor, ptx, run, smem_descriptor, tensor_map, with_tmem
@@ -281,6 +283,42 @@ complete_tx::bytes [%s], [%m, {%r20, %r21}], [%s+2048];""".replace("::\n", "::")
     tensor = tensor_map(x, (32, 8))
     run(body.replace("BARRIER", "bar.sync 0;"), block=64, smem=4096, m=tensor, known={"x": x})
     fails(Hazard, body.replace("BARRIER", ""), "which warp 1 reads at", block=64, smem=4096, m=tensor, known={"x": x})
+
+
+# -- clusters ----------------------------------------------------------------------------------------------------------
+def of_a_pair(body: str, known: dict | None = None, **arguments):
+    gpu = Gpu()
+    for name, value in {**arguments, **(known or {})}.items():
+        gpu.add_array(value, name)
+    params = [struct.pack("<Q", value.ctypes.data) for value in arguments.values()]
+    return gpu.launch(gpu.load_ptx(ptx(body, **arguments)), "k", (2, 1, 1), (32, 1, 1), (2, 1, 1), 1024, params)
+
+
+MEET = "barrier.cluster.arrive; barrier.cluster.wait;"
+
+
+def test_stores_to_a_peer_need_the_cluster_barrier():
+    y = np.zeros(64, np.uint32)
+    body = f"""mov.u32 %r1, %cluster_ctarank; xor.b32 %r1, %r1, 1; mapa.shared::cluster.u32 %r2, %s4, %r1;
+    st.shared::cluster.b32 [%r2], %g; MEET ld.shared.b32 %r3, [%s4]; st.global.b32 [%y_g], %r3; {MEET}"""
+    of_a_pair(body.replace("MEET", MEET), y=y)
+    assert (y == np.arange(64).reshape(2, 32)[::-1].ravel()).all()
+    for fewer in ("", "barrier.cluster.arrive.relaxed; barrier.cluster.wait;"):
+        with pytest.raises(Hazard, match=r"which warp 0 of CTA \(1, 0, 0\) writes at PTX line|never written"):
+            of_a_pair(body.replace("MEET", fewer), y=y)
+
+
+def test_a_multicast_load_waits_for_the_peer_as_well():
+    x, y = aligned(64, np.uint32, np.arange(64)), np.zeros(64, np.uint32)
+    copy = """@%p3 mbarrier.arrive.expect_tx.shared.b64 _, [%s+512], 256; @%p4 cp.async.bulk.shared::cluster.global
+.mbarrier::complete_tx::bytes.multicast::cluster [%s], [%x], 256, [%s+512], %h1;""".replace("\n", "")
+    body = f"""{init(512)} fence.mbarrier_init.release.cluster; mov.u32 %r1, %cluster_ctarank; mov.b16 %h1, 3;
+    setp.eq.and.u32 %p4, %r1, 0, %p3; {MEET} {copy} {wait(512)} ld.shared.b32 %r3, [%s4]; BETWEEN
+    {copy} {wait(512, 1, "V")} ld.shared.b32 %r3, [%s4]; st.global.b32 [%y_g], %r3; {MEET}"""
+    of_a_pair(body.replace("BETWEEN", MEET), x=x, y=y)
+    assert (y.reshape(2, 32) == x[:32]).all()
+    with pytest.raises(Hazard, match=r"overwrites shared offset 0x0 of CTA \(1, 0, 0\), which"):
+        of_a_pair(body.replace("BETWEEN", ""), x=x, y=y)
 
 
 # -- registers ---------------------------------------------------------------------------------------------------------
