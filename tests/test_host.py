@@ -197,7 +197,7 @@ def test_tensor_map_of_the_driver_s_encode_call(runtime):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data_type": 4}, "data type 4 is not emulated"),
+        ({"data_type": 13}, "data type 13 is not emulated"),
         ({"strides": (120, 1 << 20)}, "multiples of 16 bytes"),
         ({"box": (64, 257, 1)}, "out of range"),
         ({"sizes": (64, 0, 3)}, "out of range"),

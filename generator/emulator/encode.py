@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from .errors import LaunchError
 
 # CUtensorMapDataType (cuda.h) -> element type in the map, bytes, whether it is tf32.
-_TYPES = {0: (0, 1, 0), 2: (2, 4, 0), 3: (2, 4, 0), 6: (6, 2, 0), 7: (7, 4, 0), 9: (10, 2, 0), 11: (7, 4, 1)}
+_TYPES = {
+    **{0: (0, 1, 0), 1: (1, 2, 0), 2: (2, 4, 0), 3: (3, 4, 0), 4: (4, 8, 0), 5: (5, 8, 0)},
+    **{6: (6, 2, 0), 7: (7, 4, 0), 8: (9, 8, 0), 9: (10, 2, 0), 11: (7, 4, 1)},
+}
 _BOX_LIMIT = 256
 
 

@@ -1,6 +1,7 @@
-"""The 128-byte tensor map that the DSL's host code packs, decoded strictly (found by varying one property at a time).
+"""The 128-byte tensor map that the driver or the DSL's host code packs, decoded strictly.
 
-Source: probes of nvidia-cutlass-dsl 4.8.1; the driver's own encoding is undocumented. Bits outside the table raise.
+Both encodings are undocumented; they were found by varying one property at a time, in nvidia-cutlass-dsl 4.8.1 and in
+the driver of an H200 (CUDA 13.0). Bits outside the table raise.
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ import numpy as np
 from .errors import UnsupportedInstruction
 
 ELEMENTS = {
-    0: "u8",
-    1: "b16",
-    2: "b32",
-    6: "f16",
-    7: "f32",
-    10: "bf16",
-}  # b16: u16 or s16, b32: u32 or s32, f32: or tf32
-ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 6: 2, 7: 4, 10: 2}
-KNOWN_W2 = 0xF | 0x7 << 4 | 0x1F << 7 | 0x3 << 13 | 1 << 16 | 1 << 18 | 1 << 21
+    **{0: "u8", 1: "b16", 2: "b32", 3: "s32", 4: "u64", 5: "s64"},
+    **{6: "f16", 7: "f32", 9: "f64", 10: "bf16"},
+}  # b16: u16 or s16; b32: u32, from the DSL's host code also s32; f32: or tf32, by bit 16
+ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 9: 8, 10: 2}
+# Word 2: format (2 from the DSL, 0 from the driver), rank - 1, type, swizzle, tf32, L2 promotion (17, 18), 21.
+KNOWN_W2 = 0xF | 0x7 << 4 | 0xF << 7 | 0x3 << 13 | 1 << 16 | 3 << 17 | 1 << 21
 
 
 @dataclass(frozen=True)
@@ -111,12 +109,12 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
         UnsupportedInstruction: a bit outside the known table is set.
     """
     w = struct.unpack("<15I", raw[:60])
-    if w[2] & 0xF != 2 or w[2] & ~KNOWN_W2 & 0xFFFFFFFF:
+    if w[2] & 0xF not in (0, 2) or w[2] & ~KNOWN_W2 & 0xFFFFFFFF:
         raise UnsupportedInstruction(
             f"tensor map: word 2 is {w[2]:#010x}, with bits outside the known table (interleave, fill or a "
             "newer swizzle)"
         )
-    rank, kind, swizzle = (w[2] >> 4 & 7) + 1, w[2] >> 7 & 31, w[2] >> 13 & 3
+    rank, kind, swizzle = (w[2] >> 4 & 7) + 1, w[2] >> 7 & 15, w[2] >> 13 & 3
     if kind not in ELEMENT_BYTES or rank > 5:
         raise UnsupportedInstruction(f"tensor map: element type {kind} or rank {rank} is not known")
     if w[13] & 0xFFFFFF:

@@ -36,6 +36,10 @@ for _operation, _kinds in REDUCTIONS.items():
 # -- tensors: the type of their elements is the tensor map's -----------------------------------------------------------
 _OF_ELEMENT = {
     "b32": ("add", "inc", "dec", "and", "or", "xor"),
+    "s32": ("add", "min", "max", "and", "or", "xor"),
+    "u64": ("add", "min", "max", "and", "or", "xor"),
+    "s64": ("min", "max", "and", "or", "xor"),
+    "f64": ("add",),
     "f16": ("add", "min", "max"),
     "bf16": ("add", "min", "max"),
     "f32": ("add",),
@@ -46,11 +50,13 @@ def _of_elements(operation: str):
     def combine(element: str, where):
         if element == "b32" and operation in ("min", "max"):
             raise UnsupportedInstruction(
-                f"{where}: a tensor map of 32-bit integers does not say whether they are signed, as far as is known: "
-                f"{operation} is not supported"
+                f"{where}: the DSL packs tensor maps of signed and unsigned 32-bit integers alike: {operation} is not "
+                "supported on them"
             )
         if operation not in _OF_ELEMENT.get(element, ()):
             raise Hazard(f"{where}: .{operation} is not defined for a tensor of {element} (PTX ISA 9.1 §9.7.9.27.1.3)")
+        if element in ("s32", "u64", "s64") and operation in ("and", "or", "xor"):
+            element = f"b{element[1:]}"
         kind = "u32" if element == "b32" and operation in ("add", "inc", "dec") else element
         return DTYPES[kind], combiner(operation, kind, False)
 

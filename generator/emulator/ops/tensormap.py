@@ -13,7 +13,8 @@ from .memory import owners
 from .tma import _lanes
 
 MAP_BYTES = 128
-_TYPES = {0: 0, 2: 2, 3: 2, 6: 6, 7: 7, 10: 10, 11: 7 | 1 << 9}  # u8 u32 s32 f16 f32 bf16 tf32 → bits 7.. of word 2
+# u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16 tf32 → bits 7 and up of word 2
+_TYPES = {**{i: i for i in (0, 1, 2, 3, 4, 5, 6, 7, 9, 10)}, 11: 7 | 1 << 9}
 _FIELDS = {  # name → PTX type of the value
     **dict.fromkeys(("global_address", "global_stride"), "b64"),
     **dict.fromkeys(("rank", "box_dim", "global_dim", "element_stride", "elemtype", "interleave_layout"), "b32"),
