@@ -72,6 +72,8 @@ Target = typer.Argument(None, metavar="[KERNEL | SCRIPT.py [ARGS]...]", help="as
 Group = typer.Option(None, "--group", help="repeatable: scalar, conversion, memory, warp, matrix, tma, wgmma")
 Recorded = typer.Option(False, "--recorded", help="compare with the recorded answers of an H200: needs no GPU")
 Record = typer.Option(None, "--record", metavar="FILE", help="write digests of the GPU's answers")
+Captured = typer.Option(None, "--launches", metavar="FILE", help="execute launches of `emulate --capture` on the GPU")
+CaptureFile = typer.Option(None, "--capture", metavar="FILE", help="keep every launch with its arrays, for crosscheck")
 CrosscheckFile = typer.Option(None, "--json", metavar="FILE", help="write all comparisons here")
 JsonFile = typer.Option(None, "--json", metavar="FILE", help="write all rows here")
 
@@ -265,6 +267,7 @@ def emulate(
     schedules: int = Schedules,
     schedule_seed: int = ScheduleSeed,
     exhaustive: bool = Exhaustively,
+    capture: Path | None = CaptureFile,
     json_file: Path | None = LaunchesFile,
 ) -> None:
     """Run a CuTe DSL program on the emulator, NumPy or CPU torch arrays standing for device tensors.
@@ -278,7 +281,8 @@ def emulate(
     options |= {"allow_uninitialized": allow_uninitialized, "warnings": warnings}
     options |= {"schedules": schedules, "schedule_seed": schedule_seed}
     proof = _proof(exhaustive)
-    options["prepare"] = lambda gpu: gpu.observers.extend(proof)
+    kept = _capture(capture)
+    options["prepare"] = lambda gpu: gpu.observers.extend([*proof, *kept])
     run = run_script(script, arguments or [], arch, sms, lineinfo=lineinfo or tracer is not None, **options)
     _say_proofs(proof)
     if run.launches:
@@ -287,6 +291,10 @@ def emulate(
         present.say(f"warning: {warning}")
     for message in [run.message] if run.error is not None else run.hazards:
         present.say(message)
+    if capture is not None:
+        from .crosscheck import to_bytes
+
+        write_bytes(capture, to_bytes(kept[0].launches))
     code = 0 if run.passed else BAD_INPUT if run.beyond_emulator else VERIFICATION_FAILED
     if json_file is not None:
         facts = {"script": str(script), "arch": arch, "exit_code": code, "error": run.message or None}
@@ -339,6 +347,14 @@ def mutate(
         raise typer.Exit(VERIFICATION_FAILED)
 
 
+def _capture(file: Path | None) -> list[Any]:
+    if file is None:
+        return []
+    from .crosscheck import Capture
+
+    return [Capture()]
+
+
 @command
 def crosscheck(
     group: list[str] | None = Group,
@@ -346,6 +362,7 @@ def crosscheck(
     accumulation: str = Accumulation,
     recorded: bool = Recorded,
     record: Path | None = Record,
+    launches: Path | None = Captured,
     json_file: Path | None = CrosscheckFile,
 ) -> None:
     """Run the same PTX on the GPU of this machine and in the emulator, and compare what comes out bit by bit.
@@ -354,6 +371,9 @@ def crosscheck(
     """
     from . import crosscheck as check
 
+    if launches is not None:
+        _replay_launches(check, launches)
+        return
     unknown = [name for name in group or () if name not in check.GROUPS]
     if unknown:
         raise SpecError("group", unknown[0], f"one of {', '.join(check.GROUPS)}", "leave it out for all")
@@ -361,12 +381,12 @@ def crosscheck(
     if recorded:
         _replayed(check, cases)
         return
-    recording, step = check.Recording("", 0), present.counted("cases", lambda row: f"{row.group}: {row.name}")
+    recording, groups = check.Recording("", 0), dict.fromkeys(case.group for case in cases)
 
     def progress(case: Any, row: Any, silicon: Any) -> None:
         recording.add(case, silicon)
-        if row is not None:
-            step(row)
+        if groups.pop(case.group, 0) is None:
+            present.say(f"{case.group} …")
 
     outcome = check.crosscheck(cases, progress, accumulation=accumulation)
     present.say(f"{outcome.device} ({outcome.target}), driver {outcome.driver}")
@@ -383,6 +403,22 @@ def crosscheck(
         write_text(json_file, present.document([vars(row) | {"rule": vars(row.rule)} for row in outcome.rows]) + "\n")
     if not outcome.good:
         raise typer.Exit(VERIFICATION_FAILED)
+
+
+def _replay_launches(check: Any, file: Path) -> None:
+    """Captured launches on the GPU: a row an array that was written."""
+    try:
+        captured = check.from_bytes(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SpecError("launches", str(file), f"cannot be read: {error}", "write one: emulate --capture") from None
+    found = check.crosscheck_launches(captured)
+    kinds = list(found[0].relative) if found else []
+    header = ("kernel", "array", "bytes", "bytes that differ", *(f"relative, as {kind}" for kind in kinds))
+    rows = [
+        [d.kernel[:40], d.array, str(d.nbytes), str(d.differ), *(f"{d.relative[kind]:.1e}" for kind in kinds)]
+        for d in found
+    ]
+    present.console().print(present.plain_table(header, rows))
 
 
 def _replayed(check: Any, cases: list[Any]) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from .cases import GROUPS, cases_of
 from .compare import Row, compare
 from .device import DeviceError
+from .launches import Capture, from_bytes, to_bytes
 from .recording import Recording, load_recording, replay
 from .report import HEADER, lines_of
-from .runner import Outcome, crosscheck
+from .runner import Outcome, crosscheck, crosscheck_launches
 
 __all__ = [
     "GROUPS",
     "HEADER",
+    "Capture",
     "DeviceError",
     "Outcome",
     "Recording",
@@ -19,7 +21,10 @@ __all__ = [
     "cases_of",
     "compare",
     "crosscheck",
+    "crosscheck_launches",
+    "from_bytes",
     "lines_of",
     "load_recording",
     "replay",
+    "to_bytes",
 ]

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from .case import Array, Case, Map, module_text
+from .launches import Captured, moved
+
+ALIGNMENT = 256  # arrays keep their address modulo this
 
 
 class DeviceError(RuntimeError):
@@ -109,6 +112,44 @@ class Device:
         # Clusters are declared in the PTX (.reqnctapercluster), so a plain launch serves every case.
         grid_block = (case.grid, 1, 1, case.block, 1, 1)
         _check(d.cuLaunchKernel(function, *grid_block, case.smem_bytes, 0, ctypes.addressof(pointers), 0))
+
+    def replay(self, launch: Captured) -> list[np.ndarray]:
+        """Execute a captured launch; returns its arrays afterwards, u8, in their order. Raises DeviceError."""
+        d, places = self.driver, []
+        function = _check(
+            d.cuModuleGetFunction(_check(d.cuModuleLoadData(launch.text.encode() + b"\0")), launch.kernel.encode())
+        )
+        which = d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(d.cuFuncSetAttribute(function, which, launch.smem_bytes))
+        for start, _, before, _ in launch.arrays:
+            base = int(_check(d.cuMemAlloc(before.nbytes + ALIGNMENT)))
+            places.append((start, before.nbytes, base + start % ALIGNMENT))
+            _check(d.cuMemcpyHtoD(places[-1][2], np.ascontiguousarray(before).ctypes.data, before.nbytes))
+        blobs = [ctypes.create_string_buffer(moved(p, places), len(p)) for p in launch.params]
+        pointers = (ctypes.c_void_p * len(blobs))(*(ctypes.addressof(b) for b in blobs))
+        _check(d.cuLaunchKernelEx(self._config(launch), function, ctypes.addressof(pointers), 0))
+        _check(d.cuCtxSynchronize())
+        results = [np.empty(nbytes, np.uint8) for _, nbytes, _ in places]
+        for result, (start, nbytes, now) in zip(results, places, strict=True):
+            _check(d.cuMemcpyDtoH(result.ctypes.data, now, nbytes))
+            d.cuMemFree(now - start % ALIGNMENT)
+        return results
+
+    def _config(self, launch: Captured) -> Any:
+        d = self.driver
+        config = d.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block
+        config.sharedMemBytes, config.hStream = launch.smem_bytes, 0
+        attributes = []
+        if max(launch.cluster) > 1:
+            attribute = d.CUlaunchAttribute()
+            attribute.id = d.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dim = attribute.value.clusterDim
+            dim.x, dim.y, dim.z = launch.cluster
+            attributes.append(attribute)
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        return config
 
     def tensor_map(self, spec: Map, address: int) -> bytes:
         """The driver's 128 bytes for a tensor map over memory at `address`."""

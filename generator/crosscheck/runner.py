@@ -18,6 +18,7 @@ from .case import Case
 from .compare import Row, compare
 from .device import Device, DeviceError
 from .emulated import Emulated
+from .launches import Captured, Difference, differences
 
 MODULE_CASES = 128  # entries a module: enough to amortize loading, few enough to halve when one is refused
 
@@ -69,6 +70,12 @@ def execute(cases: Sequence[Case]) -> Batch:
     return Batch(outputs, [numbers[id(c)] for c in refused], None)
 
 
+def replay_launches(launches: Sequence[Captured]) -> list[list[np.ndarray]]:
+    """The arrays after each captured launch, on CUDA device 0. In a worker."""
+    device = Device()
+    return [device.replay(launch) for launch in launches]
+
+
 class Silicon:
     """CUDA device 0 behind a worker process."""
 
@@ -102,6 +109,16 @@ class Silicon:
             left = left[stop:]
             if batch.fault is not None:
                 self.close()
+
+
+def crosscheck_launches(launches: Sequence[Captured]) -> list[Difference]:
+    """Execute captured launches on CUDA device 0. Raises DeviceError."""
+    silicon = Silicon()
+    try:
+        results = silicon._call(replay_launches, launches)
+    finally:
+        silicon.close()
+    return [d for launch, arrays in zip(launches, results, strict=True) for d in differences(launch, arrays)]
 
 
 def crosscheck(
