@@ -124,9 +124,10 @@ HEAD = """# The mutation test
 
 Every synchronization instruction of a kernel's PTX is removed or weakened, one at a time: waits, fences, commits,
 arrivals, barriers, phases, counts, stage indices, elections. Each mutant runs in the strict emulator, on the inputs of
-the original, and is *reported* (a hazard), leaves *wrong numbers*, is *deadlocked*, or is *equivalent*: a reviewed list
+the original, and is *reported* (a hazard), *warned* of (the ISA asks for it and silicon is known to tolerate its
+absence: `generator/emulator/formal.py`), leaves *wrong numbers*, is *deadlocked*, or is *equivalent*: a reviewed list
 (`generator/emulator/equivalent.py`) says by kind and context why nobody can tell it from the original. *Missed* is what
-is left. Written by `bespoke mutate --write-docs`; do not edit.
+is left. *Not run*: the launch does not reach the instruction. Written by `bespoke mutate --write-docs`; do not edit.
 """
 
 

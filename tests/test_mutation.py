@@ -5,17 +5,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from ptx_kernels import ptx
+from ptx_kernels import ptx, with_tmem
 
 from generator import mutate
 from generator.cli import app
 from generator.compile import compile_kernel
 from generator.emulator import EmulatorError, Gpu
+from generator.emulator.formal import Formal
 from generator.emulator.memory import WINDOW_BASE
 from generator.emulator.mutants import Mutator
 from generator.emulator.mutation import RESULTS, Outcome, run_mutants
 from generator.emulator.parse import parse_ptx
 from generator.plan import plan_kernel
+from generator.resources import checkout_root
 from generator.spec import load_spec
 
 # Warp 1 hands a word to warp 0 through shared memory, and warp 0 hands the slot back: three rounds.
@@ -140,6 +142,58 @@ def test_a_mutant_that_does_not_end_is_stopped():
     assert {(o.result, o.message) for o in found} == {("deadlocked", "did not end within 0.0001 s")}
 
 
+def warned(body):
+    y = np.zeros(64, np.uint32)
+    gpu, found = Gpu(), []
+    gpu.add_array(y, "y")
+
+    class Around:
+        def __init__(self, case):
+            checker = Formal()
+            case.run(program=checker.program(parse_ptx(case.text).kernels["k"]))
+            found.extend(checker.warnings.values())
+
+        __enter__ = __exit__ = lambda *_: None
+
+    gpu.observers.append(Around)
+    params = [y.ctypes.data.to_bytes(8, "little")]
+    gpu.launch(gpu.load_ptx(ptx(body, y=y)), "k", (1, 1, 1), (64, 1, 1), (1, 1, 1), 4096, params)
+    return found
+
+
+INITIALIZED = "setp.eq.u32 %p1, %tid, 0; @%p1 mbarrier.init.shared.b64 [%s+8], 1; bar.sync 0;"
+SIGNALS = "st.shared.b32 [%s4+64], %tid; {between} elect.sync _|%p2, -1; setp.ge.u32 %p3, %tid, 32; "
+SIGNALS += "@%p3 bra END; @!%p2 bra END; mbarrier.arrive.shared.b64 _, [%s+8]; END:"
+
+
+def test_warning_of_lanes_that_are_not_in_step():
+    assert warned(INITIALIZED + SIGNALS.format(between="bar.warp.sync -1;")) == []
+    (text,) = warned(INITIALIZED + SIGNALS.format(between=""))
+    assert "no bar.warp.sync: other lanes stored to shared memory since the warp's last one" in text
+
+
+TENSOR = "mov.u32 %r1, 5; tcgen05.st.sync.aligned.32x32b.x1.b32 [%r151], {%r1}; tcgen05.wait::st.sync.aligned; "
+TENSOR += "{before} bar.sync 0; {after} tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r2}}, [%r151]; "
+TENSOR += "tcgen05.wait::ld.sync.aligned; tcgen05.fence::before_thread_sync; bar.sync 0; "
+TENSOR += "tcgen05.fence::after_thread_sync;"
+
+
+def test_warnings_of_missing_tcgen05_fences():
+    before, after = "tcgen05.fence::before_thread_sync;", "tcgen05.fence::after_thread_sync;"
+    body = TENSOR.replace("{%r1}", "{{%r1}}")
+    end = "bar.sync 0; tcgen05.fence::after_thread_sync; setp.ge.u32 %p13, %tid, 32; @%p13 bra DONE; "
+    end += "tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r150, 32; DONE:"
+
+    def found(**fences):
+        return [
+            w.split("): ")[1].split(":: ")[0] for w in warned(with_tmem(body.format(**fences) + end, 32, free=False))
+        ]
+
+    assert found(before=before, after=after) == []
+    assert [w.startswith("no tcgen05.fence::before_thread_sync") for w in found(before="", after=after)] == [True]
+    assert [w.startswith("no tcgen05.fence::after_thread_sync") for w in found(before=before, after="")] == [True]
+
+
 SAMPLE = ("tcgen05.wait::st", "fence.proxy.async", "mbarrier.init: count", "cp.async.bulk.wait_group")
 
 
@@ -165,7 +219,7 @@ def test_documents(tmp_path):
     mutate.write_docs(first, tmp_path)
     path = mutate.write_docs([outcome("fence removed", "missed", kernel="two")], tmp_path)
     text = path.read_text()
-    assert "| one | 2 | 1 | 0 | 0 | 1 | 0 |\n| two | 1 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| one | 2 | 1 | 0 | 0 | 0 | 1 | 0 |\n| two | 1 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
     assert "- bar.sync removed: none waits.\n" in text
     assert list(json.loads((tmp_path / "mutation.json").read_text())) == ["one", "two"]
     assert RESULTS[-1] == "missed"
@@ -178,3 +232,10 @@ def test_command(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["mutate", "--head-dim", "32", "--json", str(tmp_path / "all.json")])
     assert result.exit_code == 1 and "missed: one PTX line 7, bar.sync removed (bar.sync)" in result.output
     assert json.loads((tmp_path / "all.json").read_text())[0]["result"] == "missed"
+
+
+def test_the_documented_table_is_what_its_data_says():
+    folder = checkout_root() / "docs"
+    kernels = json.loads((folder / "mutation.json").read_text())
+    assert (folder / "mutation.md").read_text() == mutate.markdown(kernels)
+    assert not any(counts.get("missed") for entry in kernels.values() for counts in entry["kinds"].values())

@@ -80,16 +80,17 @@ def extract(case: LaunchCase) -> BarrierProgram:
         raise UnsupportedInstruction(f"PTX line {unknown[0]}: {opcode} cannot be part of a barrier program yet")
     size = case.cluster[0] * case.cluster[1] * case.cluster[2]
     threads = case.block[0] * case.block[1] * case.block[2]
-    return _number(recorder, case.gpu.labels, size, -(-threads // 32))
+    return number_barriers(recorder.events, case.gpu.labels, size, -(-threads // 32))
 
 
-def _number(recorder: Recorder, labels: Labels, cluster: int, n_warps: int) -> BarrierProgram:
+def number_barriers(events: dict, labels: Labels, cluster: int, n_warps: int) -> BarrierProgram:
+    """The barrier program of events by (CTA, warp), of clusters of CTAs of `n_warps` warps."""
     places: dict[Place, int] = {}
     named: dict[tuple[int, int], int] = {}
     steps, warps, queues = [], [], []
-    for (cta, warp), events in sorted(recorder.events.items()):
+    for (cta, warp), of_warp in sorted(events.items()):
         here = []
-        for event in events:
+        for event in of_warp:
             for place in event.places:
                 places.setdefault(place, len(places))
             here.append(_step(event, cta, cluster, n_warps, places, named))

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from .barrier_program import number_barriers, split
+from .explore import explore
 from .flow import MOVES, defs_and_uses
+from .labels import Labels
 from .mutants import Mutant
 from .recorder import Event, Place, Recorder
 from .syntax import Imm, Instr, Kernel
@@ -21,10 +24,15 @@ STORES = ("st.", "stmatrix", "red.", "atom.", "cp.async.c")
 
 @dataclass(frozen=True)
 class Context:
-    """The original kernel, and what its warps did in one run."""
+    """The original kernel, and what its warps did in one run: CTAs of `n_warps` warps, in clusters of `cluster`. rings:
+    arrays of mbarriers, by offset.
+    """
 
     kernel: Kernel
     recorder: Recorder
+    rings: tuple[tuple[int, ...], ...] = ()
+    cluster: int = 1
+    n_warps: int = 1
 
     def index(self, mutant: Mutant) -> int:
         return next(
@@ -43,6 +51,25 @@ class Context:
         waits = (e for es in self.recorder.events.values() for e in es if e.kind == "wait" and place in e.places)
         return max((event.phase for event in waits), default=-1)
 
+    def moved_is_proven(self, line: int) -> bool:
+        """With the mbarriers of the instruction at `line` replaced by their neighbours, every interleaving of the
+        barrier program still ends, and every wait passes in the phase that it passed in here.
+        """
+
+        def moved(event: Event) -> Event:
+            if event.line != line:
+                return event
+            return event._replace(places=tuple((cta, self.neighbour(offset)) for cta, offset in event.places))
+
+        events = {who: [moved(event) for event in mine] for who, mine in self.recorder.events.items()}
+        parts = split(number_barriers(events, Labels(), self.cluster, self.n_warps))
+        return all(found.fault is None and found.complete for found in map(explore, parts))
+
+    def neighbour(self, offset: int) -> int:
+        """The mbarrier that follows in its ring."""
+        ring = next(ring for ring in self.rings if offset in ring)
+        return ring[(ring.index(offset) + 1) % len(ring)]
+
     def guarded_by(self, index: int) -> list[Instr]:
         """Instructions that the branch after instruction `index` jumps over."""
         for at in range(index + 1, min(index + 6, len(self.kernel.instrs))):
@@ -58,6 +85,35 @@ def _passes_at_once(context: Context, mutant: Mutant) -> bool:
     instr = context.kernel.instrs[context.index(mutant)]
     events = [event for _, event in context.events(mutant.line)]
     return instr.operands[2] == Imm(1) and bool(events) and all(event.phase < 0 for event in events)
+
+
+def _after_such_a_wait(context: Context, mutant: Mutant) -> bool:
+    """The wait before the fence, a few instructions up, is such a one."""
+    instrs, index = context.kernel.instrs, context.index(mutant)
+    for instr in reversed(instrs[max(index - 6, 0) : index]):
+        if instr.opcode.startswith(("mbarrier.try_wait", "mbarrier.test_wait")):
+            events = [event for _, event in context.events(instr.line)]
+            return instr.operands[2] == Imm(1) and bool(events) and all(event.phase < 0 for event in events)
+    return False
+
+
+def _passes_at_once_at_the_neighbour(context: Context, mutant: Mutant) -> bool:
+    return _passes_at_once(context, mutant) and context.moved_is_proven(mutant.line)
+
+
+def _not_waited_for_at_the_neighbour(context: Context, mutant: Mutant) -> bool:
+    """The last commit of its warp, which alone commits to either mbarrier."""
+    if not _never_waited_for(context, mutant):
+        return False
+    for who, event in context.events(mutant.line):
+        for cta, offset in event.places:
+            there = (cta, context.neighbour(offset))
+            for other, events in context.recorder.events.items():
+                signals = [e for e in events if e.kind in ("arrive", "commit", "copy", "expect") and there in e.places]
+                at = next(i for i, e in enumerate(context.recorder.events[who]) if e is event)
+                if signals and (other != who or any(e is late for e in signals for late in events[at:])):
+                    return False
+    return context.moved_is_proven(mutant.line)
 
 
 def _never_waited_for(context: Context, mutant: Mutant) -> bool:
@@ -156,6 +212,24 @@ EQUIVALENT: tuple[Equivalence, ...] = (
         _never_waited_for,
         "the phase that this arrival completes is later than the last that any warp waits for, and nothing else "
         "arrives on the mbarrier: nobody can see the difference",
+    ),
+    Equivalence(
+        ("tcgen05.fence::after_thread_sync removed",),
+        _after_such_a_wait,
+        "the wait before it is for the phase before the first (immediate parity 1 on a fresh mbarrier): nobody's work "
+        "comes before it that the fence could order",
+    ),
+    Equivalence(
+        ("mbarrier wait: stage index off by one",),
+        _passes_at_once_at_the_neighbour,
+        "both the mbarrier and its neighbour are in the phase before the first whenever the wait runs, which passes at "
+        "once: shown by exploring every interleaving of the barrier program with the neighbour in its place",
+    ),
+    Equivalence(
+        ("tcgen05.commit: stage index off by one",),
+        _not_waited_for_at_the_neighbour,
+        "it is the last signal on either mbarrier, and completes a phase that nobody waits for: shown by exploring "
+        "every interleaving of the barrier program with the neighbour in its place",
     ),
     Equivalence(
         ("tcgen05.wait::ld removed",),

@@ -7,16 +7,18 @@ Each mutant runs in the strict emulator, in a forked process with a time limit, 
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
 from .equivalent import Context, why_equivalent
 from .errors import Deadlock, Hazard, LaunchError
+from .formal import Formal
 from .gpu import LaunchCase
 from .memory import WINDOW_BASE
 from .mutants import Mutant, Mutator
@@ -24,13 +26,14 @@ from .parse import parse_ptx
 from .recorder import Recorder
 from .snapshot import Snapshot
 
-RESULTS = ("reported", "wrong numbers", "deadlocked", "equivalent", "not run", "missed")
+RESULTS = ("reported", "warned", "wrong numbers", "deadlocked", "equivalent", "not run", "missed")
 TIME_LIMIT = 60.0  # seconds a mutant
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: one of RESULTS, and the message or the reason. "not run": the launch does not reach the
+    """What became of a mutant: one of RESULTS, and the message or the reason. "warned": what silicon tolerates is
+    missing, see `formal`. "not run": the launch does not reach the
     mutated instruction, so it says nothing about it.
     """
 
@@ -86,12 +89,21 @@ def run_mutants(
     case.run(program=recorder.program(kernel))
     after = Snapshot(case.gpu.gmem)
     before.restore()
-    mutants = [mutant for mutant in mutator_of(case, recorder).mutants() if select(mutant)]
+    formal = _warnings(case, case.text)
+    before.restore()
+    mutator = mutator_of(case, recorder)
+    mutants = [mutant for mutant in mutator.mutants() if select(mutant)]
     judge = judge or (lambda: _difference(after))
-    context = Context(kernel, recorder)
+    cluster, threads = math.prod(case.cluster), math.prod(case.block)
+    context = Context(kernel, recorder, tuple(mutator.rings), cluster, -(-threads // 32))
 
     def outcome_of(index: int) -> Outcome:
-        return _outcome(case, mutants[index], context, before, judge, limit)
+        outcome = _outcome(case, mutants[index], context, before, judge, limit)
+        if outcome.result != "missed":
+            return outcome
+        before.restore()
+        warnings = [text for key, text in _warnings(case, mutants[index].text).items() if key not in formal]
+        return replace(outcome, result="warned", message=warnings[0]) if warnings else outcome
 
     found: dict[int, Outcome] = {}
     with _shared_with_children(outcome_of), ProcessPoolExecutor(jobs, get_context("fork")) as pool:
@@ -139,6 +151,12 @@ def _outcome(case, mutant: Mutant, context: Context, before: Snapshot, judge, li
         result, message = ("missed", "") if reason is None else ("equivalent", reason)
     seconds = time.perf_counter() - start
     return Outcome(case.kernel, mutant.kind, mutant.line, mutant.opcode, mutant.change, result, message, seconds)
+
+
+def _warnings(case: LaunchCase, text: str) -> dict[tuple[int, str], str]:
+    checker = Formal()
+    case.run(program=checker.program(parse_ptx(text).kernels[case.kernel]))
+    return checker.warnings
 
 
 @contextmanager

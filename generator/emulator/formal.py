@@ -1,0 +1,177 @@
+"""What the ISA asks for and silicon is known to tolerate: warnings, looked for only where somebody wants them.
+
+    checker = Formal(); case.run(program=checker.program(kernel)); checker.warnings
+
+- tcgen05.fence::before_thread_sync between a warp's tcgen05.ld or st and its signal to other warps, and
+  tcgen05.fence::after_thread_sync between a wait for somebody's tcgen05 work and the warp's own (§9.7.16.6.4)
+- a fence (fence.mbarrier_init, fence.proxy.async) between mbarrier.init and the asynchronous proxy's use (§9.7.13.4)
+- bar.warp.sync between shared-memory stores of a warp's lanes and the signal that one of them gives for all (§9.7.13.2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .ops.memory import shared_offsets
+from .ops.tma import _lanes
+from .syntax import Kernel
+from .table import Entry
+from .translate import Program, Translator
+
+Warp = tuple[int, int]  # CTA, warp
+STORES = ("st.shared", "stmatrix")
+BULK_STORES = tuple(f"cp.async.bulk.tensor.{rank}d.global" for rank in range(1, 6)) + ("cp.async.bulk.global",)
+LOADS = tuple(f"cp.async.bulk.tensor.{rank}d.shared" for rank in range(1, 6)) + ("cp.async.bulk.shared",)
+TENSOR_WORK = ("tcgen05.ld", "tcgen05.st", "tcgen05.mma", "tcgen05.cp", "tcgen05.dealloc")
+
+
+class Formal:
+    """Collects `warnings`: (PTX line, text), one a line and kind. Waves are not told apart: for small launches."""
+
+    def __init__(self):
+        self.warnings: dict[tuple[int, str], str] = {}
+        self.touched: set[Warp] = set()  # a tcgen05.ld or st since the warp's last fence::before
+        self.ever: set[Warp] = set()  # any tcgen05.ld or st
+        self.learned: dict[Warp, int] = {}  # line of a wait for somebody's tcgen05 work, until fence::after
+        self.carrying: set[tuple[int, int]] = set()  # mbarriers (CTA, offset) that signal tcgen05 work
+        self.fresh: dict[tuple[int, int], Warp] = {}  # initialized and not fenced since: by whom
+        self.stored: dict[Warp, np.ndarray] = {}  # lanes that stored to shared memory since bar.warp.sync
+
+    def program(self, kernel: Kernel) -> Program:
+        """The kernel, translated so that it tells this checker."""
+        return Translator(kernel, wrap=self._wrap).translate()
+
+    def _wrap(self, entry: Entry) -> Callable:
+        look = None if entry.pure else next((f for prefix, f in self._looks() if entry.name.startswith(prefix)), None)
+        if look is None:
+            return entry.run
+
+        def watched(m, ws, active, instr, *operands):
+            result = entry.run(m, ws, active, instr, *operands)
+            look(m, ws, active, instr, operands, result)
+            return result
+
+        return watched
+
+    def _looks(self):
+        yield from ((prefix, self._bulk_load) for prefix in LOADS)
+        yield from ((prefix, self._bulk_store) for prefix in BULK_STORES)
+        yield from ((prefix, self._store) for prefix in STORES)
+        yield "tcgen05.fence", self._fence
+        yield "tcgen05.commit", self._commit
+        yield from ((prefix, self._tensor_work) for prefix in TENSOR_WORK)
+        yield "mbarrier.init", self._init
+        yield "mbarrier.arrive", self._arrive
+        yield from ((f"mbarrier.{wait}", self._wait) for wait in ("try_wait", "test_wait"))
+        yield from ((prefix, self._proxy_fence) for prefix in ("fence.mbarrier_init", "fence.proxy.async"))
+        yield "bar.warp.sync", self._warp_barrier
+        yield from (
+            (f"{bar}{kind}", self._barrier) for bar in ("bar.", "barrier.") for kind in ("sync", "cta", "arrive")
+        )
+
+    def _warn(self, instr, text: str) -> None:
+        self.warnings.setdefault((instr.line, text.split(":")[0]), f"PTX line {instr.line} ({instr.opcode}): {text}")
+
+    @staticmethod
+    def _warps(m, ws, active) -> dict[Warp, np.ndarray]:
+        """Lanes of each warp that run."""
+        warps, ctas, lanes, _ = _lanes(m, ws, active, ())
+        found: dict[Warp, np.ndarray] = {}
+        for warp, cta, lane in zip(warps.tolist(), ctas.tolist(), lanes.tolist(), strict=True):
+            found.setdefault((cta, warp), np.zeros(32, bool))[lane] = True
+        return found
+
+    @staticmethod
+    def _places(m, ws, active, instr, address) -> list[tuple[Warp, tuple[int, int]]]:
+        offsets = shared_offsets(m, ws, active, instr, address, 8)
+        warps, ctas, _, (named, places) = _lanes(m, ws, active, (address, offsets))
+        targets = m.cluster.target(ctas, named, m.where(ws, instr))
+        rows = zip(warps.tolist(), ctas.tolist(), targets.tolist(), places.tolist(), strict=True)
+        return list(dict.fromkeys(((cta, warp), (target, place)) for warp, cta, target, place in rows))
+
+    # -- tcgen05.fence -------------------------------------------------------------------------------------------------
+    def _tensor_work(self, m, ws, active, instr, operands, _) -> None:
+        accesses = instr.opcode.startswith(("tcgen05.ld", "tcgen05.st"))
+        for warp in self._warps(m, ws, active):
+            if warp in self.learned:
+                line = self.learned[warp]
+                self._warn(instr, f"no tcgen05.fence::after_thread_sync: since the wait at PTX line {line}")
+            if accesses:
+                self.touched.add(warp)
+                self.ever.add(warp)
+
+    def _fence(self, m, ws, active, instr, operands, _) -> None:
+        for warp in self._warps(m, ws, active):
+            if "before" in instr.opcode:
+                self.touched.discard(warp)
+            else:
+                self.learned.pop(warp, None)
+
+    def _leave(self, instr, warp: Warp) -> None:
+        if warp in self.touched:
+            self._warn(instr, "no tcgen05.fence::before_thread_sync: since the warp's tcgen05.ld or st")
+
+    def _commit(self, m, ws, active, instr, operands, _) -> None:
+        for warp, place in self._places(m, ws, active, instr, operands[0]):
+            self.carrying.add(place)
+            self._visible(instr, warp, place)
+
+    def _arrive(self, m, ws, active, instr, operands, _) -> None:
+        for warp, place in self._places(m, ws, active, instr, operands[0]):
+            self._leave(instr, warp)
+            if warp in self.ever:
+                self.carrying.add(place)
+        self._lanes_apart(m, ws, active, instr)
+
+    def _wait(self, m, ws, active, instr, operands, done) -> None:
+        if not np.any(done):
+            return
+        offsets = shared_offsets(m, ws, active, instr, operands[0], 8)
+        warps, ctas, _, (places, passed) = _lanes(m, ws, active, (offsets, done))
+        for warp, cta, place, good in zip(*(x.tolist() for x in (warps, ctas, places, passed)), strict=True):
+            if good and (cta, place) in self.carrying and m.mbarriers.phase[m.mbarriers.slot(place), cta]:
+                self.learned[cta, warp] = instr.line
+
+    def _barrier(self, m, ws, active, instr, operands, _) -> None:
+        for warp in self._warps(m, ws, active):
+            self._leave(instr, warp)
+            self.stored.pop(warp, None)
+            if self.ever and "arrive" not in instr.opcode:
+                self.learned[warp] = instr.line
+
+    # -- mbarrier.init and the asynchronous proxy ----------------------------------------------------------------------
+    def _init(self, m, ws, active, instr, operands, _) -> None:
+        for warp, place in self._places(m, ws, active, instr, operands[0]):
+            self.fresh[place] = warp
+
+    def _proxy_fence(self, m, ws, active, instr, operands, _) -> None:
+        here = self._warps(m, ws, active)
+        self.fresh = {place: warp for place, warp in self.fresh.items() if warp not in here}
+
+    def _visible(self, instr, warp: Warp, place: tuple[int, int]) -> None:
+        if place in self.fresh:
+            self._warn(instr, "no fence.mbarrier_init: nor fence.proxy.async since the mbarrier was initialized")
+
+    def _bulk_load(self, m, ws, active, instr, operands, _) -> None:
+        tensor = ".tensor." in instr.opcode
+        for warp, place in self._places(m, ws, active, instr, operands[2 if tensor else 3]):
+            self._visible(instr, warp, place)
+
+    # -- lanes of a warp -----------------------------------------------------------------------------------------------
+    def _store(self, m, ws, active, instr, operands, _) -> None:
+        for warp, lanes in self._warps(m, ws, active).items():
+            self.stored[warp] = self.stored.get(warp, np.zeros(32, bool)) | lanes
+
+    def _warp_barrier(self, m, ws, active, instr, operands, _) -> None:
+        for warp in self._warps(m, ws, active):
+            self.stored.pop(warp, None)
+
+    def _bulk_store(self, m, ws, active, instr, operands, _) -> None:
+        self._lanes_apart(m, ws, active, instr)
+
+    def _lanes_apart(self, m, ws, active, instr) -> None:
+        for warp, lanes in self._warps(m, ws, active).items():
+            if (self.stored.get(warp, lanes) & ~lanes).any():
+                self._warn(instr, "no bar.warp.sync: other lanes stored to shared memory since the warp's last one")
