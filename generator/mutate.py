@@ -61,12 +61,16 @@ def mutate_kernel(
 def mutate_script(
     script: Path, arguments: Sequence[str], arch: str, sms: int, *, jobs: int = 2, done: Done = lambda _: None
 ) -> tuple[list[Outcome], ScriptRun]:
-    """Every mutant of every kernel that a CuTe DSL program launches, at its first launch; and the program's own run."""
+    """Every mutant of every kernel that a CuTe DSL program launches, at its first launch; and the program's own run.
+    The kernels' names are the program's.
+    """
     outcomes: list[Outcome] = []
     run = run_script(
         script, arguments, arch, sms, lambda gpu: gpu.observers.append(_mutating(outcomes, None, jobs, done))
     )
-    return outcomes, run
+    kernels = list(dict.fromkeys(outcome.kernel for outcome in outcomes))
+    names = {k: script.stem if len(kernels) == 1 else f"{script.stem}, kernel {i}" for i, k in enumerate(kernels, 1)}
+    return [named(outcome, names[outcome.kernel]) for outcome in outcomes], run
 
 
 def _mutating(outcomes: list[Outcome], wrong: Callable[[], str | None] | None, jobs: int, done: Done) -> Observer:

@@ -239,3 +239,13 @@ def test_the_documented_table_is_what_its_data_says():
     kernels = json.loads((folder / "mutation.json").read_text())
     assert (folder / "mutation.md").read_text() == mutate.markdown(kernels)
     assert not any(counts.get("missed") for entry in kernels.values() for counts in entry["kinds"].values())
+
+
+def test_a_program(monkeypatch):
+    """Its kernel is mutated at its first launch and named after the program."""
+    sampled = lambda *arguments, **options: run_mutants(  # noqa: E731
+        *arguments, **options, select=lambda mutant: mutant.kind == "bar.sync removed"
+    )
+    monkeypatch.setattr(mutate, "run_mutants", sampled)
+    outcomes, run = mutate.mutate_script(checkout_root() / "tests/programs/shared_reverse.py", [], "sm_100a", 4)
+    assert run.passed and {(o.kernel, o.result) for o in outcomes} == {("shared_reverse", "reported")}
