@@ -68,11 +68,13 @@ class AsyncQueue:
             awaited = 0
             for slot, ctas in entry.signals.items():
                 awaited |= ctas & wanted.get(slot, 0)
-            done |= whole(self._complete(position, entry.remaining & whole(awaited & ~done)))
+            if awaited & ~done:
+                done |= whole(self._complete(position, entry.remaining & whole(awaited & ~done)))
         for position, entry in enumerate(
             self.entries
         ):  # CTAs where nobody waits for an entry of theirs: the oldest one
-            done |= whole(self._complete(position, entry.remaining & ~done))
+            if entry.remaining & ~done:
+                done |= whole(self._complete(position, entry.remaining & ~done))
         self.entries = [entry for entry in self.entries if entry.remaining]
         return True
 

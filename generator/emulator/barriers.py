@@ -38,7 +38,7 @@ class Mbarriers:
         return found
 
     def require_live(self, slot: int, ctas: np.ndarray, where: str) -> None:
-        if not self.live[slot, ctas].all():
+        if np.count_nonzero(self.live[slot, ctas]) < len(ctas):
             cta = int(ctas[np.argmin(self.live[slot, ctas])])
             raise Hazard(f"{where}: CTA {cta} uses the {self.name(slot)} before mbarrier.init (or after inval)")
 
@@ -57,7 +57,7 @@ class Mbarriers:
         """Pending count goes down by `counts`; returns the CTAs whose phase completed."""
         self.require_live(slot, ctas, where)
         self.pending[slot, ctas] -= counts
-        if (self.pending[slot, ctas] < 0).any():
+        if np.count_nonzero(self.pending[slot, ctas] < 0):
             cta = int(ctas[np.argmin(self.pending[slot, ctas])])
             raise Hazard(
                 f"{where}: CTA {cta}: arrival overflow on the {self.name(slot)}: "

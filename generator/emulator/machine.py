@@ -22,7 +22,7 @@ from .memory import GlobalMemory, SharedMemory, TensorMemory
 from .ops.tma import check_bulk_at_exit
 from .races import Races
 from .registers import RegisterPool
-from .schedule import Schedule
+from .schedule import TURN, Schedule
 from .syntax import Instr
 from .tensorcore import TensorCore
 from .translate import Program
@@ -122,6 +122,8 @@ class Machine:
         self.last_run = np.zeros(shape, np.int64)  # step at which each warp last ran
         self.schedule = schedule or Schedule()
         self.steps = self.idle = 0  # scheduler steps; those since a block ran that others can notice
+        self.together = -1  # the block to which all warps of the present batch went, -1 if they parted
+        self.steady = True  # since the present batch was chosen, nobody fell asleep, was barred or woken
         self.executed = np.zeros(len(program.blocks), np.int64)
         self._retire_missing_lanes()
         self._batches: dict[bytes, Warps] = {}
@@ -229,7 +231,7 @@ class Machine:
     # -- control flow --------------------------------------------------------------------------------------------------
     def goto(self, ws: Warps, target: int) -> None:
         if ws.mask is None:
-            self.pc[ws.index] = target
+            self.pc[ws.index] = self.together = target
         else:
             self._move_lanes(ws, target)
 
@@ -238,8 +240,9 @@ class Machine:
             self._move_lanes(ws, np.where(condition, target, after))
             return
         c = np.asarray(condition)
-        if c.ndim == 0 or c.size == 1:
-            self.pc[ws.index] = target if c.all() else after
+        true = np.count_nonzero(c)
+        if true == 0 or true == c.size:
+            self.pc[ws.index] = self.together = target if true else after
             return
         taken, every = c.any(axis=-1), c.all(axis=-1)
         self.pc[ws.index] = np.where(every, target, after)
@@ -271,30 +274,34 @@ class Machine:
     # -- waiting -------------------------------------------------------------------------------------------------------
     def stall(self, ws: Warps, failed: np.ndarray, slot, parity, instr: Instr) -> None:
         """Warps with a lane in `failed` sleep at this block until a phase completes in their CTA."""
-        which = np.broadcast_to(failed.any(axis=-1) if failed.ndim else failed, ws.lead)
+        self.steady = False
+        every = np.count_nonzero(failed) == failed.size
+        which = every or np.broadcast_to(failed.any(axis=-1) if failed.ndim else failed, ws.lead)
         for array, value in (
             (self.stalled, self.current),
             (self.wait_slot, slot),
             (self.wait_parity, parity),
             (self.wait_line, instr.line),
         ):
-            array[ws.index] = np.where(which, value, array[ws.index])
+            array[ws.index] = value if every else np.where(which, value, array[ws.index])
 
     def wake(self, ctas: np.ndarray) -> None:
         """A phase completed in these CTAs."""
         if len(ctas):
+            self.steady = False
             self.stalled[:, ctas] = -1
 
     def bar(self, ws: Warps, barrier: int, count: int | None, instr: Instr, blocking: bool) -> None:
         expected = self.n_warps * 32 if count is None else count
         warps, ctas = ws.flat_pairs()
-        unique, warps_each = np.unique(ctas, return_counts=True)
+        unique, lanes = ws.lanes_by_cta(None)
         where = self.where(ws, instr)
+        self.steady = False
         if blocking:
             self.barred[warps, ctas] = True
             self.barred_on[warps, ctas] = barrier
             self.barred_line[warps, ctas] = instr.line
-        done = self.named.arrive(barrier, unique, 32 * warps_each, expected, where)
+        done = self.named.arrive(barrier, unique, lanes, expected, where)
         if self.races:
             self.races.bar_arrive(ws, barrier, instr)
         if len(done):
@@ -318,6 +325,7 @@ class Machine:
         self.settle_clusters()
 
     def cluster_wait(self, ws: Warps, lanes, instr: Instr) -> None:
+        self.steady = False
         warps, ctas = ws.flat_pairs()
         must = self.cluster.waits(warps, ctas, self._running(ws, lanes), self.where(ws, instr, lanes))
         if self.races:
@@ -330,6 +338,7 @@ class Machine:
         """Let the warps of complete cluster barriers go on."""
         done = self.cluster.settle(self.exited())
         if len(done):
+            self.steady = False
             if self.races:
                 self.races.cluster_done_in(done)
             self.barred[:, done] &= self.barred_on[:, done] != CLUSTER_BARRIER
@@ -343,13 +352,12 @@ class Machine:
             Deadlock: nothing can run; the message lists who waits for what.
             Hazard: see `errors`.
         """
-        functions, exit_block = self.program.functions, len(self.program.blocks)
+        exit_block = len(self.program.blocks)
         schedule = self.schedule
         schedule.start(self)
-        whole = functions if self.program.hot is None else self.program.hot.functions
         while True:
             ready = (self.pc != exit_block) & ~self.barred & (self.stalled != self.pc)
-            if not ready.any():
+            if not np.count_nonzero(ready):
                 if (self.pc == exit_block).all():
                     break
                 if not self.queue.advance() and not self.settle_clusters():
@@ -358,19 +366,43 @@ class Machine:
             self.steps += 1
             block, chosen = schedule.choose(self, ready)
             self._watch_progress(block, ready)
-            self.current = block
-            waits = self.program.blocks[block].waits
-            for ws in self._batches_of(chosen):
-                if waits:
-                    self.stalled[ws.index] = -1
-                self.executed[block] += ws.count
-                self.last_run[ws.index] = self.steps
-                (whole if ws.mask is None else functions)[block](self, ws)
+            batches = self._batches_of(chosen, block)
+            self.steady = True
+            for ws in batches:
+                self._step(block, ws)
+            if len(batches) == 1 and schedule.gathers:
+                self._follow(batches[0], block, ready, chosen)
             if schedule.delays != "late":
                 schedule.after_step(self)
         self.queue.drain()
         self.tensor_core.flush()
         self._check_exit()
+
+    def _step(self, block: int, ws: Warps) -> None:
+        """Run a block for warps that stand at it."""
+        self.current = block
+        if self.program.blocks[block].waits:
+            self.stalled[ws.index] = -1
+        self.executed[block] += ws.count
+        self.last_run[ws.index] = self.steps
+        self.together = -1
+        program = self.program
+        hot = program.functions if program.hot is None or ws.mask is not None else program.hot.functions
+        hot[block](self, ws)
+
+    def _follow(self, ws: Warps, block: int, ready: np.ndarray, chosen: np.ndarray) -> None:
+        """The batch goes on while the schedule would choose it and nobody else: at the lowest block of all."""
+        if not self.steady or self.together < 0:
+            return
+        others = self.pc[ready & ~chosen]
+        lowest = int(others.min()) if others.size else len(self.program.blocks)
+        while self.steady and 0 <= self.together < lowest and (self.steps + 1) % TURN:
+            block = self.together
+            if self.program.blocks[block].waits and np.count_nonzero(self.stalled[ws.index] == block):
+                return
+            self.steps += 1
+            self._watch_progress(block, ready)
+            self._step(block, ws)
 
     def _watch_progress(self, block: int, ready: np.ndarray) -> None:
         """Asynchronous work completes when blocks run for long without effect; nothing of it left, that is a hang."""
@@ -383,18 +415,23 @@ class Machine:
                 f"asynchronous is under way; CTA {self.name_cta(cta)}, warp {warp} is at PTX lines {first} to {last}"
             )
 
-    def _batches_of(self, chosen: np.ndarray):
-        converged, split = chosen & ~self.diverged, chosen & self.diverged
-        if converged.any():
-            key = converged.tobytes()
+    def _batches_of(self, chosen: np.ndarray, block: int) -> list[Warps]:
+        """Those of the chosen warps that have not diverged, and the others."""
+        split = chosen & self.diverged
+        apart = np.count_nonzero(split)
+        converged = chosen & ~split if apart else chosen
+        found = []
+        key = converged.tobytes()
+        if 1 in key:
             ws = self._batches.get(key)
             if ws is None:
                 ws = self._batches[key] = Warps(*np.nonzero(converged))
-            yield ws
-        if split.any():
+            found.append(ws)
+        if apart:
             ws = Warps(*np.nonzero(split))
-            ws.mask = self.lane_pc[ws.index] == self.current
-            yield ws
+            ws.mask = self.lane_pc[ws.index] == block
+            found.append(ws)
+        return found
 
     def _check_exit(self) -> None:
         check_bulk_at_exit(self)

@@ -25,6 +25,7 @@ class Schedule:
 
     seed: int | None = None
     delays = "late"
+    gathers = True  # it always chooses the lowest block, but for its turns: see Machine._follow
 
     def order(self, clusters: list) -> list:
         """The order in which clusters of CTAs start."""
@@ -55,6 +56,8 @@ def longest_waiting(machine, ready: np.ndarray) -> int:
 
 class Adversary(Schedule):
     """One interleaving a seed; twelve seeds in a row combine every style with every delay."""
+
+    gathers = False
 
     def __init__(self, seed: int):
         self.seed = seed

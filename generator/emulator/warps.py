@@ -7,6 +7,13 @@ import numpy as np
 LANES = np.arange(32, dtype=np.uint32)
 
 
+def common(value) -> int | None:
+    """The unsigned number that all elements of an array or scalar hold, None where they differ."""
+    value = np.asarray(value)
+    raw, width = value.tobytes(), value.itemsize
+    return int.from_bytes(raw[:width], "little") if raw == raw[:width] * value.size else None
+
+
 class Warps:
     """Warps that execute together: a product of a warp range and a CTA range (views, no copies), or any list.
 
@@ -28,6 +35,7 @@ class Warps:
         "shape",
         "pairs",
         "unique",
+        "known",
     )
 
     def __init__(self, warps: np.ndarray, ctas: np.ndarray):
@@ -53,6 +61,7 @@ class Warps:
         self.shape = (*self.lead, 32)
         self.pairs: tuple[np.ndarray, np.ndarray] | None = None
         self.unique: np.ndarray | None = None
+        self.known: dict = {}  # what instructions have found out about these warps and operands of theirs
 
     def get(self, register: np.ndarray) -> np.ndarray:
         return register[self.index]
@@ -90,6 +99,16 @@ class Warps:
         if self.unique is None:
             self.unique = np.unique(self.cta)
         return self.unique
+
+    def lanes_by_cta(self, active: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """CTAs in which lanes run, ascending, and how many lanes in each: of all, or of the `active` ones."""
+        key = None if active is None else ("lanes", active.shape, active.tobytes())
+        found = self.known.get(key)
+        if found is None:
+            ctas = np.repeat(self.flat_pairs()[1], 32)
+            on = ctas if active is None else ctas[self.full(active).reshape(-1)]
+            found = self.known[key] = np.unique(on, return_counts=True)
+        return found
 
     def where(self, lanes: np.ndarray) -> tuple[int, int, int]:
         """CTA, warp, lane of the first True in `lanes` (broadcastable to lead + (32,))."""

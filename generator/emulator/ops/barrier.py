@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import Hazard, UnsupportedInstruction
 from ..table import RESULT, effect
-from ..warps import LANES
+from ..warps import LANES, Warps, common
 
 
 def _barrier(blocking):
@@ -17,12 +17,12 @@ def _barrier(blocking):
                 f"{m.where(ws, instr, active)}: an aligned barrier is executed by part of a warp; make all "
                 "lanes converge on it"
             )
-        ids, counts = np.unique(np.asarray(barrier)), None if count is None else np.unique(np.asarray(count))
-        if len(ids) != 1 or (counts is not None and len(counts) != 1):
+        one, threads = common(barrier), None if count is None else common(count)
+        if one is None or (threads is None and count is not None):
             return _bar_each(
                 m, ws, instr, ws.full(barrier)[..., 0], None if count is None else ws.full(count)[..., 0], blocking
             )
-        m.bar(ws, int(ids[0]), None if counts is None else int(counts[0]), instr, blocking)
+        m.bar(ws, one, threads, instr, blocking)
         return None
 
     return bar
@@ -30,14 +30,15 @@ def _barrier(blocking):
 
 def _bar_each(m, ws, instr, barriers, counts, blocking):
     """Warps of one batch at different named barriers."""
-    from ..warps import Warps
-
     warps, ctas = ws.flat_pairs()
     flat_ids = np.broadcast_to(barriers, ws.lead).reshape(-1)
     for barrier in np.unique(flat_ids):
         here = flat_ids == barrier
         count = None if counts is None else int(np.broadcast_to(counts, ws.lead).reshape(-1)[here][0])
-        m.bar(Warps(warps[here], ctas[here]), int(barrier), count, instr, blocking)
+        key = "part", here.tobytes()
+        if key not in ws.known:
+            ws.known[key] = Warps(warps[here], ctas[here])
+        m.bar(ws.known[key], int(barrier), count, instr, blocking)
 
 
 effect("bar{,.cta}.sync barrier{,.cta}.sync barrier{,.cta}.sync.aligned", "=u,?u", "9.7.13.1", ends_block=True)(

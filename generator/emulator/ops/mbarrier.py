@@ -7,7 +7,8 @@ import numpy as np
 from ..errors import Hazard
 from ..memory import MBARRIER, UNWRITTEN
 from ..table import effect
-from .memory import shared_offsets
+from ..warps import common
+from .memory import common_offset, shared_offsets
 
 COUNT_BITS = 20  # of a pending count
 
@@ -16,14 +17,13 @@ def by_address(m, ws, active, instr, address, each=1):
     """Group the lanes that run by mbarrier: yields (shared offset, CTAs it lies in, the sum of `each` over the lanes of
     each CTA).
     """
+    offset, amount = common_offset(m, address, 8), common(each)
+    if offset is not None and amount is not None:
+        unique, lanes = ws.lanes_by_cta(active)
+        yield offset, unique, lanes * amount
+        return
     offsets = shared_offsets(m, ws, active, instr, address, 8)
     _, ctas = ws.flat_pairs()
-    same = np.size(each) == 1
-    if active is None and same and m.cluster.size == 1 and np.min(offsets) == np.max(offsets):
-        totals = np.bincount(ctas, minlength=m.n_cta) * (32 * int(np.asarray(each).flat[0]))
-        unique = np.unique(ctas)
-        yield int(np.asarray(offsets).flat[0]), unique, totals[unique]
-        return
     on = np.ones((len(ctas), 32), bool) if active is None else ws.full(active).reshape(-1, 32)
     lanes_of = np.broadcast_to(ctas[:, None], on.shape)[on]
     targets = m.cluster.target(lanes_of, ws.full(address).reshape(-1, 32)[on], m.where(ws, instr, on.any()))
@@ -185,17 +185,19 @@ def mbarrier_wait_state(m, ws, active, instr, address, state, hint=None):
 @effect(f"mbarrier.test_wait.parity{_WAITS}{_OWN}.b64", "p=a,u", "9.7.13.15.16", starts_block=True)
 def mbarrier_wait(m, ws, active, instr, address, parity, hint=None):
     """True iff the phase with this parity has completed: (current phase & 1) != parity."""
-    offsets = shared_offsets(m, ws, active, instr, address, 8)
-    low = int(np.min(offsets))
-    if low != int(np.max(offsets)):
-        return _wait_each(m, ws, active, instr, ws.full(offsets), ws.full(parity))
-    slot = m.mbarriers.slot(low)
+    offset = common_offset(m, address, 8) if active is None else None
+    if offset is None:
+        offsets = shared_offsets(m, ws, active, instr, address, 8)
+        offset = int(np.min(offsets))
+        if offset != int(np.max(offsets)):
+            return _wait_each(m, ws, active, instr, ws.full(offsets), ws.full(parity))
+    slot = m.mbarriers.slot(offset)
     m.mbarriers.require_live(slot, ws.ctas(), m.where(ws, instr, True if active is None else active))
     done = (m.mbarriers.phase[slot][ws.cta] & 1) != parity
     if m.races:
         m.races.waited(ws, active, instr, slot, done, parity)
     failed = ~done if active is None else ~done & active
-    if failed.any():
+    if np.count_nonzero(failed):
         m.stall(
             ws, failed, slot, np.asarray(parity).flat[0] if np.size(parity) == 1 else ws.full(parity)[..., 0], instr
         )

@@ -18,6 +18,7 @@ from ..memory import (
     WINDOW_BASE,
 )
 from ..table import effect
+from ..warps import common
 
 WIDTHS = {
     "b8": 1,
@@ -87,6 +88,14 @@ def owners(m, ws, active, instr, address) -> np.ndarray:
             "no CTA of a cluster may leave before its peers are done with it (barrier.cluster)"
         )
     return np.where(on, targets, own)
+
+
+def common_offset(m, address, nbytes: int) -> int | None:
+    """The legal shared offset that every lane gives, running or not, outside clusters; else None."""
+    found = None if m.cluster.size > 1 else common(address)
+    if found is None or not 0 <= found - WINDOW_BASE <= m.smem.size - nbytes or found % nbytes:
+        return None
+    return found - WINDOW_BASE
 
 
 def shared_offsets(m, ws, active, instr, address, nbytes: int) -> np.ndarray:

@@ -95,8 +95,15 @@ def warp_addresses(m, ws, active, instr, address, whole: bool = True):
             f"{m.where(ws, instr, active)}: {instr.opcode} is executed by part of a warp: all 32 lanes "
             "must converge on it"
         )
-    values = np.asarray(address)
-    per_warp = ws.full(values).reshape(-1, 32)
+    address = np.asarray(address)
+    key = "taddr", whole, address.shape, address.tobytes()
+    if key not in ws.known:
+        ws.known[key] = _warp_addresses(m, ws, instr, address, whole)
+    return ws.known[key]
+
+
+def _warp_addresses(m, ws, instr, address: np.ndarray, whole: bool):
+    per_warp = ws.full(address).reshape(-1, 32)
     uneven = (per_warp != per_warp[:, :1]).any(axis=1)
     if uneven.any():
         raise Hazard(f"{at_warps(m, ws, instr, uneven)}: the lanes of a warp give different TMEM addresses")
@@ -308,7 +315,7 @@ def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=True, sc
     columns = list(zip(*map(pick, (d, a[1], b, idesc, accumulate, *disabled, *factors)), strict=True))
     chosen = ws.flat_pairs()[1][rows]
     for key in dict.fromkeys(columns):
-        same = np.array([c == key for c in columns])
+        same = [i for i, c in enumerate(columns) if c == key]
         ctas, words = taking_part(m, chosen[same], group, where), key[5:]
         plain = kind == "f16" and not stationary and not scale and not any(words)
         if plain and is_common(key[3], group):
@@ -327,8 +334,11 @@ def _split(words: tuple, count: int) -> tuple[tuple, tuple]:
 def one_lane_each(m, ws, active, instr):
     """(warps of the batch, lanes) that issue an operation of one thread, and where."""
     on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
-    rows, lanes = np.nonzero(on.reshape(-1, 32))
     where = m.where(ws, instr, on)
+    key = "issue", on.tobytes()
+    if key not in ws.known:
+        ws.known[key] = np.nonzero(on.reshape(-1, 32))
+    rows, lanes = ws.known[key]
     if len(rows) > 1 and (rows[1:] == rows[:-1]).any():
         name = ".".join(instr.opcode.split(".")[:2])
         raise Hazard(f"{where}: {name} is issued by several lanes of a warp: elect one")
