@@ -6,8 +6,10 @@ the driver of an H200 (CUDA 13.0). Bits outside the table raise.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -38,19 +40,19 @@ class TensorMap:
     def rank(self) -> int:
         return len(self.sizes)
 
-    @property
+    @cached_property
     def box_bytes(self) -> int:
-        return int(np.prod(self.box)) * self.element_bytes
+        return math.prod(self.box) * self.element_bytes
 
     @property
     def row_bytes(self) -> int:
         """Bytes from a row of the box to the next in shared memory: a swizzled row fills its span (seen on an H200)."""
         return 16 << self.swizzle if self.swizzle else self.box[0] * self.element_bytes
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """Bytes from the start of the box to its end in shared memory."""
-        return int(np.prod(self.box[1:])) * self.row_bytes
+        return math.prod(self.box[1:]) * self.row_bytes
 
     def part(self, coords: tuple[int, ...], whole: bool = False) -> Part | None:
         """What of the box at `coords` (innermost first, may be negative) lies inside the tensor; None: nothing.
@@ -135,13 +137,17 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
     return found
 
 
+@lru_cache(maxsize=512)
 def box_chunks(address: int, tensor: TensorMap) -> np.ndarray:
     """Index of each 16 bytes of the box at shared address `address`, in order; a swizzle moves them: chunk ^=
-    (address >> 7) & (2^B - 1) (§5.5.7).
+    (address >> 7) & (2^B - 1) (§5.5.7). Read-only.
 
     A row that is narrower than the span of its swizzle leaves the rest of the span alone (seen on an H200).
     """
     rows = np.arange(tensor.shared_bytes // tensor.row_bytes)[:, None] * (tensor.row_bytes // 16)
     inner = np.arange(tensor.box[0] * tensor.element_bytes // 16)
     chunks = (address // 16 + rows + inner).reshape(-1)
-    return chunks ^ (chunks >> 3 & (1 << tensor.swizzle) - 1) if tensor.swizzle else chunks
+    if tensor.swizzle:
+        chunks ^= chunks >> 3 & (1 << tensor.swizzle) - 1
+    chunks.flags.writeable = False
+    return chunks
