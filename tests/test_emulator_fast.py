@@ -7,6 +7,7 @@ from ptx_kernels import fails, run
 
 import generator
 from generator.emulator import Deadlock, Gpu, Hazard
+from generator.emulator.warps import Warps, common
 from generator.run import run_observed
 from generator.verify import random_inputs
 
@@ -83,3 +84,26 @@ def test_fast_mode_lets_pass_what_silicon_lets_pass(fast):
     @%p1 cp.async.bulk.global.shared::cta.bulk_group [%y], [%s], 128;"""
     run(body, x=x, y=y)
     assert (y == x).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (np.full((2, 1, 32), 70000, np.uint32), 70000),
+        (np.broadcast_to(np.uint64(1 << 40), (4, 32)), 1 << 40),
+        (np.uint32(0xFFFFFFFF), 0xFFFFFFFF),
+        (5, 5),
+        (np.arange(32, dtype=np.uint32), None),
+        (np.uint16([1, 0]), None),
+    ],
+)
+def test_what_all_lanes_have_in_common(value, found):
+    assert common(value) == found
+
+
+def test_lanes_that_run_by_cta():
+    ws = Warps(np.array([0, 0, 2]), np.array([1, 3, 3]))
+    active = np.zeros((3, 32), bool)
+    active[1, :5] = active[2, 7] = True
+    assert [x.tolist() for x in ws.lanes_by_cta(None)] == [[1, 3], [32, 64]]
+    assert [x.tolist() for x in ws.lanes_by_cta(active)] == [[3], [6]]

@@ -10,6 +10,7 @@ from ptx_kernels import run
 import generator
 from generator.emulator import gpu, hot
 from generator.emulator.errors import LaunchError
+from generator.emulator.formats import hardware_nan
 from generator.emulator.lower import RegionWriter
 from generator.emulator.symbolic import Graph, NotTraceable, Symbol
 from generator.emulator.table import TABLE
@@ -102,6 +103,13 @@ def test_traced_instructions_give_the_bits_of_the_interpreter():
     wrong = {name: int((~same(results[name], expected[name])).sum()) for name in symbols}
     assert not {name: n for name, n in wrong.items() if n}
     assert all(results[name].dtype == expected[name].dtype for name in symbols)
+
+
+def test_the_bits_of_a_computed_nan():
+    graph, x = Graph(), operands("f", 3)
+    node = graph.node("input", np.float32, extra="x")
+    bits = execute({"bits": hardware_nan(node)}, {node.number: x})["bits"]
+    assert np.isnan(x).any() and (bits == np.where(np.isnan(x), np.uint32(0x7FFFFFFF), x.view(np.uint32))).all()
 
 
 @pytest.mark.parametrize(
