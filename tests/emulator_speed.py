@@ -39,18 +39,18 @@ def attend(Q, K, V, O, S, scale, D: tl.constexpr, M: tl.constexpr, N: tl.constex
     tile, head = tl.program_id(0), tl.program_id(1)
     rows, dims, keys = tile * M + tl.arange(0, M), tl.arange(0, D), tl.arange(0, N)
     base = head * S * D
-    q = tl.load(Q + base + rows[:, None] * D + dims[None, :])
+    q = tl.load(Q + base + rows[:, None] * D + dims[None, :]).to(tl.float32)  # its dot takes bf16 for integers
     top, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     out = tl.zeros([M, D], tl.float32)
     for start in range(0, (tile + 1) * M, N):
         at = start + keys
-        k = tl.load(K + base + at[:, None] * D + dims[None, :])
-        v = tl.load(V + base + at[:, None] * D + dims[None, :])
+        k = tl.load(K + base + at[:, None] * D + dims[None, :]).to(tl.float32)
+        v = tl.load(V + base + at[:, None] * D + dims[None, :]).to(tl.float32)
         s = tl.where(rows[:, None] >= at[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
         now = tl.maximum(top, tl.max(s, 1))
         p, keep = tl.exp2(s - now[:, None]), tl.exp2(top - now)
         total, top = total * keep + tl.sum(p, 1), now
-        out = out * keep[:, None] + tl.dot(p.to(v.dtype), v)
+        out = out * keep[:, None] + tl.dot(p, v)
     tl.store(O + base + rows[:, None] * D + dims[None, :], (out / total[:, None]).to(tl.bfloat16))
 q, k, v = (torch.randn(1, HEADS, 4096, 128).bfloat16() for _ in range(3))
 o = torch.empty_like(q)
