@@ -183,7 +183,7 @@ def test_one_lane_inits_an_mbarrier():
     body = "mad.lo.u32 %r1, %tid, 8, %s; add.u32 %r2, %tid, 1; mbarrier.init.shared.b64 [%r1], %r2; bar.sync 0;"
     run(body + LEADER + "@%p1 mbarrier.arrive.shared.b64 _, [%s+80], 11;" + wait(0, "[%s+80]"))
     message = "32 lanes initialize the same mbarrier"
-    fails(Hazard, "mbarrier.init.shared.b64 [%s], 32; // HERE\n", message, "elect one")
+    fails(Hazard, "mbarrier.init.shared.b64 [%s], 32; // HERE\n", "elect one", block=64)
     fails(Hazard, "add.u32 %r1, %tid, 1;\nmbarrier.init.shared.b64 [%s], %r1; // HERE\n", message)
 
 

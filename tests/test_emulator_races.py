@@ -226,6 +226,16 @@ def test_a_load_is_complete_by_its_use_or_its_wait():
         fails(Hazard, with_tmem(body.replace("DONE", late)), "warp 0 reads at PTX line", "tcgen05.wait::ld", block=256)
 
 
+def test_a_load_that_nothing_needs_is_complete_with_a_later_one():
+    """Warp 0 frees its columns: the first load delivers nothing, the second is used, or only moved."""
+    body = f"""{ST}.x1.b32 [%r151], {{%tid}}; {WAIT_ST} {LD}.x1.b32 {{%r2}}, [%r151];
+    {LD}.x1.b32 {{%r3}}, [%r151]; USE\ntcgen05.dealloc.cta_group::1.sync.aligned.b32 %r150, 512; // HERE\n"""
+    run(with_tmem(body.replace("USE", "add.u32 %r3, %r3, 1;"), free=False))
+    fails(Hazard, with_tmem(body.replace("USE", "mov.b32 %r4, %r3;"), free=False), "frees TMEM column 0")
+    needed = body.replace("USE", "add.u32 %r3, %r3, 1;") + "add.u32 %r2, %r2, 1;"
+    fails(Hazard, with_tmem(needed, free=False), "frees TMEM column 0, which warp 0 reads")
+
+
 def test_a_store_before_its_wait_is_not_for_others():
     """The states of cells would let warp 4's own wait pass here; the clocks know whose store it is."""
     body = f"""setp.ge.u32 %p1, %tid, 128; @%p1 bra OTHER; {ST}.x1.b32 [%r151], {{%tid}}; FIRST bar.sync 1, 256; SECOND
@@ -270,6 +280,19 @@ def test_the_result_is_known_to_those_who_wait():
     slow = "setp.ge.u32 %p5, %tid, 32; " + "".join(f"L{i}: bra L{i + 1};" for i in range(60)) + "L60:"
     body = product().replace(wait(MBAR), f"{slow}\n@%p5 bra SKIP; {wait(MBAR)} SKIP: {load} {WAIT_LD}")
     fails(Hazard, body, "tcgen05.commit", block=128, smem=16384)
+
+
+def test_the_commits_of_a_warp_arrive_in_order():
+    """Warp 3 waits only for the second phase of MBAR; by another mbarrier it can know of the first, or not."""
+    commit = "@%p3 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%s+{}];\n".format
+    body = f"""{init(MBAR)} {init(MBAR + 8)} {init(MBAR + 24)} bar.sync 0; setp.ge.u32 %p5, %tid, 96; @%p5 bra LAST;
+    setp.ge.u32 %p6, %tid, 32; @%p6 bra DONE; FIRST {wait(MBAR, 0, "A")} {wait(MBAR + 24, 0, "B")} {commit(MBAR)}
+    bra DONE; LAST: {wait(MBAR + 8, 0, "C")} setp.eq.u32 %p7, %tid, 96; @%p7 {arrive(MBAR + 24)} {wait(MBAR, 1, "D")}
+    DONE:"""
+    both = [commit(MBAR), commit(MBAR + 8)]
+    run(with_tmem(body.replace("FIRST", "".join(both)), slot=MBAR + 16), block=128, smem=16384)
+    backwards = with_tmem(body.replace("FIRST", "".join(both[::-1])), slot=MBAR + 16)
+    fails(Hazard, backwards, "can have been passed twice", block=128, smem=16384)
 
 
 def test_tensor_maps_too():
@@ -343,10 +366,14 @@ def test_setmaxnreg_within_the_pool():
 
 
 # -- warnings ----------------------------------------------------------------------------------------------------------
-def warnings_of(body: str, wanted: bool = True, smem: int = 16384) -> tuple[str, ...]:
+def warnings_of(body: str, wanted: bool = True, smem: int = 16384, **arguments) -> tuple[str, ...]:
     gpu = Gpu()
     gpu.warnings = wanted
-    return gpu.launch(gpu.load_ptx(ptx(body)), "k", (1, 1, 1), (128, 1, 1), (1, 1, 1), smem, []).warnings
+    for name, value in arguments.items():
+        gpu.add_array(value, name)
+    params = [struct.pack("<Q", value.ctypes.data) for value in arguments.values()]
+    module = gpu.load_ptx(ptx(body, **arguments))
+    return gpu.launch(module, "k", (1, 1, 1), (128, 1, 1), (1, 1, 1), smem, params).warnings
 
 
 def test_what_silicon_does_without_is_a_warning():
@@ -363,3 +390,29 @@ def test_what_silicon_does_without_is_a_warning():
     fenced = fenced.replace(init(MBAR), f"{init(MBAR)} fence.mbarrier_init.release.cluster;")
     fenced = fenced.replace("@%p3 tcgen05.mma", "tcgen05.fence::after_thread_sync; @%p3 tcgen05.mma")
     assert warnings_of(fenced) == ()
+
+
+def test_one_instruction_of_a_warp_may_initialize_alike():
+    once = "setp.ge.u32 %p1, %tid, 32; @%p1 bra J; mbarrier.init.shared.b64 [%s], 1; J: bar.sync 0;"
+    assert warnings_of(once, wanted=False) == ()
+    [found] = warnings_of(once)
+    assert "32 lanes initialize the same mbarrier" in found and "elect one" in found
+    assert not warnings_of(init(0))
+    fails(Hazard, "mbarrier.init.shared.b64 [%s], 1;\n", "64 lanes initialize", block=64)
+
+
+def test_an_operand_that_cp_async_wrote():
+    """Without a proxy fence tolerated; what st.shared wrote among it is not."""
+    x = aligned(128 * 12, np.uint32)
+    copies = "".join(
+        f"add.u64 %d3, %x_g4, {i * 2048}; cp.async.cg.shared.global [%s16+{i * 2048}], [%d3], 16;" for i in range(3)
+    )
+    copies = "mad.wide.u32 %x_g4, %tid, 16, %x;" + copies + "cp.async.wait_all; STORE FENCE bar.sync 0;"
+    body = ".reg .b64 %x_g4;" + product().replace(FILL.replace("FENCE", "fence.proxy.async.shared::cta;"), copies)
+    for fence in ("", "fence.proxy.async.shared::cta;"):
+        found = [
+            w for w in warnings_of(body.replace("FENCE", fence).replace("STORE", ""), x=x) if "cp.async wrote it" in w
+        ]
+        assert [side for side in "AB" for w in found if f"operand {side}" in w] == ([] if fence else ["A", "B"])
+    stored = body.replace("FENCE", "").replace("STORE", "@%p3 st.shared.b32 [%s+4096], 0;")
+    fails(Hazard, stored, "operand B", "ordinary stores wrote it", block=128, smem=16384, x=x)

@@ -399,6 +399,12 @@ def test_registers_need_a_fence_after_they_were_written():
     run(ONE.fill() + QUIET + COMMIT + wait() + add + COMMIT + wait(), x=ONE.x)  # only wgmma used the accumulator
     read = "add.u32 %r1, %acc5, 0;"  # and may not be overwritten before it was read
     fails(Hazard, ONE.fill() + QUIET + COMMIT + wait() + read + ONE.step(0, "%zero", mark="// HERE"), "%acc5", x=ONE.x)
+    for set_to, fine in (("mov.b32 %acc4, 0; mov.b32 %acc5, %acc4;", True), ("mov.b32 %acc5, %tid;", False)):
+        body = ONE.fill() + QUIET + COMMIT + wait() + FENCE + set_to + add + COMMIT + wait()
+        if fine:  # compilers move a constant below the fence: a warning
+            run(body, x=ONE.x)
+        else:
+            fails(Hazard, body, "uses register %acc5", "no wgmma.fence since", x=ONE.x)
     text = ONE.fill() + FENCE + ONE.load_fragments() + ONE.step(0, "%zero", registers=True, mark="// HERE")
     fails(Hazard, text, "uses register %frag0", "no wgmma.fence since", x=ONE.x, f=ONE.fragments())
 

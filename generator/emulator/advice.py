@@ -67,9 +67,22 @@ class Advice:
                     "dependency excuses: insert tcgen05.wait::ld.sync.aligned before the first use"
                 )
 
+    # -- registers of wgmma --------------------------------------------------------------------------------------------
+    def accumulator_set(self, instr) -> None:
+        self.warn(
+            f"PTX line {instr.line} ({instr.opcode}): constants were moved into its registers after the last "
+            "wgmma.fence: insert wgmma.fence.sync.aligned between"
+        )
+
     # -- initializations -----------------------------------------------------------------------------------------------
     def initialized(self, slot: int, line: int) -> None:
         self.unfenced_inits[slot] = line
+
+    def initialized_by_all(self, instr, lanes: int) -> None:
+        self.warn(
+            f"PTX line {instr.line} ({instr.opcode}): {lanes} lanes initialize the same mbarrier, and to do so with a "
+            "live one is undefined: elect one"
+        )
 
     def fenced_inits(self) -> None:
         self.unfenced_inits.clear()

@@ -19,6 +19,7 @@ class BlockWriter(OperandWriter):
 
     def instruction(self, instr: Instr) -> None:
         self.instr, self.line, self.active_guard = instr, instr.line, None
+        self.setting = self.sets_constant(instr)
         if instr.opcode in MOVES:
             self.move(instr)
         elif instr.opcode in PARAM_LOADS:
@@ -198,13 +199,16 @@ class BlockWriter(OperandWriter):
         for reg in d.items:
             self.values.pop(reg.index, None)
             self.dirty.pop(reg.index, None)
+            self.constants.discard(reg.index)
             if reg.index in self.owner.checked and guard is None:
                 self.lines.append(f"put(D[{reg.index}], TRUE)")
         self.touched.difference_update(*indices)
 
     def _note_unfenced(self) -> None:
-        if self.unfenced:
-            self.lines.append(f"m.wgmma.used(ws, {list(self.unfenced)})")
+        for only_set in (False, True):
+            found = [index for index, kind in self.unfenced.items() if kind == only_set]
+            if found:
+                self.lines.append(f"m.wgmma.used(ws, {found}, {only_set})")
 
     def _settle(self, reg: Reg) -> None:
         """Write a register to its storage in the middle of the block; views of what was there are copied first."""

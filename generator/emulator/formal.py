@@ -5,6 +5,7 @@
 - tcgen05.fence::before_thread_sync between a warp's tcgen05.ld or st and its signal to other warps, and
   tcgen05.fence::after_thread_sync between a wait for somebody's tcgen05 work and the warp's own (§9.7.16.6.4)
 - a fence (fence.mbarrier_init, fence.proxy.async) between mbarrier.init and the asynchronous proxy's use (§9.7.13.4)
+- one lane that initializes an mbarrier, not a warp's lanes alike (§9.7.13.15.9)
 - bar.warp.sync between shared-memory stores of a warp's lanes and the signal that one of them gives for all (§9.7.13.2)
 """
 
@@ -145,6 +146,11 @@ class Formal:
     def _init(self, m, ws, active, instr, operands, _) -> None:
         for warp, place in self._places(m, ws, active, instr, operands[0]):
             self.fresh[place] = warp
+        offsets = shared_offsets(m, ws, active, instr, operands[0], 8)
+        warps, ctas, _, (places,) = _lanes(m, ws, active, (offsets,))
+        rows = list(zip(warps.tolist(), ctas.tolist(), places.tolist(), strict=True))
+        if len(set(rows)) < len(rows):
+            self._warn(instr, "several lanes initialize one mbarrier: elect one")
 
     def _proxy_fence(self, m, ws, active, instr, operands, _) -> None:
         here = self._warps(m, ws, active)

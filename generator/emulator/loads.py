@@ -13,8 +13,19 @@ from .syntax import Instr
 LOAD, WAIT = "tcgen05.ld.", "tcgen05.wait::ld"
 
 
-def find_uses(instrs: list[Instr], blocks: list[Block]) -> tuple[dict[int, int], dict[int, list[int]]]:
-    """Number of each load by its PTX line, and by instruction index the loads that are complete once it executes."""
+def idle(instrs: list[Instr], blocks: list[Block]) -> frozenset[int]:
+    """PTX lines of the loads none of whose registers any instruction needs on any path, waited for or not."""
+    sites, uses = find_uses(instrs, blocks, waits=False)
+    needed = {site for found in uses.values() for site in found}
+    return frozenset(line for line, site in sites.items() if site not in needed)
+
+
+def find_uses(
+    instrs: list[Instr], blocks: list[Block], waits: bool = True
+) -> tuple[dict[int, int], dict[int, list[int]]]:
+    """Number of each load by its PTX line, and by instruction index the loads that are complete once it executes;
+    `waits`: whether tcgen05.wait::ld completes them before.
+    """
     sites: dict[int, int] = {}
     for instr in instrs:
         if instr.opcode.startswith(LOAD):
@@ -26,7 +37,7 @@ def find_uses(instrs: list[Instr], blocks: list[Block]) -> tuple[dict[int, int],
     todo = [0]
     while todo:
         number = todo.pop()
-        leaving = _pass(instrs, blocks[number], dict(entry[number]), sites, uses)
+        leaving = _pass(instrs, blocks[number], dict(entry[number]), sites, uses, waits)
         for after in blocks[number].successors:
             if after >= len(blocks):
                 continue
@@ -40,12 +51,12 @@ def find_uses(instrs: list[Instr], blocks: list[Block]) -> tuple[dict[int, int],
     return sites, uses
 
 
-def _pass(instrs, block: Block, holds: dict[int, int], sites, uses) -> dict[int, int]:
+def _pass(instrs, block: Block, holds: dict[int, int], sites, uses, waits: bool) -> dict[int, int]:
     """Walk one block; `holds` becomes what its end knows."""
     for position in range(block.start, block.stop):
         instr = instrs[position]
         if instr.opcode.startswith(WAIT):
-            if instr.guard is None:
+            if waits and instr.guard is None:
                 holds.clear()
             continue
         written, read = defs_and_uses(instr)

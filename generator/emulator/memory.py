@@ -2,8 +2,8 @@
 
 The state of a cell says whether its value may be used. Fresh memory is UNWRITTEN; an asynchronous operation marks its
 destination from the moment it is issued, and only its completion, as late as the program's waits allow, makes it
-VALID. What ordinary stores wrote is GENERIC, legal for loads, and VALID for TMA and the tensor core once a proxy fence
-followed.
+VALID. What ordinary stores wrote is GENERIC, what cp.async wrote COPIED: legal for loads, and VALID for TMA and the
+tensor core once a proxy fence followed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from .errors import Hazard, LaunchError
 
 UNWRITTEN, VALID, TMA_PENDING, MMA_PENDING, ST_PENDING, MBARRIER, GENERIC, COPY_PENDING, ASYNC_PENDING = range(9)
-CP_PENDING = 9
+CP_PENDING, COPIED = 9, 10
 REASONS = {
     UNWRITTEN: "it was never written (fresh memory is poison)",
     TMA_PENDING: "a TMA load into it has been issued and is not known to be complete: wait on the "
@@ -25,6 +25,8 @@ REASONS = {
     "tcgen05.commit first",
     ST_PENDING: "a tcgen05.st into it has not been waited for: insert tcgen05.wait::st (and then signal the reader)",
     GENERIC: "ordinary stores wrote it and no fence.proxy.async followed: insert one after them, before the signal",
+    COPIED: "cp.async wrote it and no fence.proxy.async followed: insert one after the wait for the copies, before the "
+    "signal",
     COPY_PENDING: "a cp.async into it has been issued and is not known to be complete: wait first "
     "(cp.async.wait_group, cp.async.wait_all, or the mbarrier of cp.async.mbarrier.arrive)",
     ASYNC_PENDING: "an asynchronous store or reduction into it (st.async, red.async, cp.reduce.async.bulk) is not "
@@ -70,21 +72,25 @@ class SharedMemory:
             mine = (owner >= first) & (owner <= last) if neighbours else np.isin(owner, ctas)
             state = self.flat_state[width]
             done = at[mine]
-            state[done[state[done] == GENERIC_WORD[width]]] = VALID_WORD[width]
+            found = state[done]
+            state[done[(found == GENERIC_WORD[width]) | (found == COPIED * REPEAT[width])]] = VALID_WORD[width]
             if not mine.all():
                 left.append((width, at[~mine]))
         self.unfenced = left
 
-    def invalid_chunk(self, ctas: np.ndarray, chunks: np.ndarray) -> tuple[int, int, int] | None:
-        """(CTA, chunk, state) of the first of these 16-byte chunks that holds a byte that is not VALID, or None."""
+    def invalid_chunk(
+        self, ctas: np.ndarray, chunks: np.ndarray, legal: tuple[int, ...] = (VALID,)
+    ) -> tuple[int, int, int] | None:
+        """(CTA, chunk, state) of the first of these 16-byte chunks that holds a byte in no `legal` state, or None."""
         words = take_chunks(self.chunk_state, ctas, chunks).view(np.uint64)
         if (words == VALID_WORD[8]).all():
             return None
-        rows = (words.reshape(len(ctas), -1, 2) != VALID_WORD[8]).any(axis=2)
-        cta, at = (int(i) for i in np.argwhere(rows)[0])
-        chunk = int(chunks.reshape(-1)[at])
-        states = self.state[ctas[cta], chunk * 16 : chunk * 16 + 16]
-        return int(ctas[cta]), chunk, int(states[states != VALID][0])
+        codes = np.ascontiguousarray(words).view(np.uint8).reshape(len(ctas), -1, 16)
+        bad = ~np.isin(codes, legal)
+        if not bad.any():
+            return None
+        cta, at, byte = (int(i) for i in np.argwhere(bad)[0])
+        return int(ctas[cta]), int(chunks.reshape(-1)[at]), int(codes[cta, at, byte])
 
 
 def take_chunks(array: np.ndarray, ctas: np.ndarray, chunks: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import UnsupportedInstruction
-from .flow import Block
+from .flow import MOVES, Block
 from .syntax import SINK, Address, Imm, Instr, Not, Reg, Special, Symbol, Vector
 from .table import BITS
 from .values import CANONICAL, DTYPE, Value
@@ -36,7 +36,9 @@ class OperandWriter:
         self.line = 0  # of the instruction being written
         self.instr: Instr | None = None
         self.touched: set[int] = set()  # registers known not to be in flight here
-        self.unfenced: dict[int, None] = {}  # registers of wgmma used here, with no wgmma.fence since
+        self.unfenced: dict[int, bool] = {}  # registers of wgmma used here, with no wgmma.fence since: whether only set
+        self.constants: set[int] = set()  # registers that a move of a constant set last
+        self.setting = False  # whether the instruction at hand is such a move
         self.fenced = False  # a wgmma.fence came before in this block
         self.active_guard: str | None = None  # its guard, once evaluated
 
@@ -261,7 +263,11 @@ class OperandWriter:
         if guard is not None:
             value = self.merge(guard, value, self.load(reg))
         if reg.index in self.owner.in_flight:
-            self.unfenced[reg.index] = None
+            self.note_use(reg.index)
+        if self.setting:
+            self.constants.add(reg.index)
+        else:
+            self.constants.discard(reg.index)
         self.values[reg.index] = value
         self.dirty[reg.index] = None
 
@@ -277,12 +283,22 @@ class OperandWriter:
         return Value(new.bits, {kind: merged}, shadow=shadow)
 
     # -- registers that a wgmma has in flight --------------------------------------------------------------------------
+    def note_use(self, index: int) -> None:
+        self.unfenced[index] = self.setting and self.unfenced.get(index, True)
+
+    def sets_constant(self, instr: Instr) -> bool:
+        """Whether it moves an immediate, or what this block set to one, into a register."""
+        if instr.opcode not in MOVES or instr.guard is not None or not isinstance(instr.operands[0], Reg):
+            return False
+        source = instr.operands[1]
+        return isinstance(source, Imm) or (isinstance(source, Reg) and source.index in self.constants)
+
     def touch(self, reg: Reg, as_a: bool = False) -> None:
         """Something reads or writes `reg`: no wgmma may have it in flight."""
         if reg.index not in self.owner.in_flight:
             return
         if reg.index in self.owner.d_registers:
-            self.unfenced[reg.index] = None
+            self.note_use(reg.index)
         if reg.index in self.touched:
             return
         lanes = self.active_guard or "TRUE"

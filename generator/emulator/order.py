@@ -40,6 +40,7 @@ class Order:
         self.passed_at = np.zeros((16, n_warps, n_cta), np.int64)  # epoch of that
         self.earlier = np.zeros((16, n_cta), np.int64)  # time of the mbarrier's component at its last mbarrier.init
         self.count = np.zeros((16, n_cta), np.int64)  # and now: that, and the phases completed since
+        self.committed = clocks.array(n_warps, n_cta)  # phases that each warp's commits have completed
 
     # -- helpers -------------------------------------------------------------------------------------------------------
     @staticmethod
@@ -260,6 +261,39 @@ class Order:
         arrived = published.a[slot, ctas, 0].copy()
         arrived[np.arange(len(ctas)), self.slot_component(slot, ctas)] = 0
         return (arrived <= self.clocks.warps[warps, ctas, 0]).all(axis=-1)
+
+    # -- tcgen05.commit ------------------------------------------------------------------------------------------------
+    def commit(self, warps, ctas) -> np.ndarray:
+        """tcgen05.commit: the clocks [n, 2, components] that it will hand to its mbarrier."""
+        agent, clocks = self.clocks.agent("mma"), self.clocks
+        component = agent.components(warps, ctas)
+        agent.tick(warps, ctas)
+        snapshot = clocks.warps[warps, ctas]
+        for row in (0, 1):
+            snapshot[np.arange(len(warps)), row, component] = agent.time[warps, ctas]
+        clocks.tick(warps, ctas)
+        return snapshot
+
+    def commit_arrives(self, slot: int, to: list[int], warp: int, cta: int, clocks: np.ndarray) -> None:
+        """A commit of this warp is about to arrive on the mbarriers of CTAs `to`, with the clocks of `commit`.
+
+        The commits of a warp arrive in order: who learns of this one knows the phases that earlier ones completed.
+        """
+        self.lend(slot, to, np.maximum(self.clocks.fit(clocks), self.committed.a[warp, cta]))
+        for target in to:
+            bars = self.machine.mbarriers
+            if bars.expected[slot, target] == 1 and bars.tx[slot, target] == 0:  # it alone completes the phase
+                component = int(self.slot_component(slot, np.int64(target)))
+                count = int(self.earlier[slot, target] + bars.phase[slot, target]) + 1
+                self.committed.a[warp, cta, :, component] = (count + 1) * ONE
+
+    def commit_uses(self, slot: int, targets: dict[int, list[int]], warps, ctas, where) -> None:
+        """The mbarriers of a commit, of CTAs `targets[issuing CTA]`, must be initialized, and the warp know it."""
+        for warp, cta in zip(warps.tolist(), ctas.tolist(), strict=True):
+            to = np.array(targets[cta])
+            if self.advice:
+                self.advice.used_by_others(slot, f"a tcgen05.commit signals at PTX line {where.instr.line}")
+            self.check_initialized(slot, to, np.full(len(to), warp), np.full(len(to), cta), where)
 
     # -- named barriers and the cluster barrier ------------------------------------------------------------------------
     def bar_arrive(self, ws, barrier: int, instr) -> None:

@@ -205,7 +205,9 @@ class Races(Order):
             which = warps // 4 == group
             array = tensor.read_by(group)
             array[cells] = shaped(mine) if which.all() else np.where(shaped(which), shaped(mine), array[cells])
-        self.outstanding[self.machine.program.load_sites[instr.line], warps, ctas] = agent.time[warps, ctas]
+        program = self.machine.program
+        if instr.line not in program.idle_loads:  # those are complete when a later load or wait is
+            self.outstanding[program.load_sites[instr.line], warps, ctas] = agent.time[warps, ctas]
         agent.tick(warps, ctas)
 
     def settle(self, ws, sites: list[int]) -> None:
@@ -275,25 +277,6 @@ class Races(Order):
                 place = self.machine.labels.column_at(column) + self._owner(int(targets[row]), int(ctas[row]))
                 here = self.machine.at(instr, int(warps[row]), int(ctas[row]))
                 self._raise(here, int(warps[row]), write, place, int(epochs[at]), read, int(ctas[row]), False, what)
-
-    def commit(self, warps, ctas) -> np.ndarray:
-        """tcgen05.commit: the clocks [n, 2, components] that it will hand to its mbarrier."""
-        agent, clocks = self.clocks.agent("mma"), self.clocks
-        component = agent.components(warps, ctas)
-        agent.tick(warps, ctas)
-        snapshot = clocks.warps[warps, ctas]
-        for row in (0, 1):
-            snapshot[np.arange(len(warps)), row, component] = agent.time[warps, ctas]
-        clocks.tick(warps, ctas)
-        return snapshot
-
-    def commit_uses(self, slot: int, targets: dict[int, list[int]], warps, ctas, where) -> None:
-        """The mbarriers of a commit, of CTAs `targets[issuing CTA]`, must be initialized, and the warp know it."""
-        for warp, cta in zip(warps.tolist(), ctas.tolist(), strict=True):
-            to = np.array(targets[cta])
-            if self.advice:
-                self.advice.used_by_others(slot, f"a tcgen05.commit signals at PTX line {where.instr.line}")
-            self.check_initialized(slot, to, np.full(len(to), warp), np.full(len(to), cta), where)
 
     def release_columns(self, ws, instr, columns: slice) -> None:
         """tcgen05.dealloc: everything that uses the columns must be known to be over."""

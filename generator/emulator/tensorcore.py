@@ -12,7 +12,7 @@ from .datapath import EVERY_LANE, Cells
 from .descriptors import Operand, Shape
 from .errors import Hazard
 from .formats import bf16_to_f32, f16_to_f32
-from .memory import MMA_PENDING, REASONS, VALID, TensorMemory, take_chunks
+from .memory import COPIED, MMA_PENDING, REASONS, VALID, TensorMemory, take_chunks
 
 A_COLUMNS = 8  # of A in tensor memory: 32 bytes a lane
 
@@ -104,13 +104,16 @@ def require_inside(m, operand: Operand, name: str, where) -> None:
 def require_shared(m, ctas, operand: Operand, name: str, where) -> None:
     require_inside(m, operand, name, where)
     found = m.smem.invalid_chunk(ctas, operand.chunks) if m.strict else None
-    if found is not None:
-        cta, chunk, state = found
-        what = name if " " in name else f"operand {name}"
-        raise Hazard(
-            f"{where}: {what} of CTA {m.name_cta(cta)} at {m.labels.shared_at(chunk * 16)} may not "
-            f"be read: {REASONS[state]}"
-        )
+    if found is None:
+        return
+    worse = m.smem.invalid_chunk(ctas, operand.chunks, (VALID, COPIED))  # cp.async without a proxy fence is tolerated
+    cta, chunk, state = worse or found
+    what = name if " " in name else f"operand {name}"
+    what = f"{what} of CTA {m.name_cta(cta)} at {m.labels.shared_at(chunk * 16)} may not be read: {REASONS[state]}"
+    if worse is not None:
+        raise Hazard(f"{where}: {what}")
+    if m.races.advice:
+        m.races.advice.warn(f"PTX line {where.instr.line} ({where.instr.opcode}): {what}")
 
 
 class TensorCore:

@@ -24,7 +24,7 @@ from .flow import (
 )
 from .formats import hardware_nan, pack16
 from .hot import HotBlocks
-from .loads import find_uses
+from .loads import find_uses, idle
 from .memory import LOCAL_BASE, PARAM_BASE, WINDOW_BASE
 from .native import BlockText
 from .syntax import Instr, Kernel, Reg, Vector
@@ -71,6 +71,7 @@ class Program:
     static_shared: int
     source: str
     load_sites: dict[int, int]  # number of each tcgen05.ld by PTX line, see `loads`
+    idle_loads: frozenset[int]  # PTX lines of those that deliver nothing that is needed
     read: frozenset[int]  # registers that some instruction reads
     hot: HotBlocks | None = None  # machine code for blocks that deserve it; None: there shall be none
 
@@ -312,6 +313,7 @@ class Translator:
             self.static_shared,
             source,
             load_sites,
+            idle(self.kernel.instrs, self.blocks) if load_sites else frozenset(),
             frozenset(r.index for i in instrs for r in defs_and_uses(i)[1]),
         )
         if self.wrap is not None:

@@ -22,6 +22,7 @@ from .formats import bf16_to_f32, f16_to_f32
 from .memory import take_chunks
 from .tensorcore import require_shared
 
+FENCED, SET, USED = range(3)  # what became of a register since the last wgmma.fence; SET: constants were moved into it
 STORAGE = {"bf16": np.uint16, "f16": np.uint16, "tf32": np.uint32, "e4m3": np.uint8, "e5m2": np.uint8}
 STORAGE |= {"u8": np.uint8, "s8": np.uint8}
 _FP8 = {
@@ -151,7 +152,7 @@ class Warpgroups:
         self.committed = np.zeros((machine.n_warps, machine.n_cta), np.int64)  # groups, by warp
         self.busy = [0] * len(machine.program.kernel.regs)  # uses of a register by chains in flight
         self.rows = {index: row for row, index in enumerate(sorted(machine.program.in_flight))}
-        self.unfenced = np.ones((len(self.rows), machine.n_warps, machine.n_cta), bool)  # registers, by warp
+        self.unfenced = np.full((len(self.rows), machine.n_warps, machine.n_cta), USED, np.uint8)  # registers, by warp
         self.open: Chain | None = None  # the last chain, while the next wgmma may still extend it
 
     # -- issue ---------------------------------------------------------------------------------------------------------
@@ -246,14 +247,17 @@ class Warpgroups:
                     where = self.machine.where(ws, instr, bad)
                     raise Hazard(f"{where}: touches register {name}, {_in_flight(chain, index)}")
 
-    def used(self, ws, registers: list[int]) -> None:
-        """Ordinary instructions of these warps read or wrote D, or wrote A, of some wgmma."""
+    def used(self, ws, registers: list[int], only_set: bool) -> None:
+        """Ordinary instructions of these warps read or wrote D, or wrote A, of some wgmma; `only_set`: only moves of
+        constants did.
+        """
         warps, ctas = ws.flat_pairs()
-        self.unfenced[np.array([self.rows[i] for i in registers])[:, None], warps, ctas] = True
+        at = np.array([self.rows[i] for i in registers])[:, None], warps, ctas
+        self.unfenced[at] = np.where(self.unfenced[at] == FENCED, SET, self.unfenced[at]) if only_set else USED
 
     def fence(self, ws, active, where) -> None:
         warps, ctas = self._which(ws, active, where)
-        self.unfenced[:, warps, ctas] = False
+        self.unfenced[:, warps, ctas] = FENCED
 
     def require_fence(self, ws, active, registers: list[int], instr) -> None:
         """A wgmma uses these registers: a wgmma.fence must have come after the last ordinary use of each, and one
@@ -263,7 +267,11 @@ class Warpgroups:
         if active is False:
             return
         warps, ctas = self._which(ws, active, where)
-        bad = self.unfenced[np.array([self.rows[i] for i in registers])[:, None], warps, ctas].any(axis=1)
+        found = self.unfenced[np.array([self.rows[i] for i in registers])[:, None], warps, ctas]
+        advice = self.machine.races.advice if self.machine.races else None
+        if advice and (found == SET).any():
+            advice.accumulator_set(instr)
+        bad = (found == USED).any(axis=1)
         if bad.any():
             name = self.machine.program.kernel.regs[registers[int(np.argmax(bad))]].name
             raise Hazard(

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..cluster import OFFSET_MASK
 from ..errors import Hazard
-from ..memory import GENERIC, LOCAL_BASE, PARAM_BASE, REASONS, UINT, UNWRITTEN, VALID, WINDOW_BASE
+from ..memory import COPIED, GENERIC, LOCAL_BASE, PARAM_BASE, REASONS, UINT, UNWRITTEN, VALID, WINDOW_BASE
 from ..table import family
 from .local import ld_local, st_local
 from .memory import KIND, WIDTHS, ld_global, ld_shared, loaded_kind, shape_of, st_global, st_shared, to_register
@@ -154,7 +154,7 @@ def place(m, cta: int, address: int, nbytes: int, where, shared: bool):
             return data, lambda: None
         state = m.smem.state[cta, offset : offset + nbytes]
         for code in state.tolist():
-            if code not in (VALID, GENERIC):
+            if code not in (VALID, GENERIC, COPIED):
                 raise Hazard(f"{where}: updates {m.labels.shared_at(offset)}, which may not be read: {REASONS[code]}")
 
         def wrote():

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 
 from ..errors import Hazard
-from ..memory import COPY_PENDING, GENERIC, MBARRIER, REASONS, TMA_PENDING, UNWRITTEN
+from ..memory import COPIED, COPY_PENDING, MBARRIER, REASONS, TMA_PENDING, UNWRITTEN
 from ..table import effect
 from ..tensormap import TensorMap
 from .mbarrier import by_address
@@ -69,7 +69,7 @@ def _finish(m, cta: int, jobs: list) -> None:
             raw[:count] = view[address - start : address - start + count]
         m.smem.data[cta, offset : offset + size] = raw
         if m.strict:
-            m.smem.state[cta, offset : offset + size] = GENERIC
+            m.smem.state[cta, offset : offset + size] = COPIED
             m.smem.unfenced.append((1, cta * m.smem.stride + offset + np.arange(size)))
     jobs.clear()
 

@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 
 from ..errors import Hazard
-from ..memory import ASYNC_PENDING, GENERIC, MBARRIER, REASONS, TMA_PENDING, VALID
+from ..memory import ASYNC_PENDING, COPIED, GENERIC, MBARRIER, REASONS, TMA_PENDING, VALID
 from ..table import effect
 from .atomic import DTYPES, LETTER, combiner
 from .memory import owners, shape_of, shared_offsets
@@ -32,7 +32,7 @@ class Destinations:
         if not m.strict:
             return
         state, pending = m.smem.state[cta, span], self.pending[cta, span]
-        legal = (VALID, GENERIC) if reduces else None
+        legal = (VALID, GENERIC, COPIED) if reduces else None
         for code in np.unique(state[pending == 0] if reduces else state).tolist():
             if code not in legal if reduces else code in (MBARRIER, TMA_PENDING, ASYNC_PENDING):
                 verb = "reduces into" if reduces else "writes"

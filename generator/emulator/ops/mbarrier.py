@@ -43,10 +43,13 @@ def mbarrier_init(m, ws, active, instr, address, count):
     for offset, ctas, inits in by_address(m, ws, active, instr, address):
         where = m.where(ws, instr, lanes & (offsets == offset))
         if m.strict and (inits > 1).any():
-            raise Hazard(
-                f"{where}: {int(inits.max())} lanes initialize the same mbarrier; to do so with a live one is "
-                "undefined: elect one"
-            )
+            if not _alike(ws, lanes & (offsets == offset), count):
+                raise Hazard(
+                    f"{where}: {int(inits.max())} lanes initialize the same mbarrier; to do so with a live one is "
+                    "undefined: elect one"
+                )
+            if m.races.advice:
+                m.races.advice.initialized_by_all(instr, int(inits.max()))
         value = _uniform(ws, lanes & (offsets == offset), count, where)
         m.mbarriers.init(offset, ctas, value, where)
         if m.races:
@@ -100,6 +103,14 @@ def _states(m, ws, active, instr, address, count) -> np.ndarray:
         state = (m.mbarriers.phase[slot, cta] << COUNT_BITS) + m.mbarriers.pending[slot, cta] - before
         found[here] = state[here].astype(np.uint64)
     return found.reshape(*ws.lead, 32)
+
+
+def _alike(ws, lanes, count) -> bool:
+    """Whether the lanes belong to one warp of each CTA and give one count: silicon then writes it as often."""
+    _, ctas = ws.flat_pairs()
+    some = ctas[lanes.reshape(-1, 32).any(axis=1)]
+    counts = ws.full(count)[lanes]
+    return len(np.unique(some)) == len(some) and counts.min() == counts.max()
 
 
 def _uniform(ws, active, value, where) -> int:

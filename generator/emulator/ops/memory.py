@@ -7,9 +7,11 @@ import numpy as np
 from ..cluster import OFFSET_MASK, RANK_SHIFT
 from ..errors import Hazard
 from ..memory import (
+    COPIED,
     GENERIC,
     GENERIC_WORD,
     REASONS,
+    REPEAT,
     UINT,
     UNDER_WAY,
     UNWRITTEN,
@@ -123,8 +125,10 @@ def check_state(m, ws, active, instr, states, width: int, address) -> None:
     """Raise unless every byte that is loaded holds a value that may be used."""
     if np.all((states == VALID_WORD[width]) | (states == GENERIC_WORD[width])):
         return
+    if np.all(states == COPIED * REPEAT[width]):
+        return
     codes = np.ascontiguousarray(ws.full(states).astype(UINT[width])).view(np.uint8).reshape(*ws.lead, 32, width)
-    illegal = (codes != VALID) & (codes != GENERIC)
+    illegal = (codes != VALID) & (codes != GENERIC) & (codes != COPIED)
     if m.allow_uninitialized:
         illegal &= codes != UNWRITTEN
     if active is not None:

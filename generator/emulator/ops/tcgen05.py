@@ -428,12 +428,13 @@ def commit(m, ws, active, instr, address, mask=None):
         published = {}
         if m.races:
             m.races.commit_uses(slot, targets, all_warps[rows][here], issuing[here], where)
-            published = dict(zip(issuing[here].tolist(), clocks[here], strict=True))
+            published = {int(issuing[i]): (int(all_warps[rows[i]]), int(issuing[i]), clocks[i]) for i in here}
 
         def complete(done, slot=slot, targets=targets, published=published):
             m.tensor_core.flush()
             for cta in m.queue.sets.array(done).tolist() if m.races else ():
-                m.races.lend(slot, targets.get(cta, ()), published.get(cta))
+                if cta in targets:
+                    m.races.commit_arrives(slot, targets[cta], *published[cta])
             arrivals = [t for cta in m.queue.sets.array(done).tolist() for t in targets.get(cta, ())]
             ctas, counts = np.unique(arrivals, return_counts=True)
             m.wake(m.mbarriers.arrive(slot, ctas, counts, where))
