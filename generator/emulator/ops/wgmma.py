@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..chains import form_of
 from ..errors import Hazard, UnsupportedInstruction
 from ..table import effect
-from ..warpgroup import form_of
 
 _TYPES = {
     "16": ("f32.bf16.bf16", "f32.f16.f16", "f16.f16.f16"),
