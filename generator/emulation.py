@@ -45,6 +45,7 @@ LaunchesFile = typer.Option(None, "--json", metavar="FILE", help="write what was
 OneShape = typer.Option(None, "--shape", metavar=SHAPE_FORMAT, help="of a specification's random inputs")
 Two = typer.Option(2, "--jobs", min=1, help="processes")
 MutantsFile = typer.Option(None, "--json", metavar="FILE", help="write every mutant and what became of it here")
+TableTitle = typer.Option(None, "--title", help="the kernel's name in the table, if it is not the program's")
 WriteDocs = typer.Option(False, "--write-docs", help="bring docs/mutation.md up to date for these kernels")
 Target = typer.Argument(None, metavar="[KERNEL | SCRIPT.py [ARGS]...]", help="as of verify, or as of emulate")
 Group = typer.Option(None, "--group", help="repeatable: scalar, conversion, memory, warp, matrix, tma, wgmma")
@@ -118,6 +119,7 @@ def mutate(
     seed: int = Seed,
     jobs: int = Two,
     json_file: Path | None = MutantsFile,
+    title: str | None = TableTitle,
     write_docs: bool = WriteDocs,
 ) -> None:
     """Break every synchronization instruction of a kernel, one at a time, and see whether the emulator notices.
@@ -139,11 +141,15 @@ def mutate(
         binary = compiled(chosen, None)
         extents = parse_shape(shape, chosen.spec.q_heads_per_kv) if shape else mutation.shape_for(binary)
         outcomes = mutation.mutate_kernel(binary, extents, seed=seed, jobs=jobs, done=step)
+    if title is not None and len({outcome.kernel for outcome in outcomes}) == 1:
+        outcomes = [mutation.named(outcome, title) for outcome in outcomes]
     present.console().print(present.mutation_table(mutation.tally(outcomes), mutation.RESULTS))
     if json_file is not None:
         write_text(json_file, present.document([vars(outcome) for outcome in outcomes]) + "\n")
     if write_docs:
-        present.say(f"wrote {mutation.write_docs(outcomes, (checkout_root() or Path.cwd()) / 'docs')}")
+        present.say(
+            f"wrote {mutation.write_docs(outcomes, (checkout_root() or Path.cwd()) / 'docs', mutation.command())}"
+        )
     missed = [outcome for outcome in outcomes if outcome.result == "missed"]
     for outcome in missed:
         present.say(f"missed: {outcome.kernel} PTX line {outcome.line}, {outcome.kind} ({outcome.opcode})")

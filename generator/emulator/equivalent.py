@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from . import unnoticed
 from .barrier_program import number_barriers, split
 from .explore import explore
 from .flow import MOVES, defs_and_uses
 from .labels import Labels
 from .mutants import Mutant
 from .recorder import Event, Place, Recorder
-from .syntax import Imm, Instr, Kernel
+from .syntax import Instr, Kernel
 
 # What tells other warps, or the asynchronous proxy, that something before it is done.
 SIGNALS = ("mbarrier.arrive", "bar", "tcgen05.commit", "tcgen05.mma", "tcgen05.st", "tcgen05.dealloc", "cp.async.bulk")
@@ -61,7 +62,16 @@ class Context:
                 return event
             return event._replace(places=tuple((cta, self.neighbour(offset)) for cta, offset in event.places))
 
-        events = {who: [moved(event) for event in mine] for who, mine in self.recorder.events.items()}
+        return self.proven(moved)
+
+    def proven(self, change: Callable[[Event], Event | None]) -> bool:
+        """With every event put through `change` (None: left out), every interleaving of the barrier program ends, and
+        every wait passes in the phase that it passed in here.
+        """
+        events = {
+            who: [new for event in mine if (new := change(event)) is not None]
+            for who, mine in self.recorder.events.items()
+        }
         parts = split(number_barriers(events, Labels(), self.cluster, self.n_warps))
         return all(found.fault is None and found.complete for found in map(explore, parts))
 
@@ -81,10 +91,8 @@ class Context:
 
 
 def _passes_at_once(context: Context, mutant: Mutant) -> bool:
-    """A wait with the immediate parity 1, for the phase before the first."""
-    instr = context.kernel.instrs[context.index(mutant)]
-    events = [event for _, event in context.events(mutant.line)]
-    return instr.operands[2] == Imm(1) and bool(events) and all(event.phase < 0 for event in events)
+    """A wait for the phase before the first, every time."""
+    return unnoticed.before_the_first(context, mutant.line)
 
 
 def _after_such_a_wait(context: Context, mutant: Mutant) -> bool:
@@ -92,8 +100,7 @@ def _after_such_a_wait(context: Context, mutant: Mutant) -> bool:
     instrs, index = context.kernel.instrs, context.index(mutant)
     for instr in reversed(instrs[max(index - 6, 0) : index]):
         if instr.opcode.startswith(("mbarrier.try_wait", "mbarrier.test_wait")):
-            events = [event for _, event in context.events(instr.line)]
-            return instr.operands[2] == Imm(1) and bool(events) and all(event.phase < 0 for event in events)
+            return unnoticed.before_the_first(context, instr.line)
     return False
 
 
@@ -204,8 +211,8 @@ EQUIVALENT: tuple[Equivalence, ...] = (
     Equivalence(
         ("mbarrier wait removed",),
         _passes_at_once,
-        "the wait is for the phase before the first (immediate parity 1 on a fresh mbarrier), which counts as "
-        "complete: it never blocks and orders nothing",
+        "the wait is for the phase before the first (parity 1 on a fresh mbarrier), which counts as complete, in every "
+        "interleaving of the barrier program: it never blocks and orders nothing",
     ),
     Equivalence(
         ("tcgen05.commit removed", "mbarrier.arrive removed"),
@@ -216,7 +223,7 @@ EQUIVALENT: tuple[Equivalence, ...] = (
     Equivalence(
         ("tcgen05.fence::after_thread_sync removed",),
         _after_such_a_wait,
-        "the wait before it is for the phase before the first (immediate parity 1 on a fresh mbarrier): nobody's work "
+        "the wait before it is for the phase before the first (parity 1 on a fresh mbarrier): nobody's work "
         "comes before it that the fence could order",
     ),
     Equivalence(
@@ -249,6 +256,60 @@ EQUIVALENT: tuple[Equivalence, ...] = (
         _repeats_a_store,
         "the lane only copies shared memory to global memory: 32 lanes write the same bytes to the same place, each "
         "commits and waits for its own copy",
+    ),
+    Equivalence(
+        ("mbarrier.init removed", "mbarrier.init: count + 1", "mbarrier.init: count - 1"),
+        unnoticed.unused,
+        "the launch does nothing else to the mbarrier",
+    ),
+    Equivalence(
+        ("mbarrier.init: count + 1",),
+        unnoticed.phases_unwaited,
+        "nobody waits for a phase of the mbarrier other than the one before the first: shown by exploring every "
+        "interleaving of the barrier program with the other count",
+    ),
+    Equivalence(
+        ("mbarrier.arrive removed", "mbarrier.arrive.expect_tx removed"),
+        unnoticed.removed_beyond,
+        "the arrival counts for a phase later than the last that any warp waits for: shown by exploring every "
+        "interleaving of the barrier program without it",
+    ),
+    Equivalence(
+        tuple(f"mbarrier.arrive.expect_tx: {what}" for what in ("bytes + 16", "bytes - 16", "only arrives")),
+        unnoticed.expected_beyond,
+        "the bytes are expected in a phase later than the last that any warp waits for: shown by exploring every "
+        "interleaving of the barrier program with the other number",
+    ),
+    Equivalence(
+        ("mbarrier.arrive: stage index off by one",),
+        unnoticed.moved_unwaited,
+        "neither there nor at the neighbour anybody waits for the phase that the arrival counts for: shown by "
+        "exploring every interleaving of the barrier program with the neighbour in its place",
+    ),
+    Equivalence(
+        ("mbarrier wait removed",),
+        unnoticed.ends_silently,
+        "after the wait the warp does nothing that anybody could notice before it exits (it waits, or arrives for a "
+        "phase that nobody waits for), its CTA is a cluster of its own, and what it waited for comes from warps, or "
+        "from tensor-core work that another warp waits for",
+    ),
+    Equivalence(
+        ("wgmma.fence removed",),
+        unnoticed.fenced_already,
+        "on the only way from the fence before it no instruction touches a register of the wgmma.mma_async that "
+        "follow: that fence orders the same accesses",
+    ),
+    Equivalence(
+        tuple(
+            f"cp.async.bulk.{what}"
+            for what in (
+                "commit_group removed",
+                *(f"wait_group{read}{how}" for read in ("", ".read") for how in (" removed", ": one group more left")),
+            )
+        ),
+        unnoticed.waits_again,
+        "before anything that others could notice (an arrival that somebody waits for, another access to memory) the "
+        "warp commits and waits until no group is left",
     ),
 )
 

@@ -219,7 +219,7 @@ def _barrier_number(_, statement: _Statement) -> Changes:
 
 
 def _barrier_weakened(_, statement: _Statement) -> Changes:
-    if len(statement.operands) > 1:
+    if len(statement.operands) > 1 and ".sync" in statement.instr.opcode:
         weak = statement.instr.opcode.replace(".sync", ".arrive")
         yield f"{_family(statement.instr)}: only arrives", f"{statement.guard}{weak} {', '.join(statement.operands)}"
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .ops.memory import shared_offsets
 from .ops.tma import _lanes, tensor_map
-from .syntax import Kernel
+from .syntax import Instr, Kernel
 from .table import Entry
 from .translate import Program, Translator
 
@@ -43,6 +43,7 @@ class Recorder:
         self._machine, self._first = None, 0  # the wave under way, and the number of its first CTA
         self.events: dict[tuple[int, int], list[Event]] = defaultdict(list)
         self.lines: set[int] = set()  # PTX lines of the instructions with effects that ran
+        self.log: dict[tuple[int, int], list[Instr]] = defaultdict(list)  # those of each warp, in order
 
     def program(self, kernel: Kernel) -> Program:
         """The kernel, translated so that it tells this recorder."""
@@ -60,6 +61,8 @@ class Recorder:
             result = run(m, ws, active, instr, *operands)
             self.lines.add(instr.line)
             first = self._first_cta(m)
+            for warp, cta in _running(ws, active):
+                self.log[cta + first, warp].append(instr)
             for (cta, warp), event in look(m, ws, active, instr, operands, result):
                 places = tuple((place + first, offset) for place, offset in event.places)
                 self.events[cta + first, warp].append(event._replace(places=places))
@@ -72,6 +75,13 @@ class Recorder:
             self._first += 0 if self._machine is None else self._machine.n_cta
             self._machine = m
         return self._first
+
+
+def _running(ws, active) -> list[tuple[int, int]]:
+    """(warp, CTA) of the warps that have a lane that runs."""
+    warps, ctas = ws.flat_pairs()
+    some = slice(None) if active is None else ws.full(active).reshape(-1, 32).any(axis=1)
+    return list(zip(warps[some].tolist(), ctas[some].tolist(), strict=True))
 
 
 def _rows(m, ws, active, instr, address, *others, remote: bool = True):
