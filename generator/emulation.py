@@ -53,7 +53,9 @@ Recorded = typer.Option(False, "--recorded", help="compare with the recorded ans
 Record = typer.Option(None, "--record", metavar="FILE", help="write digests of the GPU's answers")
 Captured = typer.Option(None, "--launches", metavar="FILE", help="execute launches of `emulate --capture` on the GPU")
 CaptureFile = typer.Option(None, "--capture", metavar="FILE", help="keep every launch with its arrays, for crosscheck")
+Markdown = typer.Option(None, "--markdown", metavar="FILE", help="write the tables of docs/crosscheck.md here")
 CrosscheckFile = typer.Option(None, "--json", metavar="FILE", help="write all comparisons here")
+REPLAYED = ("same", "different", "failed", "refused", "unknown")
 
 
 @command(context_settings={"allow_interspersed_args": False})
@@ -165,6 +167,7 @@ def crosscheck(
     recorded: bool = Recorded,
     record: Path | None = Record,
     launches: Path | None = Captured,
+    markdown: Path | None = Markdown,
     json_file: Path | None = CrosscheckFile,
 ) -> None:
     """Run the same PTX on the GPU of this machine and in the emulator, and compare what comes out bit by bit.
@@ -200,7 +203,10 @@ def crosscheck(
             present.say(f"{row.group}: {row.name}: {row.differ} of {row.values} values differ; {row.example}")
     if record is not None:
         recording.device, recording.driver = outcome.device, outcome.driver
+        recording.refused = {f"{case.group}/{case.name}" for case in outcome.refused}
         write_text(record, recording.text())
+    if markdown is not None:
+        write_text(markdown, check.markdown([(f"Accumulation `{accumulation}`", outcome)]))
     if json_file is not None:
         write_text(json_file, present.document([vars(row) | {"rule": vars(row.rule)} for row in outcome.rows]) + "\n")
     if not outcome.good:
@@ -236,14 +242,13 @@ def _replayed(check: Any, cases: list[Any]) -> None:
     recording = check.load_recording()
     tally: dict[str, dict[str, int]] = {}
     for found in check.replay(cases, recording):
-        kind = found.result if found.result in ("same", "different", "unknown") else "failed"
-        counts = tally.setdefault(found.group, dict.fromkeys(("same", "different", "failed", "unknown"), 0))
+        kind = found.result if found.result in REPLAYED else "failed"
+        counts = tally.setdefault(found.group, dict.fromkeys(REPLAYED, 0))
         counts[kind] += 1
         if kind in ("different", "failed"):
             present.say(f"{found.group}: {found.name}: {found.result}")
     present.say(f"recorded on {recording.device}, driver {recording.driver}")
-    header = ("group", "same", "different", "failed", "not recorded")
     rows = [[name, *map(str, counts.values())] for name, counts in tally.items()]
-    present.console().print(present.plain_table(header, rows))
+    present.console().print(present.plain_table(("group", *REPLAYED), rows))
     if any(counts["different"] or counts["failed"] for counts in tally.values()):
         raise typer.Exit(VERIFICATION_FAILED)

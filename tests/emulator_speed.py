@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import resource
 import subprocess
@@ -98,13 +99,19 @@ def flash(shape: tuple[int, int, int], strict: bool) -> tuple[float, int]:
 
 
 def triton_seconds(heads: int) -> float | None:
-    """The same attention in Triton's interpreter, in a process of its own; None where it is not installed."""
+    """The same attention in Triton's interpreter, in a process of its own; None where it is not installed. Raises
+    RuntimeError with the end of what that process said when it fails.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "triton")):
+        return None
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "attend.py"
         program.write_text(TRITON.replace("HEADS", str(heads)))
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
+    if done.returncode:
+        raise RuntimeError(f"Triton's interpreter failed: {done.stderr[-500:]}")
+    return float(done.stdout)
 
 
 def slowest(count: int = 5) -> list[tuple[str, float, int]]:

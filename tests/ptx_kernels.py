@@ -55,8 +55,8 @@ def launch(text: str, arguments: dict, block=32, grid=1, smem: int = 1024, known
             params.append(value if isinstance(value, bytes) else struct.pack("<I", value & 0xFFFFFFFF))
     for name, value in (known or {}).items():
         gpu.add_array(value, name)
-    block, grid = ((*e, 1, 1)[:3] if isinstance(e, tuple) else (e, 1, 1) for e in (block, grid))
-    return gpu.launch(gpu.load_ptx(text), "k", grid, block, (cluster, 1, 1), smem, params)
+    block, grid, cluster = ((*e, 1, 1)[:3] if isinstance(e, tuple) else (e, 1, 1) for e in (block, grid, cluster))
+    return gpu.launch(gpu.load_ptx(text), "k", grid, block, cluster, smem, params)
 
 
 def run(body: str, block=32, grid=1, smem: int = 1024, declare="", known: dict | None = None, cluster=1, **arguments):

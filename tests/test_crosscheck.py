@@ -14,14 +14,14 @@ EVERY = {"scalar": 6, "wgmma": 4, "conversion": 2}  # of these groups, one case 
 def recorded(group: str, every: int) -> dict[str, int]:
     cases = [case for case in cases_of(group) if is_exact(case.rule)][::every]
     found = [(r.name, r.result) for r in replay(cases, load_recording())]
-    assert [pair for pair in found if pair[1] not in ("same", "unknown")] == []
-    return {result: sum(r == result for _, r in found) for result in ("same", "unknown")}
+    assert [pair for pair in found if pair[1] not in ("same", "refused")] == [], "different, or to be recorded again"
+    return {result: sum(r == result for _, r in found) for result in ("same", "refused")}
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_emulator_answers_as_the_h200_did(group):
     counts = recorded(group, EVERY.get(group, 1))
-    assert counts["unknown"] <= (0.1 if group in ("scalar", "conversion") else 0) * counts["same"], "record again"
+    assert counts["same"] > 20 and (not counts["refused"] or group in ("scalar", "conversion"))
 
 
 @pytest.mark.slow

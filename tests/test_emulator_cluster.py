@@ -1,13 +1,12 @@
 """Clusters: ranks, remote mbarriers, the cluster barrier, multicast loads, MMAs of a CTA pair."""
 
-import struct
-
 import ml_dtypes
 import numpy as np
+import ptx_kernels
 import pytest
 from ptx_kernels import ptx, tensor_map
 
-from generator.emulator import Deadlock, Gpu, Hazard, LaunchError
+from generator.emulator import Deadlock, Hazard, LaunchError
 
 PAIR = (2, 1, 1)
 INIT = """setp.eq.u32 %p1, %tid, 0; @%p1 mbarrier.init.shared.b64 [%s+512], 1; fence.mbarrier_init.release.cluster;
@@ -16,17 +15,7 @@ WAIT = "W: mbarrier.try_wait.parity.shared.b64 %p9, [%s+512], 0; @!%p9 bra W;"
 
 
 def launch(body, grid, cluster=PAIR, block=32, smem=1024, known=None, **arguments):
-    gpu = Gpu()
-    params = []
-    for name, value in arguments.items():
-        if isinstance(value, np.ndarray):
-            gpu.add_array(value, name)
-            params.append(struct.pack("<Q", value.ctypes.data))
-        else:
-            params.append(value)
-    for name, value in (known or {}).items():
-        gpu.add_array(value, name)
-    return gpu.launch(gpu.load_ptx(ptx(body, **arguments)), "k", grid, (block, 1, 1), cluster, smem, params)
+    return ptx_kernels.launch(ptx(body, **arguments), arguments, block, grid, smem, known, cluster)
 
 
 @pytest.mark.parametrize("cluster", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1), (1, 4, 2)])

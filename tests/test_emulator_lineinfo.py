@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from ptx_kernels import HEADER, launch, ptx
+from test_emulate import HANGS as WAITS
 from typer.testing import CliRunner
 
 from generator import cli
@@ -161,24 +162,6 @@ def main(x: cute.Tensor):
     kernel(x).launch(grid=(1, 1, 1), block=(32, 1, 1))
 
 main(from_dlpack(np.zeros(64, np.float32)).mark_layout_dynamic())
-"""
-WAITS = """
-import cutlass
-from cutlass import cute
-
-@cute.kernel
-def waits():
-    bar = cutlass.memory.SmemAllocator().allocate_array(cutlass.Int64, 1)
-    if cute.arch.thread_idx()[0] == 0:
-        cute.arch.mbarrier_init(bar, 2)
-    cute.arch.sync_threads()
-    cute.arch.mbarrier_wait(bar, 0)
-
-@cute.jit
-def main():
-    waits().launch(grid=(1, 1, 1), block=(32, 1, 1))
-
-main()
 """
 COMMANDS = {  # program: its wrong line, what holds it
     "hazard": (HAZARD, "    x[i + 100] = x[i]", "store_beyond"),

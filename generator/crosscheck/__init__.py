@@ -7,7 +7,7 @@ from .compare import Row, compare
 from .device import DeviceError
 from .launches import Capture, from_bytes, to_bytes
 from .recording import Recording, load_recording, replay
-from .report import HEADER, lines_of
+from .report import HEADER, lines_of, markdown
 from .runner import Outcome, crosscheck, crosscheck_launches
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "from_bytes",
     "lines_of",
     "load_recording",
+    "markdown",
     "replay",
     "to_bytes",
 ]

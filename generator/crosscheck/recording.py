@@ -26,11 +26,14 @@ PART = 64  # cases a module
 
 @dataclass
 class Recording:
-    """Digests of one device's results. `cases`: "group/name" → (digest of the inputs, digest of the outputs)."""
+    """Digests of one device's results. `cases`: "group/name" → (digest of the inputs, digest of the outputs).
+    `refused`: "group/name" of what its assembler does not take.
+    """
 
     device: str
     driver: int
     cases: dict[str, tuple[str, str]] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
 
     def add(self, case: Case, outputs: dict[str, np.ndarray]) -> None:
         if is_exact(case.rule):
@@ -39,13 +42,14 @@ class Recording:
     def text(self) -> str:
         rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(pair)}" for name, pair in sorted(self.cases.items()))
         head = f'"device": {json.dumps(self.device)},\n"driver": {self.driver},\n'
+        head += f'"refused": {json.dumps(sorted(self.refused), indent=0)},\n'
         return "{\n" + head + '"cases": {\n' + rows + "\n}\n}\n"
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The emulator against a recording, one case: `result` is "same", "different", "unknown" (the recording has other
-    inputs, or lacks the case), or the emulator's message.
+    """The emulator against a recording, one case: `result` is "same", "different", "refused" (by the device's
+    assembler), "unknown" (the recording has other inputs, or lacks the case), or the emulator's message.
     """
 
     group: str
@@ -88,7 +92,8 @@ def _digest(raw: bytes) -> str:
 def load_recording() -> Recording:
     """The recording that Bespoke comes with."""
     found = json.loads((files(__package__) / RECORDING).read_text())
-    return Recording(found["device"], found["driver"], {name: tuple(pair) for name, pair in found["cases"].items()})
+    cases = {name: tuple(pair) for name, pair in found["cases"].items()}
+    return Recording(found["device"], found["driver"], cases, set(found["refused"]))
 
 
 def replay(cases: Sequence[Case], recording: Recording, **settings: Any) -> Iterator[Replay]:
@@ -98,7 +103,9 @@ def replay(cases: Sequence[Case], recording: Recording, **settings: Any) -> Iter
         part, known = [], {}
         for case in cases[first : first + PART]:
             pair = recording.cases.get(key(case))
-            if pair is None or pair[0] != digest_inputs(case):
+            if key(case) in recording.refused:
+                yield Replay(case.group, case.name, "refused")
+            elif pair is None or pair[0] != digest_inputs(case):
                 yield Replay(case.group, case.name, "unknown")
             else:
                 part.append(case)
