@@ -49,7 +49,7 @@ TableTitle = typer.Option(None, "--title", help="the kernel's name in the table,
 WriteDocs = typer.Option(False, "--write-docs", help="bring docs/mutation.md up to date for these kernels")
 Target = typer.Argument(None, metavar="[KERNEL | SCRIPT.py [ARGS]...]", help="as of verify, or as of emulate")
 Group = typer.Option(None, "--group", help="repeatable: scalar, conversion, memory, warp, matrix, tma, wgmma")
-Recorded = typer.Option(False, "--recorded", help="compare with the recorded answers of an H200: needs no GPU")
+Recorded = typer.Option(False, "--recorded", help="compare with an H200's recorded answers, exact accumulation, no GPU")
 Record = typer.Option(None, "--record", metavar="FILE", help="write digests of the GPU's answers")
 Captured = typer.Option(None, "--launches", metavar="FILE", help="execute launches of `emulate --capture` on the GPU")
 CaptureFile = typer.Option(None, "--capture", metavar="FILE", help="keep every launch with its arrays, for crosscheck")
@@ -175,7 +175,10 @@ def crosscheck(
     Exit code 1 when anything differs by more than its rule allows.
     """
     from . import crosscheck as check
+    from .emulator.accumulate import MODES
 
+    if accumulation not in MODES:
+        raise SpecError("accumulation", accumulation, f"one of {', '.join(MODES)}", "leave it out for fast")
     if launches is not None:
         _replay_launches(check, launches)
         return

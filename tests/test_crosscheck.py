@@ -1,12 +1,20 @@
 """crosscheck: the emulator against what an H200 was recorded to answer, and the comparison itself."""
 
+import struct
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from ptx_kernels import ptx
+from typer.testing import CliRunner
 
-from generator.crosscheck import GROUPS, cases_of, load_recording, replay
+from generator.cli import app
+from generator.crosscheck import GROUPS, Capture, cases_of, from_bytes, load_recording, replay, to_bytes
 from generator.crosscheck.case import Array, Case, Rule, module_text
 from generator.crosscheck.compare import compare
+from generator.crosscheck.launches import Captured, differences, moved
 from generator.crosscheck.recording import Recording, digest_outputs, is_exact, key
+from generator.emulator import Gpu
 
 EVERY = {"scalar": 6, "wgmma": 4, "conversion": 2}  # of these groups, one case in so many; the slow test takes all
 
@@ -87,3 +95,74 @@ def test_another_seed_is_not_taken_for_the_recorded_one():
 def test_every_module_is_ptx_with_one_entry_a_case():
     cases = list(cases_of("memory"))[:3]
     assert module_text(cases, "sm_90a").count(".visible .entry k") == 3
+
+
+def test_what_the_command_refuses(tmp_path):
+    for arguments, words in (
+        (["--group", "foo"], "group = 'foo': one of scalar,"),
+        (["--recorded", "--accumulation", "best"], "accumulation = 'best': one of fast, exact"),
+        (["--launches", str(tmp_path / "none.npz")], "cannot be read"),
+    ):
+        result = CliRunner().invoke(app, ["crosscheck", *arguments])
+        assert result.exit_code == 2 and words in " ".join(result.output.split())
+
+
+def test_the_command_replays_a_recording():
+    result = CliRunner().invoke(app, ["crosscheck", "--recorded", "--group", "tma"])
+    assert result.exit_code == 0 and ["tma", "44", "0", "0", "0", "0"] in [
+        x.split() for x in result.output.splitlines()
+    ]
+
+
+# -- captured launches -------------------------------------------------------------------------------------------------
+BODY = "ld.global.b32 %r1, [%x_g]; add.u32 %r1, %r1, 1; st.global.b32 [%y_g], %r1;"
+
+
+def captured() -> Captured:
+    """One launch that adds one."""
+    x, y = np.arange(32, dtype=np.uint32), np.zeros(32, np.uint32)
+    gpu, capture = Gpu(), Capture()
+    gpu.observers.append(capture)
+    gpu.add_array(x, "x")
+    gpu.add_array(y, "y", initialized=False)
+    params = [struct.pack("<Q", a.ctypes.data) for a in (x, y)]
+    gpu.launch(gpu.load_ptx(ptx(BODY, x=x, y=y)), "k", (1, 1, 1), (32, 1, 1), (1, 1, 1), 0, params)
+    assert (y == x + 1).all()
+    return capture.launches[0]
+
+
+def test_a_capture_keeps_arrays_before_and_after():
+    launch = captured()
+    before, after = ({a[1]: a[i].view(np.uint32) for a in launch.arrays} for i in (2, 3))
+    assert (before["x"] == np.arange(32)).all() and not before["y"].any() and (after["y"] == before["x"] + 1).all()
+    assert launch.block == (32, 1, 1) and launch.kernel == "k"
+
+
+def test_a_capture_survives_its_file():
+    launch = captured()
+    (read,) = from_bytes(to_bytes([launch]))
+    assert replace(read, arrays=()) == replace(launch, arrays=())
+    for ours, theirs in zip(launch.arrays, read.arrays, strict=True):
+        assert ours[:2] == theirs[:2] and all((a == b).all() for a, b in zip(ours[2:], theirs[2:], strict=True))
+
+
+@pytest.mark.parametrize("raw", [b"", b"# README", b"PK\x03\x04", to_bytes([])[:60]])
+def test_files_that_are_no_captures(raw, tmp_path):
+    (tmp_path / "x.npz").write_bytes(raw)
+    result = CliRunner().invoke(app, ["crosscheck", "--launches", str(tmp_path / "x.npz")])
+    assert result.exit_code == 2 and "cannot be read" in result.output and "emulate --capture" in result.output
+
+
+def test_pointers_move_with_their_arrays():
+    places = [(0x1000, 64, 0x9000), (0x2000, 16, 0xA100)]
+    words = struct.pack("<5Q", 0x1000, 0x103F, 0x1040, 0x200F, 7)
+    assert struct.unpack("<5Q", moved(words, places)) == (0x9000, 0x903F, 0x1040, 0xA10F, 7)
+    assert moved(b"\x01\x02\x03\x04", places) == b"\x01\x02\x03\x04"
+
+
+def test_differences_are_of_what_was_written():
+    launch = captured()
+    silicon = [array[3].copy() for array in launch.arrays]
+    assert [(d.differ, d.relative["float32"]) for d in differences(launch, silicon) if d.array == "y"] == [(0, 0)]
+    silicon = [array[3] ^ np.uint8(array[1] == "y") for array in launch.arrays]
+    assert [(d.array, d.differ) for d in differences(launch, silicon)] == [("y", 128)]

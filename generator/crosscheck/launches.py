@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,12 +69,12 @@ def to_bytes(launches: Sequence[Captured]) -> bytes:
 
 
 def from_bytes(raw: bytes) -> list[Captured]:
-    """The inverse of `to_bytes`. Raises ValueError for anything else."""
-    if raw[:2] != b"PK":
-        raise ValueError("not a capture of `bespoke emulate --capture`")
+    """The inverse of `to_bytes`. Raises ValueError for anything else, a file that was cut off among it."""
+    if not zipfile.is_zipfile(io.BytesIO(raw)):
+        raise ValueError("not a capture of `bespoke emulate --capture`, or one that was cut off")
     with np.load(io.BytesIO(raw), allow_pickle=False) as members:
         if "head" not in members:
-            raise ValueError("not a capture of `bespoke emulate --capture`")
+            raise ValueError("an archive, but not a capture of `bespoke emulate --capture`")
         head = json.loads(members["head"].tobytes())
         if head["format"] != FORMAT:
             raise ValueError(f"a capture of format {head['format']}: this version reads {FORMAT}")
