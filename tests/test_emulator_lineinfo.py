@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from generator import cli
 from generator.compile import compile_kernel
 from generator.emit import emit_kernel
-from generator.emulator import Deadlock, Gpu, Hazard, PtxSyntaxError, UnsupportedInstruction, attached, machine
+from generator.emulator import Deadlock, Gpu, Hazard, PtxSyntaxError, UnsupportedInstruction, attached, scheduler
 from generator.emulator.lineinfo import LineTable, Source, enclosing_function, name_sources, read_loc
 from generator.emulator.parse import parse_ptx
 from generator.plan import plan_kernel
@@ -127,7 +127,7 @@ def test_every_kind_of_error_names_it(body, program):
 
 
 def test_endless_loop_names_the_lines_of_its_block(program, monkeypatch):
-    monkeypatch.setattr(machine, "IDLE_LIMIT", machine.PATIENCE)
+    monkeypatch.setattr(scheduler, "IDLE_LIMIT", scheduler.PATIENCE)
     body = ".loc 1 9 5\nLOOP:\nld.global.b32 %r1, [%x];\n.loc 1 3 5\nsetp.eq.u32 %p1, %r1, 0;\n@%p1 bra LOOP;"
     text = located(body, program)
     with pytest.raises(Deadlock, match=rf"PTX lines \d+ to \d+ \({program}:3, in inner\)"):

@@ -215,7 +215,7 @@ def test_a_loop_that_polls_memory_gives_the_others_a_turn():
 
 
 def test_an_endless_loop_is_reported(monkeypatch):
-    monkeypatch.setattr("generator.emulator.machine.IDLE_LIMIT", 4096)
+    monkeypatch.setattr("generator.emulator.scheduler.IDLE_LIMIT", 4096)
     body = """mov.u32 %r1, 0; st.shared.b32 [%s], %r1;
     POLL: ld.volatile.shared.b32 %r1, [%s]; // HERE
     setp.eq.u32 %p3, %r1, 0; @%p3 bra POLL;"""

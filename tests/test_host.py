@@ -242,7 +242,7 @@ def test_static_shared_bytes():
 
 def test_missing_library_says_how_to_build_it(monkeypatch):
     monkeypatch.setattr(importlib.machinery, "EXTENSION_SUFFIXES", [".nowhere.so"])
-    with pytest.raises(host.HostError, match=r"_host.nowhere.so is missing .*\(pip install -e \.\)"):
+    with pytest.raises(EmulatorError, match=r"_host.nowhere.so is missing .*\(pip install -e \.\)"):
         host.library_path()
 
 

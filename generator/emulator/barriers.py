@@ -10,6 +10,9 @@ from .labels import Labels
 MAX_COUNT = (1 << 20) - 1
 
 
+_NO_CTAS = np.empty(0, np.int64)
+
+
 class Mbarriers:
     """State of every mbarrier by shared-memory offset: arrays [slot, n_cta] of phase, pending and expected
     arrivals, tx.
@@ -19,6 +22,7 @@ class Mbarriers:
         self.n_cta, self.labels = n_cta, labels
         self.slots: dict[int, int] = {}
         self.offsets: list[int] = []
+        self.everywhere: list[bool] = []  # by slot: it is live in every CTA
         self.live = np.zeros((0, n_cta), bool)
         self.phase = np.zeros((0, n_cta), np.int64)
         self.pending = np.zeros((0, n_cta), np.int64)
@@ -32,13 +36,18 @@ class Mbarriers:
         if found is None:
             found = self.slots[offset] = len(self.offsets)
             self.offsets.append(offset)
+            self.everywhere.append(False)
             for name in ("live", "phase", "pending", "expected", "tx"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros((1, self.n_cta), old.dtype)]))
         return found
 
+    def at(self, ctas: np.ndarray) -> np.ndarray | slice:
+        """The index of these CTAs, ascending: that of all of them is a slice, which NumPy is quicker with."""
+        return slice(None) if len(ctas) == self.n_cta else ctas
+
     def require_live(self, slot: int, ctas: np.ndarray, where: str) -> None:
-        if np.count_nonzero(self.live[slot, ctas]) < len(ctas):
+        if not self.everywhere[slot] and np.count_nonzero(self.live[slot, ctas]) < len(ctas):
             cta = int(ctas[np.argmin(self.live[slot, ctas])])
             raise Hazard(f"{where}: CTA {cta} uses the {self.name(slot)} before mbarrier.init (or after inval)")
 
@@ -49,15 +58,22 @@ class Mbarriers:
         if self.live[slot, ctas].any():
             raise Hazard(f"{where}: mbarrier.init of the live {self.name(slot)}: invalidate it first (mbarrier.inval)")
         self.live[slot, ctas] = True
+        self.everywhere[slot] = bool(self.live[slot].all())
         self.phase[slot, ctas] = 0
         self.pending[slot, ctas] = self.expected[slot, ctas] = count
         self.tx[slot, ctas] = 0
 
+    def invalidate(self, slot: int, ctas: np.ndarray) -> None:
+        self.live[slot, ctas] = False
+        self.everywhere[slot] = False
+
     def arrive(self, slot: int, ctas: np.ndarray, counts, where: str) -> np.ndarray:
         """Pending count goes down by `counts`; returns the CTAs whose phase completed."""
         self.require_live(slot, ctas, where)
-        self.pending[slot, ctas] -= counts
-        if np.count_nonzero(self.pending[slot, ctas] < 0):
+        at = self.at(ctas)
+        left = self.pending[slot, at] - counts
+        self.pending[slot, at] = left
+        if np.minimum.reduce(left) < 0:
             cta = int(ctas[np.argmin(self.pending[slot, ctas])])
             raise Hazard(
                 f"{where}: CTA {cta}: arrival overflow on the {self.name(slot)}: "
@@ -75,8 +91,10 @@ class Mbarriers:
 
     def add_tx(self, slot: int, ctas: np.ndarray, nbytes, where: str) -> None:
         self.require_live(slot, ctas, where)
-        self.tx[slot, ctas] += nbytes
-        if (np.abs(self.tx[slot, ctas]) > MAX_COUNT).any():
+        at = self.at(ctas)
+        now = self.tx[slot, at] + nbytes
+        self.tx[slot, at] = now
+        if np.maximum.reduce(np.abs(now)) > MAX_COUNT:
             raise Hazard(f"{where}: transaction count beyond ±{MAX_COUNT} on the {self.name(slot)}")
 
     def complete_tx(self, slot: int, ctas: np.ndarray, nbytes, where: str) -> np.ndarray:
@@ -85,10 +103,15 @@ class Mbarriers:
         return self.settle(slot, ctas, where)
 
     def settle(self, slot: int, ctas: np.ndarray, where: str) -> np.ndarray:
-        done = ctas[(self.pending[slot, ctas] == 0) & (self.tx[slot, ctas] == 0)]
+        at = self.at(ctas)
+        open_still = self.pending[slot, at] | self.tx[slot, at]
+        if np.count_nonzero(open_still) == len(ctas):
+            return _NO_CTAS
+        done = ctas[open_still == 0]
         if len(done):
-            self.phase[slot, done] += 1
-            self.pending[slot, done] = self.expected[slot, done]
+            at = self.at(done)
+            self.phase[slot, at] += 1
+            self.pending[slot, at] = self.expected[slot, at]
             if self.races:
                 self.races.completed(slot, done, where)
         return done
@@ -121,6 +144,8 @@ class NamedBarriers:
     """
 
     def __init__(self, n_cta: int):
+        self.n_cta = n_cta
+        self.voted = False  # some bar.red has been executed
         self.arrived = np.zeros((16, n_cta), np.int64)
         self.expected = np.zeros((16, n_cta), np.int64)
         self.votes = np.zeros((2, 16, n_cta), np.int64)
@@ -134,21 +159,25 @@ class NamedBarriers:
             raise Hazard(
                 f"{where}: named barrier {barrier} with {expected} threads: the count must be a positive multiple of 32"
             )
-        fresh = self.arrived[barrier, ctas] == 0
-        if (self.expected[barrier, ctas][~fresh] != expected).any():
+        at = slice(None) if len(ctas) == self.n_cta else ctas
+        before = self.arrived[barrier, at]
+        other = (self.expected[barrier, at] != expected) & (before != 0)
+        if np.count_nonzero(other):
             raise Hazard(
                 f"{where}: named barrier {barrier} is used with {expected} threads while others use it "
-                f"with {self.expected[barrier, ctas][~fresh][0]}"
+                f"with {self.expected[barrier, at][other][0]}"
             )
-        self.expected[barrier, ctas] = expected
-        self.arrived[barrier, ctas] += threads
-        if (self.arrived[barrier, ctas] > expected).any():
-            raise Hazard(
-                f"{where}: named barrier {barrier}: {self.arrived[barrier, ctas].max()} threads arrived "
-                f"where {expected} are expected"
-            )
-        done = ctas[self.arrived[barrier, ctas] == expected]
+        self.expected[barrier, at] = expected
+        now = before + threads
+        self.arrived[barrier, at] = now
+        most = np.maximum.reduce(now)
+        if most > expected:
+            raise Hazard(f"{where}: named barrier {barrier}: {most} threads arrived where {expected} are expected")
+        if most < expected:
+            return _NO_CTAS
+        done = ctas[now == expected]
         self.arrived[barrier, done] = 0
-        self.outcome[:, barrier, done] = self.votes[:, barrier, done]
-        self.votes[:, barrier, done] = 0
+        if self.voted:
+            self.outcome[:, barrier, done] = self.votes[:, barrier, done]
+            self.votes[:, barrier, done] = 0
         return done

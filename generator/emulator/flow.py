@@ -136,6 +136,7 @@ class Block:
     defined_in: int = 0
     waits: bool = False  # begins with a wait that may fail
     acts: bool = False  # does something that another warp can notice
+    arm_of: int = -1  # of a block without waits and barriers that only leads on: where, if that is further down
 
 
 def find_blocks(kernel: Kernel) -> list[Block]:
@@ -169,6 +170,14 @@ def find_blocks(kernel: Kernel) -> list[Block]:
         leaves = last.opcode in ("ret", "exit") or any(s >= len(blocks) for s in block.successors)
         block.exits = leaves or not block.successors
         block.successors = [s for s in block.successors if s < len(blocks)]
+        entry = entry_of(last)
+        meets = entry is not None and entry.ends_block
+        if (
+            not (block.exits or block.waits or meets)
+            and len(block.successors) == 1
+            and block.successors[0] > block.number
+        ):
+            block.arm_of = block.successors[0]
     return blocks
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.machinery
 import itertools
 import re
 import struct
@@ -39,6 +38,7 @@ from typing import Any
 from .encode import encode_tiled
 from .errors import EmulatorError, LaunchError
 from .gpu import SMEM_LIMIT
+from .libraries import find_library
 
 CUDA_SUCCESS = 0
 CUDA_ERROR_UNKNOWN = 999
@@ -141,16 +141,8 @@ _HANDLERS: dict[str, Callable[[Session, Any], None]] = {}
 
 
 def library_path() -> Path:
-    """The compiled host.c. Raises HostError when the package was not built."""
-    folder = Path(__file__).resolve().parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_host{suffix}"
-        if path.exists():
-            return path
-    raise HostError(
-        f"the emulator's host library _host{importlib.machinery.EXTENSION_SUFFIXES[0]} is missing from {folder}; "
-        "install the package (pip install -e .), which compiles emulator/host.c and needs a C compiler"
-    )
+    """The compiled host.c. Raises EmulatorError when the package was not built."""
+    return find_library("_host")
 
 
 @contextmanager

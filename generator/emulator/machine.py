@@ -15,22 +15,22 @@ import numpy as np
 from .agents import AsyncQueue
 from .barriers import Mbarriers, NamedBarriers
 from .cluster import CLUSTER_BARRIER, RANK_SHIFT, Cluster
-from .errors import Deadlock, Hazard
+from .errors import Hazard
 from .hot import Frames
 from .labels import Labels
 from .memory import GlobalMemory, SharedMemory, TensorMemory
 from .ops.tma import check_bulk_at_exit
 from .races import Races
 from .registers import RegisterPool
-from .schedule import TURN, Schedule
+from .schedule import Schedule
+from .scheduler import Scheduler
 from .syntax import Instr
 from .tensorcore import TensorCore
 from .translate import Program
 from .warpgroup import Warpgroups
 from .warps import LANES, Warps
 
-PATIENCE = 2048  # after so many steps in which nothing noticeable happened, asynchronous work completes
-IDLE_LIMIT = 500_000 // PATIENCE * PATIENCE  # steps of that kind, with nothing asynchronous left, that make a hang
+AWAKE, ANY_SLOT = -1, -2  # in Machine.wakes
 REGISTER_DTYPE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
@@ -116,6 +116,7 @@ class Machine:
         self.barred_on = np.zeros(shape, np.int8)
         self.barred_line = np.zeros(shape, np.int32)
         self.stalled = np.full(shape, -1, np.int32)  # block whose wait failed, until a phase completes in the CTA
+        self.wakes = np.full(shape, AWAKE, np.int32)  # the mbarrier whose next phase ends that sleep
         self.wait_slot = np.zeros(shape, np.int32)
         self.wait_parity = np.zeros(shape, np.int8)
         self.wait_line = np.zeros(shape, np.int32)
@@ -126,7 +127,7 @@ class Machine:
         self.steady = True  # since the present batch was chosen, nobody fell asleep, was barred or woken
         self.executed = np.zeros(len(program.blocks), np.int64)
         self._retire_missing_lanes()
-        self._batches: dict[bytes, Warps] = {}
+        self.scheduler = Scheduler(self)
         self.frames = None if program.hot is None else Frames(self)
 
     def _make_registers(self) -> None:
@@ -232,7 +233,7 @@ class Machine:
     def goto(self, ws: Warps, target: int) -> None:
         if ws.mask is None:
             self.pc[ws.index] = self.together = target
-        else:
+        elif not ws.is_arm:
             self._move_lanes(ws, target)
 
     def branch(self, ws: Warps, condition, target: int, after: int) -> None:
@@ -245,6 +246,10 @@ class Machine:
             self.pc[ws.index] = self.together = target if true else after
             return
         taken, every = c.any(axis=-1), c.all(axis=-1)
+        parts = np.count_nonzero(taken) == taken.size  # no warp runs what follows as a whole
+        if parts and self.program.blocks[after].arm_of == target and self.schedule.gathers:
+            self.scheduler.run_arm(ws, after, ~ws.full(c), target)
+            return
         self.pc[ws.index] = np.where(every, target, after)
         split = taken != every
         if split.any():
@@ -275,32 +280,38 @@ class Machine:
     def stall(self, ws: Warps, failed: np.ndarray, slot, parity, instr: Instr) -> None:
         """Warps with a lane in `failed` sleep at this block until a phase completes in their CTA."""
         self.steady = False
+        waits_for = slot if ws.mask is None else ANY_SLOT  # lanes of a diverged warp may wait for several
         every = np.count_nonzero(failed) == failed.size
         which = every or np.broadcast_to(failed.any(axis=-1) if failed.ndim else failed, ws.lead)
         for array, value in (
             (self.stalled, self.current),
             (self.wait_slot, slot),
+            (self.wakes, waits_for),
             (self.wait_parity, parity),
             (self.wait_line, instr.line),
         ):
             array[ws.index] = value if every else np.where(which, value, array[ws.index])
 
-    def wake(self, ctas: np.ndarray) -> None:
-        """A phase completed in these CTAs."""
-        if len(ctas):
+    def wake(self, slot: int, ctas: np.ndarray) -> None:
+        """A phase of this mbarrier completed in these CTAs: who sleeps on it looks again."""
+        if not len(ctas):
+            return
+        wakes = self.wakes[:, ctas]
+        woken = (wakes == slot) | (wakes == ANY_SLOT)
+        if np.count_nonzero(woken):
             self.steady = False
-            self.stalled[:, ctas] = -1
+            self.stalled[:, ctas] = np.where(woken, -1, self.stalled[:, ctas])
+            self.wakes[:, ctas] = np.where(woken, AWAKE, wakes)
 
     def bar(self, ws: Warps, barrier: int, count: int | None, instr: Instr, blocking: bool) -> None:
         expected = self.n_warps * 32 if count is None else count
-        warps, ctas = ws.flat_pairs()
         unique, lanes = ws.lanes_by_cta(None)
         where = self.where(ws, instr)
         self.steady = False
         if blocking:
-            self.barred[warps, ctas] = True
-            self.barred_on[warps, ctas] = barrier
-            self.barred_line[warps, ctas] = instr.line
+            self.barred[ws.index] = True
+            self.barred_on[ws.index] = barrier
+            self.barred_line[ws.index] = instr.line
         done = self.named.arrive(barrier, unique, lanes, expected, where)
         if self.races:
             self.races.bar_arrive(ws, barrier, instr)
@@ -344,7 +355,7 @@ class Machine:
             self.barred[:, done] &= self.barred_on[:, done] != CLUSTER_BARRIER
         return len(done) > 0
 
-    # -- the scheduler -------------------------------------------------------------------------------------------------
+    # -- running -------------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Run every warp to its exit.
 
@@ -352,86 +363,10 @@ class Machine:
             Deadlock: nothing can run; the message lists who waits for what.
             Hazard: see `errors`.
         """
-        exit_block = len(self.program.blocks)
-        schedule = self.schedule
-        schedule.start(self)
-        while True:
-            ready = (self.pc != exit_block) & ~self.barred & (self.stalled != self.pc)
-            if not np.count_nonzero(ready):
-                if (self.pc == exit_block).all():
-                    break
-                if not self.queue.advance() and not self.settle_clusters():
-                    raise Deadlock(self.report_deadlock())
-                continue
-            self.steps += 1
-            block, chosen = schedule.choose(self, ready)
-            self._watch_progress(block, ready)
-            batches = self._batches_of(chosen, block)
-            self.steady = True
-            for ws in batches:
-                self._step(block, ws)
-            if len(batches) == 1 and schedule.gathers:
-                self._follow(batches[0], block, ready, chosen)
-            if schedule.delays != "late":
-                schedule.after_step(self)
+        self.scheduler.run()
         self.queue.drain()
         self.tensor_core.flush()
         self._check_exit()
-
-    def _step(self, block: int, ws: Warps) -> None:
-        """Run a block for warps that stand at it."""
-        self.current = block
-        if self.program.blocks[block].waits:
-            self.stalled[ws.index] = -1
-        self.executed[block] += ws.count
-        self.last_run[ws.index] = self.steps
-        self.together = -1
-        program = self.program
-        hot = program.functions if program.hot is None or ws.mask is not None else program.hot.functions
-        hot[block](self, ws)
-
-    def _follow(self, ws: Warps, block: int, ready: np.ndarray, chosen: np.ndarray) -> None:
-        """The batch goes on while the schedule would choose it and nobody else: at the lowest block of all."""
-        if not self.steady or self.together < 0:
-            return
-        others = self.pc[ready & ~chosen]
-        lowest = int(others.min()) if others.size else len(self.program.blocks)
-        while self.steady and 0 <= self.together < lowest and (self.steps + 1) % TURN:
-            block = self.together
-            if self.program.blocks[block].waits and np.count_nonzero(self.stalled[ws.index] == block):
-                return
-            self.steps += 1
-            self._watch_progress(block, ready)
-            self._step(block, ws)
-
-    def _watch_progress(self, block: int, ready: np.ndarray) -> None:
-        """Asynchronous work completes when blocks run for long without effect; nothing of it left, that is a hang."""
-        self.idle = 0 if self.program.blocks[block].acts else self.idle + 1
-        if self.idle and self.idle % PATIENCE == 0 and not self.queue.advance() and self.idle >= IDLE_LIMIT:
-            warp, cta = (int(i) for i in np.argwhere(ready)[0])
-            first, last = self.program.lines_of(int(self.pc[warp, cta]))
-            raise Deadlock(
-                f"endless loop: {self.idle} blocks ran and none stored, signalled or ended anything, and nothing "
-                f"asynchronous is under way; CTA {self.name_cta(cta)}, warp {warp} is at PTX lines {first} to {last}"
-            )
-
-    def _batches_of(self, chosen: np.ndarray, block: int) -> list[Warps]:
-        """Those of the chosen warps that have not diverged, and the others."""
-        split = chosen & self.diverged
-        apart = np.count_nonzero(split)
-        converged = chosen & ~split if apart else chosen
-        found = []
-        key = converged.tobytes()
-        if 1 in key:
-            ws = self._batches.get(key)
-            if ws is None:
-                ws = self._batches[key] = Warps(*np.nonzero(converged))
-            found.append(ws)
-        if apart:
-            ws = Warps(*np.nonzero(split))
-            ws.mask = self.lane_pc[ws.index] == block
-            found.append(ws)
-        return found
 
     def _check_exit(self) -> None:
         check_bulk_at_exit(self)

@@ -21,11 +21,14 @@ DELAYS = ("late", "early", "random")
 
 
 class Schedule:
-    """The deterministic schedule."""
+    """The deterministic schedule: the lowest block at which a warp is ready, so that warps gather; now and then the
+    longest waiting warp's, since a loop that polls memory is always ready and would never end without turns for the
+    others. scheduler.c chooses so.
+    """
 
     seed: int | None = None
     delays = "late"
-    gathers = True  # it always chooses the lowest block, but for its turns: see Machine._follow
+    gathers = True  # it chooses the lowest block, but for turns
 
     def order(self, clusters: list) -> list:
         """The order in which clusters of CTAs start."""
@@ -33,17 +36,6 @@ class Schedule:
 
     def start(self, machine) -> None:
         """A wave begins."""
-
-    def choose(self, machine, ready: np.ndarray) -> tuple[int, np.ndarray]:
-        """The block to run, and bool [warps, CTAs] of the warps that run it.
-
-        The lowest block at which a warp is ready, so that warps gather; now and then the longest waiting warp's: a loop
-        that polls memory is always ready, and without turns for the others it would never end.
-        """
-        block = int(machine.pc[ready].min())
-        if machine.steps % TURN == 0:
-            block = int(machine.pc.reshape(-1)[longest_waiting(machine, ready)])
-        return block, ready & (machine.pc == block)
 
     def after_step(self, machine) -> None:
         """A block has run: asynchronous work may complete now."""
@@ -86,6 +78,7 @@ class Adversary(Schedule):
         return slice(warp, warp + 1) if self.rng.integers(2) else slice(warp // 4 * 4, warp // 4 * 4 + 4)
 
     def choose(self, machine, ready: np.ndarray) -> tuple[int, np.ndarray]:
+        """The block to run, and bool [warps, CTAs] of the warps, among `ready`, that run it."""
         waiting = longest_waiting(machine, ready)
         if machine.steps - machine.last_run.reshape(-1)[waiting] > STARVE:
             return self._alone(machine, waiting)

@@ -36,6 +36,7 @@ class Warps:
         "pairs",
         "unique",
         "known",
+        "is_arm",
     )
 
     def __init__(self, warps: np.ndarray, ctas: np.ndarray):
@@ -61,10 +62,17 @@ class Warps:
         self.shape = (*self.lead, 32)
         self.pairs: tuple[np.ndarray, np.ndarray] | None = None
         self.unique: np.ndarray | None = None
+        self.is_arm = False  # lanes that run one block while the others of their warps wait at its end
         self.known: dict = {}  # what instructions have found out about these warps and operands of theirs
 
     def get(self, register: np.ndarray) -> np.ndarray:
         return register[self.index]
+
+    def of_cta(self, values: np.ndarray) -> np.ndarray:
+        """What an array [CTAs] holds for the CTA of each warp, broadcastable to lead + (32,)."""
+        if self.sliced:
+            return values[self.index[1]].reshape(1, -1, 1)
+        return values[self.cta]
 
     def put(self, register: np.ndarray, value) -> None:
         """Write back a register, only in the lanes that run."""
@@ -83,6 +91,15 @@ class Warps:
         found = np.empty(self.shape, value.dtype)  # a copy is cheaper than np.broadcast_to's view
         found[...] = value
         return found
+
+    def pick(self, value, rows: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+        """The values in lane `lanes[i]` of warp `rows[i]` of the batch."""
+        if len(rows) > 1:
+            return self.full(value).reshape(-1, 32)[rows, lanes]
+        if np.size(value) == 1:
+            return np.array(value).reshape(1)
+        at = int(rows[0]) * 32 + int(lanes[0])
+        return self.full(value).reshape(-1)[at : at + 1].copy()
 
     def flat_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Warp and CTA index of each warp of the batch, in the order of `full(x).reshape(-1, 32)`."""

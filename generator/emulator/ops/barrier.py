@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..errors import Hazard, UnsupportedInstruction
@@ -11,8 +13,8 @@ from ..warps import LANES, Warps, common
 
 def _barrier(blocking):
     def bar(m, ws, active, instr, barrier, count=None):
-        exists = ws.warp * 32 + LANES < m.threads  # the last warp may lack lanes; the barrier counts it as a whole
-        if active is not None and (exists & ~active).any():
+        # the last warp may lack lanes; the barrier counts it as a whole
+        if active is not None and ((ws.warp * 32 + LANES < m.threads) & ~active).any():
             raise Hazard(
                 f"{m.where(ws, instr, active)}: an aligned barrier is executed by part of a warp; make all "
                 "lanes converge on it"
@@ -30,15 +32,19 @@ def _barrier(blocking):
 
 def _bar_each(m, ws, instr, barriers, counts, blocking):
     """Warps of one batch at different named barriers."""
+    key = "barriers", barriers.tobytes(), None if counts is None else counts.tobytes()
+    if key not in ws.known:
+        ws.known[key] = list(_parts(ws, barriers.reshape(-1), None if counts is None else counts.reshape(-1)))
+    for part, barrier, count in ws.known[key]:
+        m.bar(part, barrier, count, instr, blocking)
+
+
+def _parts(ws, barriers, counts) -> Iterator[tuple[Warps, int, int | None]]:
+    """The warps at each barrier, its number, and the count that they give."""
     warps, ctas = ws.flat_pairs()
-    flat_ids = np.broadcast_to(barriers, ws.lead).reshape(-1)
-    for barrier in np.unique(flat_ids):
-        here = flat_ids == barrier
-        count = None if counts is None else int(np.broadcast_to(counts, ws.lead).reshape(-1)[here][0])
-        key = "part", here.tobytes()
-        if key not in ws.known:
-            ws.known[key] = Warps(warps[here], ctas[here])
-        m.bar(ws.known[key], int(barrier), count, instr, blocking)
+    for barrier in np.unique(barriers):
+        here = barriers == barrier
+        yield Warps(warps[here], ctas[here]), int(barrier), None if counts is None else int(counts[here][0])
 
 
 effect("bar{,.cta}.sync barrier{,.cta}.sync barrier{,.cta}.sync.aligned", "=u,?u", "9.7.13.1", ends_block=True)(
@@ -96,6 +102,7 @@ def bar_red(m, ws, active, instr, barrier, count, predicate):
     false = lanes.reshape(-1, 32).sum(axis=1) - true
     for barriers in np.unique(ws.full(barrier)[..., 0]):
         here = np.broadcast_to(ws.full(barrier)[..., 0] == barriers, ws.lead).reshape(-1)
+        m.named.voted = True
         np.add.at(m.named.votes[0, int(barriers) & 15], ctas[here], true[here])
         np.add.at(m.named.votes[1, int(barriers) & 15], ctas[here], false[here])
     everyone = np.all(np.asarray(count) == 0)

@@ -144,7 +144,7 @@ def _arrive_on_copies(noinc: bool):
                 for cta in m.queue.sets.array(done).tolist():
                     for jobs in left.get(cta, ()):
                         _finish(m, cta, jobs)
-                    m.wake(m.mbarriers.arrive(slot, np.array([cta]), counts[cta], where))
+                    m.wake(slot, m.mbarriers.arrive(slot, np.array([cta]), counts[cta], where))
 
             bits = m.queue.sets.bits(ctas)
             m.queue.add(bits, {slot: bits}, complete)

@@ -125,7 +125,7 @@ def _by_lane(m, ws, active, instr, address, values, barrier, dtype: str, functio
         given = words.view(dtype)
         cells[:] = given if function is None else function(cells, given, None)
         _destinations(m).finish(cta, offset, nbytes, GENERIC)
-        m.wake(m.mbarriers.complete_tx(slot, np.array([cta]), nbytes, where))
+        m.wake(slot, m.mbarriers.complete_tx(slot, np.array([cta]), nbytes, where))
 
     _enqueue(m, jobs, dict(signals), finish)
 
@@ -190,7 +190,7 @@ def _bulk(operation: str | None, kind: str):
             cells = m.smem.data[owner, offset : offset + nbytes].view(dtype)
             cells[:] = words if function is None else function(cells, words, None)
             _destinations(m).finish(owner, offset, nbytes, VALID)
-            m.wake(m.mbarriers.complete_tx(slot, np.array([owner]), nbytes, where))
+            m.wake(slot, m.mbarriers.complete_tx(slot, np.array([owner]), nbytes, where))
 
         _enqueue(m, jobs, dict(signals), finish)
 

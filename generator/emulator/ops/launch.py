@@ -39,7 +39,7 @@ def _try_cancel(multicast: bool):
                     m.smem.chunks[peer, chunk] = response
                     if m.strict:
                         m.smem.state[peer].reshape(-1, 16)[chunk] = VALID
-                    m.wake(m.mbarriers.complete_tx(slot, np.array([peer]), RESPONSE_BYTES, where))
+                    m.wake(slot, m.mbarriers.complete_tx(slot, np.array([peer]), RESPONSE_BYTES, where))
 
             bits = m.queue.sets.bits(np.array([cta]))
             m.queue.add(bits, {slot: bits}, complete)

@@ -65,7 +65,7 @@ def mbarrier_inval(m, ws, active, instr, address):
         m.mbarriers.require_live(slot, ctas, m.where(ws, instr))
         if m.races:
             m.races.mbarrier_inval(ws, active, slot, ctas, m.where(ws, instr))
-        m.mbarriers.live[slot, ctas] = False
+        m.mbarriers.invalidate(slot, ctas)
         if m.strict:
             m.smem.state[ctas, offset : offset + 8] = UNWRITTEN
 
@@ -85,7 +85,7 @@ def _arrive(m, ws, active, instr, address, count, nbytes):
             raise Hazard(f"{where}: an arrival with .noComplete completes the phase of the {m.mbarriers.name(slot)}")
         if "arrive_drop" in instr.opcode:
             m.mbarriers.drop(slot, ctas, arrivals, where)
-        m.wake(m.mbarriers.arrive(slot, ctas, arrivals, where))
+        m.wake(slot, m.mbarriers.arrive(slot, ctas, arrivals, where))
     return state
 
 
@@ -156,7 +156,8 @@ def mbarrier_complete_tx(m, ws, active, instr, address, nbytes):
     if m.races:
         m.races.arrivals(ws, active, instr, address, publish=False)
     for offset, ctas, total in by_address(m, ws, active, instr, address, nbytes):
-        m.wake(m.mbarriers.complete_tx(m.mbarriers.slot(offset), ctas, total, where))
+        slot = m.mbarriers.slot(offset)
+        m.wake(slot, m.mbarriers.complete_tx(slot, ctas, total, where))
 
 
 @effect("mbarrier.pending_count.b64", "u=U", "9.7.13.15.18")
@@ -203,15 +204,15 @@ def mbarrier_wait(m, ws, active, instr, address, parity, hint=None):
         if offset != int(np.max(offsets)):
             return _wait_each(m, ws, active, instr, ws.full(offsets), ws.full(parity))
     slot = m.mbarriers.slot(offset)
-    m.mbarriers.require_live(slot, ws.ctas(), m.where(ws, instr, True if active is None else active))
-    done = (m.mbarriers.phase[slot][ws.cta] & 1) != parity
+    if not m.mbarriers.everywhere[slot]:
+        m.mbarriers.require_live(slot, ws.ctas(), m.where(ws, instr, True if active is None else active))
+    done = (ws.of_cta(m.mbarriers.phase[slot]) & 1) != parity
     if m.races:
         m.races.waited(ws, active, instr, slot, done, parity)
     failed = ~done if active is None else ~done & active
     if np.count_nonzero(failed):
-        m.stall(
-            ws, failed, slot, np.asarray(parity).flat[0] if np.size(parity) == 1 else ws.full(parity)[..., 0], instr
-        )
+        one = common(parity)
+        m.stall(ws, failed, slot, ws.full(parity)[..., 0] if one is None else one, instr)
     return done
 
 

@@ -107,11 +107,11 @@ def shared_offsets(m, ws, active, instr, address, nbytes: int) -> np.ndarray:
     """
     offsets = np.asarray(address).astype(np.int64)
     offsets = (offsets & OFFSET_MASK if m.cluster.size > 1 else offsets) - WINDOW_BASE
-    bad = (offsets < 0) | (offsets + nbytes > m.smem.size) | (offsets % nbytes != 0)
     if active is not None:
-        bad = bad & active
         offsets = np.where(active, offsets, 0)
-    if np.any(bad):
+    low, high = (int(extreme.reduce(offsets, axis=None)) for extreme in (np.minimum, np.maximum))
+    if low < 0 or high + nbytes > m.smem.size or np.count_nonzero(offsets % nbytes):
+        bad = (offsets < 0) | (offsets + nbytes > m.smem.size) | (offsets % nbytes != 0)
         first = int(ws.full(offsets).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))])
         kind = "misaligned" if first >= 0 and first + nbytes <= m.smem.size else "out of bounds"
         raise Hazard(
@@ -164,8 +164,8 @@ def st_shared(m, ws, active, instr, address, values):
     offsets = shared_offsets(m, ws, active, instr, address, width * count)
     values = values if count > 1 else (values,)
     ctas = owners(m, ws, active, instr, address)
-    at = np.broadcast_to((ctas * m.smem.stride + offsets) // width, (*ws.lead, 32))
-    chosen = slice(None) if active is None else np.broadcast_to(active, at.shape)
+    at = ws.full((ctas * m.smem.stride + offsets) // width)
+    chosen = ... if active is None else ws.full(active)
     at = at[chosen]
     if m.strict:
         _note_store(m, ws, active, instr, address, at, width, count)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -300,23 +302,18 @@ def fence(m, ws, active, instr):
 def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=True, scale=0, factors=(), blocks=0):
     """Issue D = A·B (+ D): queued; operands are read and D is written when a commit that follows it completes."""
     rows, lanes, where = one_lane_each(m, ws, active, instr)
-    parts = instr.opcode.split(".")
-    stationary, group = parts[2] == "ws", int(instr.opcode.split("cta_group::")[1][0])
-    kind = instr.opcode.split("kind::")[1].split(".")[0]
+    kind, stationary, group = _modifiers(instr.opcode)
     disabled = () if disabled is None else disabled
     if disabled and len(disabled) != 4 * group:
         raise Hazard(f"{where}: disable-output-lane has {len(disabled)} words, cta_group::{group} takes {4 * group}")
 
-    def pick(x):
-        return (
-            [np.asarray(x).item()] * len(rows) if np.size(x) == 1 else ws.full(x).reshape(-1, 32)[rows, lanes].tolist()
-        )
-
-    columns = list(zip(*map(pick, (d, a[1], b, idesc, accumulate, *disabled, *factors)), strict=True))
+    operands = (d, a[1], b, idesc, accumulate, *disabled, *factors)
+    columns = list(zip(*(ws.pick(x, rows, lanes).tolist() for x in operands), strict=True))
     chosen = ws.flat_pairs()[1][rows]
     for key in dict.fromkeys(columns):
         same = [i for i, c in enumerate(columns) if c == key]
-        ctas, words = taking_part(m, chosen[same], group, where), key[5:]
+        mine = chosen if len(same) == len(chosen) else chosen[same]
+        ctas, words = taking_part(m, mine, group, where), key[5:]
         plain = kind == "f16" and not stationary and not scale and not any(words)
         if plain and is_common(key[3], group):
             _issue(m, ctas, group, a[0], *key[:5], where)
@@ -327,18 +324,25 @@ def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=True, sc
         issue_product(m, ctas, call, where)
 
 
+@lru_cache(maxsize=256)
+def _modifiers(opcode: str) -> tuple[str, bool, int]:
+    """Kind, weight-stationary, and CTAs of a group."""
+    parts = opcode.split(".")
+    return opcode.split("kind::")[1].split(".")[0], parts[2] == "ws", int(opcode.split("cta_group::")[1][0])
+
+
 def _split(words: tuple, count: int) -> tuple[tuple, tuple]:
     return words[:count], words[count:]
 
 
 def one_lane_each(m, ws, active, instr):
     """(warps of the batch, lanes) that issue an operation of one thread, and where."""
-    on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
-    where = m.where(ws, instr, on)
-    key = "issue", on.tobytes()
+    key = "issue", None if active is None else np.asarray(active).tobytes()
     if key not in ws.known:
-        ws.known[key] = np.nonzero(on.reshape(-1, 32))
-    rows, lanes = ws.known[key]
+        on = ws.full(True if active is None else active)
+        ws.known[key] = (*np.nonzero(on.reshape(-1, 32)), on)
+    rows, lanes, on = ws.known[key]
+    where = m.where(ws, instr, on)
     if len(rows) > 1 and (rows[1:] == rows[:-1]).any():
         name = ".".join(instr.opcode.split(".")[:2])
         raise Hazard(f"{where}: {name} is issued by several lanes of a warp: elect one")
@@ -348,7 +352,7 @@ def one_lane_each(m, ws, active, instr):
 def taking_part(m, issuing: np.ndarray, group: int, where) -> np.ndarray:
     """CTAs of an MMA, ascending: the issuing ones, and with cta_group::2 the odd CTA of each pair."""
     if group == 1:
-        return np.sort(issuing)
+        return issuing if len(issuing) == 1 else np.sort(issuing)
     if m.cluster.size % 2 or (m.cluster.rank(issuing) % 2).any():
         raise Hazard(f"{where}: cta_group::2 needs a cluster of CTA pairs, and the even CTA issues")
     return np.sort(np.concatenate([issuing, issuing + 1]))
@@ -403,27 +407,25 @@ def commit(m, ws, active, instr, address, mask=None):
 
     With a multicast mask it arrives at the same offset in every CTA of the mask.
     """
-    on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
-    where = m.where(ws, instr, on)
-    rows, lanes = np.nonzero(on.reshape(-1, 32))
+    rows, lanes, where = one_lane_each(m, ws, active, instr)
     all_warps, all_ctas = ws.flat_pairs()
     issuing = all_ctas[rows]
-    if len(np.unique(issuing)) != len(issuing):
+    if len(issuing) > 1 and len(np.unique(issuing)) != len(issuing):
         raise Hazard(f"{where}: tcgen05.commit is issued by several lanes of a CTA: elect one")
-    addresses = ws.full(address).reshape(-1, 32)[rows, lanes]
-    offsets = ws.full(shared_offsets(m, ws, active, instr, address, 8)).reshape(-1, 32)[rows, lanes]
+    addresses = ws.pick(address, rows, lanes)
+    offsets = ws.pick(shared_offsets(m, ws, active, instr, address, 8), rows, lanes)
     named = m.cluster.target(issuing, addresses, where)
-    masks = None if mask is None else ws.full(mask).reshape(-1, 32)[rows, lanes]
+    masks = None if mask is None else ws.pick(mask, rows, lanes)
     group = int(instr.opcode.split("cta_group::")[1][0])
     clocks = m.races.commit(all_warps[rows], issuing) if m.races else None
-    for offset in np.unique(offsets):
+    for offset in dict.fromkeys(offsets.tolist()):
         here = np.nonzero(offsets == offset)[0]
-        slot = m.mbarriers.slot(int(offset))
+        slot = m.mbarriers.slot(offset)
         targets = {
             int(issuing[i]): [int(named[i])] if masks is None else m.cluster.peers(int(issuing[i]), int(masks[i]))
             for i in here
         }
-        reached = np.unique([cta for ctas in targets.values() for cta in ctas])
+        reached = np.array(sorted({cta for ctas in targets.values() for cta in ctas}))
         m.mbarriers.require_live(slot, reached, where)
         published = {}
         if m.races:
@@ -435,9 +437,10 @@ def commit(m, ws, active, instr, address, mask=None):
             for cta in m.queue.sets.array(done).tolist() if m.races else ():
                 if cta in targets:
                     m.races.commit_arrives(slot, targets[cta], *published[cta])
-            arrivals = [t for cta in m.queue.sets.array(done).tolist() for t in targets.get(cta, ())]
-            ctas, counts = np.unique(arrivals, return_counts=True)
-            m.wake(m.mbarriers.arrive(slot, ctas, counts, where))
+            arrivals = Counter(t for cta in m.queue.sets.array(done).tolist() for t in targets.get(cta, ()))
+            ctas = np.array(sorted(arrivals))
+            counts = np.array([arrivals[cta] for cta in ctas.tolist()])
+            m.wake(slot, m.mbarriers.arrive(slot, ctas, counts, where))
 
         bits = m.queue.sets.bits(taking_part(m, issuing[here], group, where))
         m.queue.add(bits, {slot: bits}, complete, fifo=True)

@@ -44,12 +44,12 @@ def _memory(m, tensor: TensorMap, part: Part, where) -> tuple[int, np.ndarray]:
 
 def _lanes(m, ws, active, arrays):
     """One row a lane that runs: (warp, cta, lane) and the arrays' values there."""
-    on = np.ones((*ws.lead, 32), bool) if active is None else ws.full(active)
-    flat = on.reshape(-1, 32)
-    rows, lanes = np.nonzero(flat)
+    key = "lanes", None if active is None else np.asarray(active).tobytes()
+    if key not in ws.known:
+        ws.known[key] = np.nonzero(ws.full(True if active is None else active).reshape(-1, 32))
+    rows, lanes = ws.known[key]
     warps, ctas = ws.flat_pairs()
-    values = [ws.full(a).reshape(-1, 32)[rows, lanes] for a in arrays]
-    return warps[rows], ctas[rows], lanes, values
+    return warps[rows], ctas[rows], lanes, [ws.pick(a, rows, lanes) for a in arrays]
 
 
 def _check_place(m, tensor: TensorMap, offset: int, where: str) -> None:
@@ -142,7 +142,7 @@ def _finish_load(m, tensor: TensorMap, point, chunks: np.ndarray, slot: int, bot
         m.smem.chunks[data_cta, chunks] = box.view(np.complex128)
         if m.strict:
             m.smem.state[data_cta].reshape(-1, 16)[chunks] = VALID
-        m.wake(m.mbarriers.complete_tx(slot, np.array([bar_cta]), tensor.box_bytes, where))
+        m.wake(slot, m.mbarriers.complete_tx(slot, np.array([bar_cta]), tensor.box_bytes, where))
 
 
 def _load_one(m, ws, active, instr, destination, source, barrier, policy=None):

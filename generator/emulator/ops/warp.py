@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from ..errors import Hazard
 from ..table import effect
 from ..warps import LANES
 
+FULL_MASK = np.uint32(0xFFFFFFFF)
+
+
+_FIRST_LANE = LANES == 0
+_FIRST_LANE.flags.writeable = False
+
+
+def _names_all(mask) -> bool:
+    return mask == FULL_MASK if isinstance(mask, np.generic) else bool((mask == FULL_MASK).all())
+
 
 def _member(ws, active, mask):
     """Lanes that run and are named by the member mask."""
+    if active is None and _names_all(mask):
+        return np.True_
     named = ((np.asarray(mask) >> LANES) & np.uint32(1)).astype(bool)
     return named if active is None else named & active
 
@@ -18,8 +32,8 @@ def _member(ws, active, mask):
 @effect("elect.sync", "u,p=u", "9.7.13.12")
 def elect_sync(m, ws, active, instr, mask):
     """Lane choice is not documented; the lowest named lane is taken."""
-    if active is None and np.all(np.asarray(mask) == np.uint32(0xFFFFFFFF)):
-        return np.uint32(0), LANES == 0
+    if active is None and _names_all(mask):
+        return np.uint32(0), _FIRST_LANE
     member = ws.full(_member(ws, active, mask))
     leader = np.argmax(member, axis=-1)[..., None]
     return leader.astype(np.uint32), (leader == LANES) & member
@@ -61,17 +75,27 @@ def _shuffle(source_lane, valid):
 
     def shfl(m, ws, active, instr, a, b, c, mask):
         _check_converged(m, ws, active, instr)
-        segment = (np.asarray(c) >> np.uint32(8)) & np.uint32(31)
-        clamp = np.asarray(c) & np.uint32(31)
-        high = ((LANES & segment) | (clamp & ~segment)).astype(np.int64)
-        low = (LANES & segment).astype(np.int64)
-        j = source_lane((np.asarray(b) & np.uint32(31)).astype(np.int64), low, segment.astype(np.int64))
-        inside = valid(j, high)
-        source = np.where(inside, j, LANES)
+        fixed = isinstance(b, np.generic) and isinstance(c, np.generic)
+        source, inside = fixed_sources(int(b), int(c)) if fixed else sources(np.asarray(b), np.asarray(c))
         values = ws.full(a)
         same = source.ndim == 1  # every warp takes the same lanes
-        result = values[..., source] if same else np.take_along_axis(values, ws.full(source), axis=-1)
-        return result, np.broadcast_to(inside, result.shape)
+        return values[..., source] if same else np.take_along_axis(values, ws.full(source), axis=-1), inside
+
+    def sources(b, c):
+        """The lane that each lane reads, and whether it lies in its segment."""
+        segment, clamp = (c >> np.uint32(8)) & np.uint32(31), c & np.uint32(31)
+        high = ((LANES & segment) | (clamp & ~segment)).astype(np.int64)
+        low = (LANES & segment).astype(np.int64)
+        j = source_lane((b & np.uint32(31)).astype(np.int64), low, segment.astype(np.int64))
+        inside = valid(j, high)
+        return np.where(inside, j, LANES), inside
+
+    @lru_cache(maxsize=256)
+    def fixed_sources(b: int, c: int):
+        found = sources(np.asarray(b, np.uint32), np.asarray(c, np.uint32))
+        for array in found:
+            array.flags.writeable = False
+        return found
 
     return shfl
 
