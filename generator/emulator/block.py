@@ -154,7 +154,7 @@ class BlockWriter(OperandWriter):
         if guard is None:
             self.lines.append(target + call.format(active="ws.mask"))
         else:
-            active = self.let(f"ws_active(ws, {guard})")
+            active = self.lanes_that_run(guard)
             self.lines.append(f"if {active} is not False: {target}{call.format(active=active)}")
             if names:  # no lane runs it: any value will do, the guard merges it away
                 zeros = ", ".join(f"T_{k}(0)" for _, k in slots)
@@ -167,6 +167,12 @@ class BlockWriter(OperandWriter):
                 wide = CANONICAL[reg.bits]
                 name, kind, bits = self.let(f"{name}.astype(T_{wide})"), wide, reg.bits
             self.assign(reg, Value(bits, {kind: name}), guard)
+
+    def lanes_that_run(self, guard: str) -> str:
+        """The name of what `ws_active` says of a guard, found once a block."""
+        if guard not in self.active_of:
+            self.active_of[guard] = self.let(f"ws_active(ws, {guard})")
+        return self.active_of[guard]
 
     def wgmma(self, instr: Instr, entry) -> None:
         """D is brought to its storage, where the wait will find and change it; A in registers is handed over."""
@@ -189,7 +195,7 @@ class BlockWriter(OperandWriter):
                 self.lines.append(f"m.check_register(ws, {needed}, {reg.name!r}, {self.owner.info(instr)})")
         indices = [tuple(r.index for r in items) for items in (d.items, a_items)]
         arguments = [*map(str, indices), *arguments, *(self.read(operand, "k", instr) for operand in rest)]
-        active = "ws.mask" if guard is None else self.let(f"ws_active(ws, {guard})")
+        active = "ws.mask" if guard is None else self.lanes_that_run(guard)
         used = [*indices[0], *indices[1]]
         if self.owner.strict and (not self.fenced or not self.unfenced.keys().isdisjoint(used)):
             self._note_unfenced()

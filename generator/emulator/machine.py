@@ -245,11 +245,12 @@ class Machine:
         if true == 0 or true == c.size:
             self.pc[ws.index] = self.together = target if true else after
             return
+        if self.program.blocks[after].arm_of == target and self.schedule.gathers:
+            arm = self.scheduler.arm(ws, c)
+            if arm is not None:
+                self.scheduler.run_arm(ws, arm, after, target)
+                return
         taken, every = c.any(axis=-1), c.all(axis=-1)
-        parts = np.count_nonzero(taken) == taken.size  # no warp runs what follows as a whole
-        if parts and self.program.blocks[after].arm_of == target and self.schedule.gathers:
-            self.scheduler.run_arm(ws, after, ~ws.full(c), target)
-            return
         self.pc[ws.index] = np.where(every, target, after)
         split = taken != every
         if split.any():

@@ -41,6 +41,7 @@ class OperandWriter:
         self.setting = False  # whether the instruction at hand is such a move
         self.fenced = False  # a wgmma.fence came before in this block
         self.active_guard: str | None = None  # its guard, once evaluated
+        self.active_of: dict[str, str] = {}  # guard → the name of the lanes that it lets run
 
     # -- names and values ---------------------------------------------------------------------------------------------
     def name(self) -> str:

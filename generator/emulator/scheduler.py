@@ -51,7 +51,6 @@ class Scheduler:
         self._address = ctypes.addressof(self._view)
         self._choose = _choose_block()
         self._batches: dict[bytes, Warps] = {}
-        self._arms: dict[tuple[Warps, bytes], Warps] = {}
 
     def run(self) -> None:
         """Raises Deadlock when nothing can run, and what the blocks raise."""
@@ -113,27 +112,29 @@ class Scheduler:
             self._watch_progress(block)
             self._step(block, ws)
 
-    def run_arm(self, ws: Warps, block: int, lanes: np.ndarray, target: int) -> None:
+    def arm(self, ws: Warps, skip: np.ndarray) -> Warps | None:
+        """The lanes of a batch that do not skip; None if some warp has none that does, and runs on as a whole."""
+        key = "arm", skip.shape, skip.tobytes()
+        if key not in ws.known:
+            lanes = ~ws.full(skip).reshape(-1, 32)
+            some = lanes.any(axis=1)
+            arm = None
+            if not lanes.all(axis=1).any():
+                warps, ctas = ws.flat_pairs()
+                arm = Warps(warps[some], ctas[some])
+                arm.mask, arm.is_arm = lanes[some].reshape(arm.shape), True
+            ws.known[key] = arm
+        return ws.known[key]
+
+    def run_arm(self, ws: Warps, arm: Warps, block: int, target: int) -> None:
         """Some lanes of a batch run a block that the others skip, and meet them at `target`."""
         m = self.machine
-        arm = self._arm_of(ws, lanes)
         m.current = block
         m.executed[block] += arm.count
         if m.program.blocks[block].acts:
             m.idle = 0
         m.program.functions[block](m, arm)
         m.pc[ws.index] = m.together = target
-
-    def _arm_of(self, ws: Warps, lanes: np.ndarray) -> Warps:
-        key = ws, lanes.tobytes()
-        arm = self._arms.get(key)
-        if arm is None:
-            here = lanes.reshape(-1, 32)
-            some = here.any(axis=1)
-            warps, ctas = ws.flat_pairs()
-            arm = self._arms[key] = Warps(warps[some], ctas[some])
-            arm.mask, arm.is_arm = here[some].reshape(arm.shape), True
-        return arm
 
     def _watch_progress(self, block: int) -> None:
         """Asynchronous work completes when blocks run for long without effect; nothing of it left, that is a hang."""

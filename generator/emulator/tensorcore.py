@@ -122,6 +122,7 @@ class TensorCore:
     def __init__(self, machine):
         self.machine = machine
         self.waiting: list[list[Mma]] = []  # taken and not executed, in chains that become one product each
+        self.checked: dict[tuple, tuple] = {}  # fast mode: operands of MMAs found legal, while TMEM stays allocated
         self.issued: list[Work] = []  # not executed everywhere yet, in issue order
 
     def issue(self, op: Work) -> None:

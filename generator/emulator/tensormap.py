@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -53,6 +53,27 @@ class TensorMap:
     def shared_bytes(self) -> int:
         """Bytes from the start of the box to its end in shared memory."""
         return math.prod(self.box[1:]) * self.row_bytes
+
+    @cached_property
+    def _chunks(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def chunks_at(self, address: int) -> np.ndarray:
+        """Index of each 16 bytes of the box at shared address `address`, in order; a swizzle moves them: chunk ^=
+        (address >> 7) & (2^B - 1) (§5.5.7). Read-only.
+
+        A row that is narrower than the span of its swizzle leaves the rest of the span alone (seen on an H200).
+        """
+        chunks = self._chunks.get(address)
+        if chunks is None:
+            rows = np.arange(self.shared_bytes // self.row_bytes)[:, None] * (self.row_bytes // 16)
+            inner = np.arange(self.box[0] * self.element_bytes // 16)
+            chunks = (address // 16 + rows + inner).reshape(-1)
+            if self.swizzle:
+                chunks ^= chunks >> 3 & (1 << self.swizzle) - 1
+            chunks.flags.writeable = False
+            self._chunks[address] = chunks
+        return chunks
 
     def part(self, coords: tuple[int, ...], whole: bool = False) -> Part | None:
         """What of the box at `coords` (innermost first, may be negative) lies inside the tensor; None: nothing.
@@ -135,19 +156,3 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
             f"tensor map: inner box of {inner} bytes is illegal with swizzle {16 << swizzle if swizzle else 'none'}"
         )
     return found
-
-
-@lru_cache(maxsize=512)
-def box_chunks(address: int, tensor: TensorMap) -> np.ndarray:
-    """Index of each 16 bytes of the box at shared address `address`, in order; a swizzle moves them: chunk ^=
-    (address >> 7) & (2^B - 1) (§5.5.7). Read-only.
-
-    A row that is narrower than the span of its swizzle leaves the rest of the span alone (seen on an H200).
-    """
-    rows = np.arange(tensor.shared_bytes // tensor.row_bytes)[:, None] * (tensor.row_bytes // 16)
-    inner = np.arange(tensor.box[0] * tensor.element_bytes // 16)
-    chunks = (address // 16 + rows + inner).reshape(-1)
-    if tensor.swizzle:
-        chunks ^= chunks >> 3 & (1 << tensor.swizzle) - 1
-    chunks.flags.writeable = False
-    return chunks

@@ -92,6 +92,12 @@ class Warps:
         found[...] = value
         return found
 
+    def item(self, value, at: int):
+        """The number in lane `at` of the batch, counted through its warps."""
+        if type(value) is np.ndarray and value.shape == self.shape:
+            return value.item(at)
+        return np.asarray(value).item() if np.size(value) == 1 else self.full(value).item(at)
+
     def pick(self, value, rows: np.ndarray, lanes: np.ndarray) -> np.ndarray:
         """The values in lane `lanes[i]` of warp `rows[i]` of the batch."""
         if len(rows) > 1:

@@ -72,6 +72,7 @@ def mbarrier_inval(m, ws, active, instr, address):
 
 def _arrive(m, ws, active, instr, address, count, nbytes):
     where = m.where(ws, instr, True if active is None else active)
+    no_complete, drops = ".noComplete" in instr.opcode, "arrive_drop" in instr.opcode
     if m.races:
         m.races.arrivals(ws, active, instr, address)
     wanted = getattr(instr.operands[0], "index", None) in m.program.read  # most throw it away
@@ -81,9 +82,9 @@ def _arrive(m, ws, active, instr, address, count, nbytes):
             m.mbarriers.add_tx(m.mbarriers.slot(offset), ctas, total, where)
     for offset, ctas, arrivals in by_address(m, ws, active, instr, address, 1 if count is None else count):
         slot = m.mbarriers.slot(offset)
-        if ".noComplete" in instr.opcode and (m.mbarriers.pending[slot, ctas] <= arrivals).any():
+        if no_complete and (m.mbarriers.pending[slot, ctas] <= arrivals).any():
             raise Hazard(f"{where}: an arrival with .noComplete completes the phase of the {m.mbarriers.name(slot)}")
-        if "arrive_drop" in instr.opcode:
+        if drops:
             m.mbarriers.drop(slot, ctas, arrivals, where)
         m.wake(slot, m.mbarriers.arrive(slot, ctas, arrivals, where))
     return state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from ..cluster import OFFSET_MASK, RANK_SHIFT
@@ -39,6 +41,7 @@ WIDTHS = {
     "f64": 8,
     "b128": 16,  # as two 64-bit halves
 }
+FEW = 128  # elements of which it is quicker to ask first whether they are all the same
 KIND = {1: "h", 2: "h", 4: "u", 8: "U"}
 SIGNED_KIND = {1: "i", 2: "i", 4: "s", 8: "S"}
 REGISTER = {1: np.uint16, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -52,14 +55,19 @@ def loaded_kind(kind: str) -> str:
 
 def to_register(raw, instr, width: int):
     """Bits from memory as a register's value: bytes widen to 16 bits, by sign where the type has one."""
-    if instr.opcode.split(".")[-1][0] == "s":
+    if instr.opcode[instr.opcode.rindex(".") + 1] == "s":
         return raw.view(f"i{width}").astype(SIGNED_REGISTER[width], copy=False)
     return raw.astype(REGISTER[width], copy=False)
 
 
 def shape_of(instr) -> tuple[int, int]:
     """(bytes an element, elements) of a load or store, from its modifiers."""
-    parts = instr.opcode.split(".")
+    return _shape_of(instr.opcode)
+
+
+@lru_cache(maxsize=1024)
+def _shape_of(opcode: str) -> tuple[int, int]:
+    parts = opcode.split(".")
     count = next((int(p[1:]) for p in parts if p in ("v2", "v4", "v8")), 1)
     return (8, 2) if parts[-1] == "b128" else (WIDTHS[parts[-1]], count)
 
@@ -109,8 +117,13 @@ def shared_offsets(m, ws, active, instr, address, nbytes: int) -> np.ndarray:
     offsets = (offsets & OFFSET_MASK if m.cluster.size > 1 else offsets) - WINDOW_BASE
     if active is not None:
         offsets = np.where(active, offsets, 0)
-    low, high = (int(extreme.reduce(offsets, axis=None)) for extreme in (np.minimum, np.maximum))
-    if low < 0 or high + nbytes > m.smem.size or np.count_nonzero(offsets % nbytes):
+    one = common(offsets) if offsets.size <= FEW else None
+    if one is not None:
+        legal = 0 <= one <= m.smem.size - nbytes and not one % nbytes
+    else:
+        low, high = (int(extreme.reduce(offsets, axis=None)) for extreme in (np.minimum, np.maximum))
+        legal = low >= 0 and high + nbytes <= m.smem.size and not np.count_nonzero(offsets % nbytes)
+    if not legal:
         bad = (offsets < 0) | (offsets + nbytes > m.smem.size) | (offsets % nbytes != 0)
         first = int(ws.full(offsets).reshape(-1)[np.argmax(ws.full(bad).reshape(-1))])
         kind = "misaligned" if first >= 0 and first + nbytes <= m.smem.size else "out of bounds"

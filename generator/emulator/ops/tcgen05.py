@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..descriptors import Operand, decode_idesc, is_common, shared_operand
+from ..descriptors import Operand, Shape, decode_idesc, is_common, shared_operand
 from ..errors import Hazard, UnsupportedInstruction
 from ..memory import CP_PENDING, MMA_PENDING, REASONS, ST_PENDING, UNWRITTEN, VALID, VALID_WORD, TensorMemory
 from ..product import Call, issue_product
@@ -53,6 +53,7 @@ def alloc(m, ws, active, instr, destination, columns):
                 "not increase"
             )
         m.tmem.requested[cta] = columns
+        m.tensor_core.checked.clear()
         start = m.tmem.allocate(cta, columns)
         if start is None:
             raise Hazard(
@@ -79,6 +80,7 @@ def dealloc(m, ws, active, instr, address, columns):
         if m.races:
             m.races.release_columns(ws, instr, slice(start, start + columns))
         del m.tmem.blocks[cta][start]
+        m.tensor_core.checked.clear()
         m.tmem.allocated[start : start + columns, cta] = False
         if m.strict:
             m.tmem.state[start : start + columns, :, :, cta] = UNWRITTEN
@@ -142,11 +144,17 @@ def require_columns(m, ws, instr, ctas, column, offsets: np.ndarray) -> None:
 
 
 def _cells(m, ws, active, instr, address, columns: int):
-    """Quarter, CTA and first column of each warp for a 32x32b access; checks lanes, bounds and allocation."""
-    quarter, _, ctas, column = warp_addresses(m, ws, active, instr, address)
-    if m.strict or (column + columns > COLUMNS).any():
+    """Quarter, CTA and first column of each warp for a 32x32b access, and the block that these make (see `_block`);
+    checks lanes, bounds and allocation."""
+    found = warp_addresses(m, ws, active, instr, address)
+    quarter, _, ctas, column = found
+    key = "block", id(found)
+    if key not in ws.known:
+        ws.known[key] = _block(ws, quarter, column), int(column.max())
+    block, last = ws.known[key]
+    if m.strict or last + columns > COLUMNS:
         require_columns(m, ws, instr, ctas, column, np.arange(columns))
-    return quarter, ctas, column
+    return quarter, ctas, column, block
 
 
 def at_warps(m, ws, instr, bad: np.ndarray):
@@ -177,10 +185,14 @@ def _block(ws, quarter, column):
     return slice(w0 % 4, w0 % 4 + w1 - w0), slice(*ws.c_range)
 
 
+@lru_cache(maxsize=64)
+def _columns_of(opcode: str) -> int:
+    return int(opcode.split(".x")[1].split(".")[0])
+
+
 def ld_32x32b(m, ws, active, instr, address):
-    columns = int(instr.opcode.split(".x")[1].split(".")[0])
-    quarter, ctas, column = _cells(m, ws, active, instr, address, columns)
-    block = _block(ws, quarter, column)
+    columns = _columns_of(instr.opcode)
+    quarter, ctas, column, block = _cells(m, ws, active, instr, address, columns)
     if block is not None:
         span = slice(int(column[0]), int(column[0]) + columns)
         values = m.tmem.data[span, block[0], block[1]].copy()
@@ -197,8 +209,7 @@ def ld_32x32b(m, ws, active, instr, address):
 
 def st_32x32b(m, ws, active, instr, address, values):
     columns = len(values)
-    quarter, ctas, column = _cells(m, ws, active, instr, address, columns)
-    block = _block(ws, quarter, column)
+    quarter, ctas, column, block = _cells(m, ws, active, instr, address, columns)
     if block is not None:
         first = int(column[0])
         if isinstance(values, np.ndarray):
@@ -308,11 +319,8 @@ def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=True, sc
         raise Hazard(f"{where}: disable-output-lane has {len(disabled)} words, cta_group::{group} takes {4 * group}")
 
     operands = (d, a[1], b, idesc, accumulate, *disabled, *factors)
-    columns = list(zip(*(ws.pick(x, rows, lanes).tolist() for x in operands), strict=True))
     chosen = ws.flat_pairs()[1][rows]
-    for key in dict.fromkeys(columns):
-        same = [i for i, c in enumerate(columns) if c == key]
-        mine = chosen if len(same) == len(chosen) else chosen[same]
+    for key, mine in _alike(ws, rows, lanes, chosen, operands):
         ctas, words = taking_part(m, mine, group, where), key[5:]
         plain = kind == "f16" and not stationary and not scale and not any(words)
         if plain and is_common(key[3], group):
@@ -322,6 +330,18 @@ def mma(m, ws, active, instr, d, a, b, idesc, disabled=None, accumulate=True, sc
             kind, group, stationary, blocks, a[0] == "tmem", *key[:5], int(scale), *_split(words, len(disabled))
         )
         issue_product(m, ctas, call, where)
+
+
+def _alike(ws, rows, lanes, ctas, operands) -> list[tuple[tuple, np.ndarray]]:
+    """Operands that issuing lanes agree on, and the CTAs of these lanes."""
+    if len(rows) == 1:
+        at = int(rows[0]) * 32 + int(lanes[0])
+        return [(tuple(ws.item(x, at) for x in operands), ctas)]
+    columns = list(zip(*(ws.pick(x, rows, lanes).tolist() for x in operands), strict=True))
+    different = dict.fromkeys(columns)
+    if len(different) == 1:
+        return [(columns[0], ctas)]
+    return [(key, ctas[[i for i, c in enumerate(columns) if c == key]]) for key in different]
 
 
 @lru_cache(maxsize=256)
@@ -359,12 +379,26 @@ def taking_part(m, issuing: np.ndarray, group: int, where) -> np.ndarray:
 
 
 def _issue(m, ctas, group, a_kind, d, a, b, idesc, accumulate, where) -> None:
+    bits = m.queue.sets.bits(ctas)
+    key = bits, group, a_kind, d, a, b, idesc
+    checked = m.tensor_core.checked.get(key)
+    if checked is None:
+        checked = _check_operands(m, ctas, group, a_kind, d, a, b, idesc, where)
+        if not m.strict:
+            m.tensor_core.checked[key] = checked
+    shape, operand_a, operand_b = checked
+    if m.strict:
+        _check_accumulator(m, ctas, d, shape, accumulate, where)
+        m.tmem.state[d : d + shape.n, :, :, ctas] = MMA_PENDING
+    m.tensor_core.issue(Mma(ctas, bits, d, shape, operand_a, operand_b, bool(accumulate), where))
+
+
+def _check_operands(m, ctas, group, a_kind, d, a, b, idesc, where) -> tuple[Shape, Operand | int, Operand]:
+    """What the words say; they are legal, and what they name may be used."""
     shape = decode_idesc(idesc, group, where)
     if d >> 16:
         raise Hazard(f"{where}: the accumulator's TMEM address {d:#x} must start at lane 0")
     check_columns(m, ctas, d, shape.n, "accumulator", where)
-    if m.strict:
-        _check_accumulator(m, ctas, d, shape, accumulate, where)
     if a_kind == "tmem":
         if a >> 16 or shape.a_mn:
             raise Hazard(f"{where}: A in TMEM must start at lane 0 and cannot be transposed")
@@ -376,10 +410,7 @@ def _issue(m, ctas, group, a_kind, d, a, b, idesc, accumulate, where) -> None:
         require_shared(m, ctas, operand_a, "A", where)
     operand_b = shared_operand(b, shape.n // group, shape.b_mn, where)
     require_shared(m, ctas, operand_b, "B", where)
-    if m.strict:
-        m.tmem.state[d : d + shape.n, :, :, ctas] = MMA_PENDING
-    bits = m.queue.sets.bits(ctas)
-    m.tensor_core.issue(Mma(ctas, bits, d, shape, operand_a, operand_b, bool(accumulate), where))
+    return shape, operand_a, operand_b
 
 
 def _check_accumulator(m, ctas, d, shape, accumulate, where) -> None:

@@ -11,7 +11,7 @@ from ..errors import Hazard
 from ..formats import encode
 from ..memory import MBARRIER, PARAM_BASE, REASONS, TMA_PENDING, UNWRITTEN, VALID, WINDOW_BASE
 from ..table import effect
-from ..tensormap import Part, TensorMap, box_chunks, decode_tensor_map
+from ..tensormap import Part, TensorMap, decode_tensor_map
 from .memory import shared_offsets
 
 
@@ -87,7 +87,7 @@ def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=N
     arrays = (dst, mbar, destination, barrier, address, 0 if mask is None else mask, *coords)
     warps, ctas, _, (dsts, mbars, places, bars, addresses, masks, *coordinates) = _lanes(m, ws, active, arrays)
     data_cta, bar_cta = (m.cluster.target(ctas, named, where).tolist() for named in (places, bars))
-    points = np.stack(coordinates, axis=1)
+    points = list(zip(*(c.tolist() for c in coordinates), strict=True))
     jobs: dict[int, list] = {}
     signals: dict[int, int] = {}
     begun = []
@@ -97,10 +97,10 @@ def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=N
             raise Hazard(f"{where}: {len(coords)} coordinates for a tensor map of rank {tensor.rank}")
         offset = int(dsts[i])
         _check_place(m, tensor, offset, where)
-        _check_start(tensor, points[i].tolist(), where, False)
+        _check_start(tensor, points[i], where, False)
         slot = m.mbarriers.slot(int(mbars[i]))
         signals[slot] = signals.get(slot, 0) | 1 << cta
-        chunks = box_chunks(offset + WINDOW_BASE, tensor) - WINDOW_BASE // 16
+        chunks = tensor.chunks_at(offset + WINDOW_BASE) - WINDOW_BASE // 16
         both = [(data_cta[i], bar_cta[i])]
         if mask is not None:
             both = [(peer, peer) for peer in m.cluster.peers(cta, int(masks[i]))]
@@ -110,7 +110,7 @@ def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=N
         for reached, bar in both:
             _begin(m, reached, chunks, where)
             begun.append((int(warps[i]), cta, reached, bar, slot, offset, tensor.box_bytes))
-        jobs.setdefault(cta, []).append((tensor, tuple(int(c) for c in points[i]), chunks, slot, both))
+        jobs.setdefault(cta, []).append((tensor, points[i], chunks, slot, both))
 
     if m.races:
         m.races.loads(instr, begun, where)
@@ -120,7 +120,7 @@ def load(m, ws, active, instr, destination, source, barrier, mask=None, policy=N
             for job in jobs[cta]:
                 _finish_load(m, *job, where)
 
-    m.queue.add(m.queue.sets.bits(np.unique(ctas)), signals, complete)
+    m.queue.add(m.queue.sets.bits(np.array(sorted(jobs))), signals, complete)
 
 
 def _begin(m, cta: int, chunks: np.ndarray, where) -> None:
@@ -183,7 +183,7 @@ def store(m, ws, active, instr, destination, source, policy=None, combine=None):
         point = tuple(int(c) for c in points[i])
         _check_start(tensor, point, where, True)
         _check_place(m, tensor, int(sources[i]), where)
-        chunks = box_chunks(int(sources[i]) + WINDOW_BASE, tensor) - WINDOW_BASE // 16
+        chunks = tensor.chunks_at(int(sources[i]) + WINDOW_BASE) - WINDOW_BASE // 16
         _require_valid(m, cta, chunks, where)
         key = (int(warps[i]), int(cta), int(lanes[i]))
         time = m.races.bulk_read(instr, *key[:2], chunks) if m.races else 0
