@@ -127,8 +127,9 @@ class LaunchCase:
             self.gpu.work.update(work)
             self.gpu.warned.update(warned)
         opcodes: Counter = Counter()
-        for times, counts in zip(executed.tolist(), program.opcode_counts, strict=True):
-            for opcode, n in counts.items():
+        for block in np.flatnonzero(executed).tolist():
+            times = int(executed[block])
+            for opcode, n in program.opcode_counts[block].items():
                 opcodes[opcode] += n * times
         return opcodes, columns
 
