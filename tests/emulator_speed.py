@@ -3,8 +3,8 @@
 Our head_dim 128 causal kernel and, where flash-attn-4 is installed, FlashAttention-4's, for sm_100a: one CTA, one head
 and four heads, strict and fast. Compilation is left out: blocks become machine code at first sight
 (`BESPOKE_NATIVE=always`; by default a block is compiled once it has cost as much), in a launch that is not timed, and
-the best of three more counts. Where PyTorch and Triton are installed, the same attention through Triton's interpreter in
-the same run. Then the five slowest instructions of a strict run.
+the best of three more counts. Where PyTorch and Triton are installed, the same attention through Triton's interpreter
+in the same run. Then the five slowest instructions of a strict run.
 """
 
 from __future__ import annotations
