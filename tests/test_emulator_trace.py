@@ -410,6 +410,33 @@ def test_cycles_of_an_instruction(text):
     assert issue_cycles(kernel.instrs[-2], "sm_100a") == CYCLES[text]
 
 
+@pytest.fixture
+def busy(tmp_path):
+    """Cycles to the end of a launch of a body."""
+    return lambda body, block=32: _busy(tmp_path, body, block)
+
+
+def _busy(folder, body, block):
+    gpu = Gpu(strict=False, trace=Tracer(folder / "t.json", 1))
+    return gpu.launch(gpu.load_ptx(ptx(body)), "k", (1, 1, 1), (block, 1, 1), (1, 1, 1), 1024, []).model["cycles"]
+
+
+def test_units_work_side_by_side(busy):
+    """32 exponentials keep their unit for 256 cycles; 64 independent multiplications fit beside them."""
+    special = "".join(f"ex2.approx.ftz.f32 %r{i}, %r159;" for i in range(32))
+    floats = "".join(f"mul.f32 %r{40 + i}, %r158, %r157;" for i in range(64))
+    alone, both = busy(special), busy(special + floats)
+    assert 256 <= alone <= both < alone + 8
+    assert 4 * 64 <= busy(floats * 4) < 4 * 64 + 16
+
+
+def test_a_chain_takes_its_latency(busy):
+    chain = "add.f32 %r1, %r1, %r2;" * 100
+    apart = "".join(f"add.f32 %r{i}, %r150, %r151;" for i in range(100))
+    assert busy(chain) - busy(apart) == pytest.approx(100 * (CONSTANTS["chain"].value - 1), abs=8)
+    assert busy(chain, 256) < 1.1 * busy(chain), "two warps a sub-partition hide each other's latency"
+
+
 def test_cycles_of_a_matrix_product():
     assert matrix_cycles("f16", 128, 128, 16, "sm_100a") == 64
     assert matrix_cycles("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", 64, 128, 16, "sm_90a") == 64

@@ -3,8 +3,10 @@
 The emulator is functional: it knows what waits for what, not how long anything takes. A trace replays what happened
 with the figures below, so that overlap or its absence can be seen. Each CTA has a multiprocessor of its own, with four
 sub-partitions (warp w issues on number w mod 4), a tensor core that runs matrix products in issue order, and a copy
-engine. Latencies of ordinary instructions count as hidden, bank conflicts and caches are not modelled, and PTX is not
-what the hardware executes, so a moved or merged instruction may cost nothing there.
+engine. A sub-partition issues one instruction a cycle to units that work side by side: what keeps the special-function
+unit busy leaves the others free. A stretch of instructions takes as long as the busiest unit, or as its longest chain
+of dependent instructions. Bank conflicts and caches are not modelled, and PTX is not what the hardware executes, so a
+moved or merged instruction may cost nothing there.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ CONSTANTS = {
     "integer": Constant(16, "results a cycle of a sub-partition (32-bit integer, compare, select, convert)", _GUIDE),
     "special": Constant(4, "results a cycle of a sub-partition (ex2, lg2, rcp, rsqrt, sqrt, sin, cos, tanh)", _GUIDE),
     "shuffle": Constant(8, "results a cycle of a sub-partition (shfl)", _GUIDE),
-    "shared": Constant(128, "bytes a cycle (ld, st, ldmatrix, stmatrix of any memory)", "32 banks of 4 bytes"),
+    "shared": Constant(
+        128, "bytes a cycle of a multiprocessor (ld, st, ldmatrix, stmatrix of any memory)", "32 banks of 4 bytes"
+    ),
+    "chain": Constant(4, "cycles from an instruction to one that needs its result", "assumed"),
+    "chain special": Constant(20, "the same for ex2, lg2, rcp, rsqrt, sqrt, sin, cos, tanh and shfl", "assumed"),
+    "chain memory": Constant(30, "the same for ld, atom and ldmatrix", "assumed"),
     "tmem": Constant(1, "32-bit columns a cycle of a warp (tcgen05.ld, tcgen05.st)", "assumed"),
     "sm_90a": Constant(
         4096, "16-bit FLOP a cycle of a multiprocessor", "989 TFLOP/s dense bf16, 132 multiprocessors, 1.83 GHz (H100)"
@@ -59,9 +66,36 @@ def _rate(name: str) -> float:
     return CONSTANTS[name].value
 
 
+ISSUE, FLOAT, INTEGER, SPECIAL, SHUFFLE, MEMORY = "issue", "float", "integer", "special", "shuffle", "memory"
+
+
 def issue_cycles(instr: Instr, arch: str) -> float:
-    """Cycles for which an instruction of one warp occupies its sub-partition; 0 for moves, which are renamings."""
+    """Cycles for which an instruction of one warp occupies its unit; 0 for moves, which are renamings."""
     return _issue_cycles(instr.opcode, _registers(instr), arch)
+
+
+@lru_cache(maxsize=4096)
+def unit_of(opcode: str) -> str:
+    """The unit of an ordinary instruction: a multiprocessor has one for memory, a sub-partition the others."""
+    if opcode.startswith(_MEMORY):
+        return MEMORY
+    if opcode.startswith(_SPECIAL):
+        return SPECIAL
+    if opcode.startswith("shfl."):
+        return SHUFFLE
+    if opcode.startswith("mma.") or _FLOAT.match(opcode):
+        return FLOAT
+    return INTEGER if _is_integer(opcode) else ISSUE
+
+
+@lru_cache(maxsize=4096)
+def chain_cycles(opcode: str) -> float:
+    """Cycles from an instruction to one that needs its result; 0 for moves."""
+    if opcode.startswith(_FREE):
+        return 0
+    if opcode.startswith(_MEMORY):
+        return _rate("chain memory")
+    return _rate("chain special" if opcode.startswith((*_SPECIAL, "shfl.")) else "chain")
 
 
 def _registers(instr: Instr) -> int:
@@ -85,9 +119,11 @@ def _issue_cycles(opcode: str, registers: int, arch: str) -> float:
     found = _FLOAT.match(opcode)
     if found:
         return 32 / _rate("f32") * (2 if found[2] in ("f32x2", "f64") else 1)
-    if _INTEGER.search(opcode) and not opcode.startswith(("mbarrier", "cp.", "tcgen05", "bar")):
-        return 32 / _rate("integer")
-    return _rate("issue")
+    return 32 / _rate("integer") if _is_integer(opcode) else _rate("issue")
+
+
+def _is_integer(opcode: str) -> bool:
+    return bool(_INTEGER.search(opcode)) and not opcode.startswith(("mbarrier", "cp.", "tcgen05", "bar"))
 
 
 def matrix_cycles(opcode: str, m: int, n: int, k: int, arch: str) -> float:

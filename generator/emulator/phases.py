@@ -6,26 +6,35 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .clock import issue_cycles
+from .clock import ISSUE, chain_cycles, issue_cycles, unit_of
+from .flow import defs_and_uses
 from .lineinfo import LineTable, callees
 from .record import Effect, Recording
+from .syntax import Instr
 
 TOP = 3  # opcodes that a stretch is described by
 
 
 @dataclass
 class Run:
-    """A stretch of instructions of one function: cycles that they occupy the warp's sub-partition."""
+    """A stretch of instructions of one function."""
 
     name: str
-    cycles: float
     instructions: int
+    units: Counter  # cycles that each unit works
+    chain: float  # cycles of the longest chain of dependent instructions, those of long blocks in a row
     opcodes: Counter  # cycles by opcode, without modifiers after the first
     first: int  # PTX lines
     last: int
 
+    @property
+    def cycles(self) -> float:
+        """Of a warp that has the sub-partition to itself."""
+        return max(self.chain, *self.units.values(), 0)
+
     def join(self, other: Run) -> None:
-        self.cycles += other.cycles
+        self.units += other.units
+        self.chain += other.chain
         self.instructions += other.instructions
         self.opcodes += other.opcodes
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
@@ -57,7 +66,7 @@ class Steps:
                 elif isinstance(last, Run) and not part.name:
                     last.join(part)
                 else:
-                    steps.append(Run(part.name, 0, 0, Counter(), part.first, part.last))
+                    steps.append(Run(part.name, 0, Counter(), 0, Counter(), part.first, part.last))
                     steps[-1].join(part)
         return steps
 
@@ -71,16 +80,22 @@ class Steps:
 
     def _split(self, block: int, effects: list[Effect]) -> list[Run | int]:
         program, parts, at = self.recording.program, [], 0
+        chains = _Chains()
         here = program.blocks[block]
         for instr in program.kernel.instrs[here.start : here.stop]:
             if at < len(effects) and effects[at].instr is instr:
                 while at < len(effects) and effects[at].instr is instr:  # several lanes of one copy
                     parts.append(at)
                     at += 1
+                chains.end()
                 continue
             cycles, name = issue_cycles(instr, self.recording.arch), self.function(instr.line)
-            opcode = ".".join(instr.opcode.split(".")[:1])
-            run = Run(name, cycles, 1, Counter({opcode: cycles}) if cycles else Counter(), instr.line, instr.line)
+            opcode, units = ".".join(instr.opcode.split(".")[:1]), Counter()
+            if cycles:
+                units[ISSUE] += 1
+                units[unit_of(instr.opcode)] += cycles - (unit_of(instr.opcode) == ISSUE)
+            spent = Counter({opcode: cycles}) if cycles else Counter()
+            run = Run(name, 1, units, chains.add(instr), spent, instr.line, instr.line)
             if parts and isinstance(parts[-1], Run) and name in ("", parts[-1].name):
                 parts[-1].join(run)
             else:
@@ -137,6 +152,27 @@ class Steps:
 
     def _lines(self) -> Iterator[int]:
         return (instr.line for instr in self.recording.program.kernel.instrs)
+
+
+class _Chains:
+    """The longest chain of dependent instructions so far: how much each instruction makes it longer."""
+
+    def __init__(self) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """What follows waits for nothing that came before."""
+        self._ready: dict[int, float] = {}
+        self._longest = 0.0
+
+    def add(self, instr: Instr) -> float:
+        results, operands = defs_and_uses(instr)
+        done = max((self._ready.get(r.index, 0.0) for r in operands), default=0.0) + chain_cycles(instr.opcode)
+        for register in results:
+            self._ready[register.index] = done
+        longer = max(done - self._longest, 0.0)
+        self._longest += longer
+        return longer
 
 
 def _by_block(log: list[int | Effect]) -> Iterator[tuple[int, list[Effect]]]:

@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
-from .clock import CONSTANTS
+from .clock import CONSTANTS, ISSUE, MEMORY
 from .phases import Run, Steps
 from .record import Effect, Key, Recording
 
@@ -172,13 +172,17 @@ class Replay:
     def _push(self, time: float, warp: _Warp) -> None:
         heapq.heappush(self.heap, (time, next(self.order), warp))
 
-    def _issue(self, time: float, warp: _Warp, cycles: float) -> tuple[float, float]:
-        """The warp's sub-partition is its own for some cycles: when they begin and end."""
-        unit = (warp.cta, warp.number % 4)
-        free = max(time, self.free.get(unit, 0.0))
-        start = time if cycles <= SHORT else free
-        self.free[unit] = free + cycles
-        return start, start + cycles
+    def _issue(self, time: float, warp: _Warp, units: dict[str, float], least: float) -> float:
+        """The warp has work for some units, which takes at least so many cycles: when it is done. Little work waits for
+        nobody."""
+        end = time + least
+        for unit, cycles in units.items():
+            place = (warp.cta, unit) if unit == MEMORY else (warp.cta, warp.number % 4, unit)
+            free = max(time, self.free.get(place, 0.0)) + cycles
+            self.free[place] = free
+            if least > SHORT:
+                end = max(end, free)
+        return end
 
     def _step(self, time: float, warp: _Warp) -> None:
         if warp.at == len(warp.steps):
@@ -187,7 +191,7 @@ class Replay:
         if isinstance(step, Run):
             self._run(time, warp, step)
             return
-        start, end = self._issue(time, warp, 1)
+        start, end = time, self._issue(time, warp, {ISSUE: 1}, 1)
         handler = getattr(self, f"_do_{step.kind}")
         later = handler(warp, step, start, end)
         if later is not None:
@@ -196,9 +200,10 @@ class Replay:
 
     def _run(self, time: float, warp: _Warp, run: Run) -> None:
         if warp.left == 0:
-            warp.left, warp.begun = run.cycles, -1.0
-        start, end = self._issue(time, warp, min(warp.left, QUANTUM))
-        warp.begun = start if warp.begun < 0 else warp.begun
+            warp.left, warp.begun = run.cycles, time
+        part = min(warp.left, QUANTUM)
+        share = part / run.cycles if run.cycles else 0.0
+        end = self._issue(time, warp, {unit: cycles * share for unit, cycles in run.units.items()}, part)
         warp.left = max(warp.left - QUANTUM, 0)
         if warp.left == 0:
             warp.at += 1
