@@ -2,7 +2,7 @@
 #     bespoke generate --head-dim 256 --dtype fp16 --q-heads-per-kv 4 --causal --output unnormalized --p-staging
 #     smem --kv-stage 1 --tile-n 32
 # Do not edit: change the specification or the template and generate again.
-# Specification sha256 e31c00d8ddf59b1674ddf9d8a9809cb76132af0e6aa7eb413f3a15461012455b
+# Specification sha256 55c0064f1f0842e5ccf74eb0eb8178b70e3a8282c9d77505f376fa5d5b502b65
 #
 # Shared memory: 173056 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
@@ -179,16 +179,27 @@ def ring(i):
     return i % KV_STAGES, (i // KV_STAGES) & 1
 
 
-def kv_range(q_tile, seqlen_q, seqlen_k):
+def end_key(token, seqlen_q, seqlen_k):
+    """One past the last key that a query token sees, 0 when it sees none; its own place is key token + Skv - Sq."""
+    return cutlass.max(cutlass.min(token + seqlen_k - seqlen_q + 1, seqlen_k), 0)
+
+
+def kv_span(q_tile, seqlen_q, seqlen_k):
     """KV tiles that some row of the query tile sees, and how many of them, from the left, every row sees whole.
 
-    Row i sees the keys up to i + Skv - Sq. Both counts can be zero.
+    Bounds never fall from a token to the next, so the first and the last token tell. Both counts can be zero.
     """
-    diagonal = seqlen_k - seqlen_q
-    last_row = cutlass.min((q_tile + 1) * TILE_M, seqlen_q) - 1
-    seen_by_last = cutlass.max(cutlass.min(last_row + diagonal + 1, seqlen_k), 0)
-    seen_by_first = cutlass.max(cutlass.min(q_tile * TILE_M + diagonal + 1, seqlen_k), 0)
-    return (seen_by_last + TILE_N - 1) // TILE_N, seen_by_first // TILE_N
+    first_token = q_tile * TILE_M
+    last_token = cutlass.min(first_token + TILE_M, seqlen_q) - 1
+    whole_tiles = end_key(first_token, seqlen_q, seqlen_k) // TILE_N
+    return (end_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N, whole_tiles
+
+
+@cute.jit
+def hide_columns(s, end):
+    """-inf in every column from end on: keys past the last one that this row sees."""
+    for c in cutlass.range_constexpr(TILE_N):
+        s[c] = s[c] if c < end else -Float32.inf
 
 
 def tma_views(atom, smem, gmem):
@@ -197,25 +208,33 @@ def tma_views(atom, smem, gmem):
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 
 
-@cute.jit
-def load_warp(tma_q, mq, q_smem, tma_k, mk, k_smem, tma_v, mv, v_smem, bars, q_tile, head, batch, kv_tiles):
-    """Warp 5: Q once, then K and V in the order in which the MMA warp consumes them, K a tile ahead."""
-    kv_head = head // Q_HEADS_PER_KV
-    gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
+def source_views(source, k_smem, v_smem, kv_head, batch):
+    """K and V of a KV source, each with its TMA atom: what load_k and load_v take."""
+    tma_k, mk, tma_v, mv = source
     gk = cute.local_tile(mk[None, None, kv_head, batch], (TILE_N, HEAD_DIM), (None, 0))
     gv = cute.local_tile(mv[None, None, kv_head, batch], (HEAD_DIM_V, TILE_N), (0, None))
-    qk, pv = qk_mma().get_slice(0), pv_mma().get_slice(0)
-    q_smem, q_gmem = tma_views(tma_q, q_smem, qk.partition_A(gq))
-    k = tma_views(tma_k, k_smem, qk.partition_B(gk))
-    v = tma_views(tma_v, v_smem, pv.partition_B(gv))
+    k = tma_views(tma_k, k_smem, qk_mma().get_slice(0).partition_B(gk))
+    v = tma_views(tma_v, v_smem, pv_mma().get_slice(0).partition_B(gv))
+    return (tma_k, *k), (tma_v, *v)
 
+
+@cute.jit
+def load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, span):
+    """Warp 5: Q once, then K and V in the order in which the MMA warp consumes them, K a tile ahead."""
+    q_tile, head, batch = block
+    kv_head = head // Q_HEADS_PER_KV
+    gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
+    q_smem, q_gmem = tma_views(tma_q, q_smem, qk_mma().get_slice(0).partition_A(gq))
+    k, v = source_views(source, k_smem, v_smem, kv_head, batch)
+
+    kv_tiles = span[0]
     if kv_tiles > 0:  # a query tile that sees no key loads nothing, not even Q
         load_q(tma_q, q_smem, q_gmem, bars)
-        load_kv_tile(tma_k, k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, 0)
+        load_k(k, bars, 0, span)
         for j in cutlass.range(1, kv_tiles, unroll=1):
-            load_kv_tile(tma_k, k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j)
-            load_kv_tile(tma_v, v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j - 1)
-        load_kv_tile(tma_v, v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, kv_tiles - 1)
+            load_k(k, bars, j, span)
+            load_v(v, bars, j - 1, span)
+        load_v(v, bars, kv_tiles - 1, span)
 
 
 @cute.jit
@@ -226,14 +245,24 @@ def load_q(tma, smem, gmem, bars):
 
 
 @cute.jit
-def load_kv_tile(tma, views, full, empty, tile_bytes: cutlass.Constexpr, j):
-    """K or V tile j into its stage. Rows past the sequence arrive as zeros and count in tile_bytes."""
-    smem, gmem = views
+def load_k(k, bars, j, span):
+    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, j)
+
+
+@cute.jit
+def load_v(v, bars, j, span):
+    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, j)
+
+
+@cute.jit
+def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, tile):
+    """K or V tile `tile`, the j-th through the ring. Rows past the sequence arrive as zeros and count in tile_bytes."""
+    tma, smem, gmem = views
     stage, phase = ring(j)
     cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive_and_expect_tx(full + stage, tile_bytes)
-    cute.copy(tma, gmem[None, j], smem[None, stage], tma_bar_ptr=full + stage)
+    cute.copy(tma, gmem[None, tile], smem[None, stage], tma_bar_ptr=full + stage)
 
 
 @cute.jit
@@ -331,20 +360,21 @@ def write_row(tile, row, step: cutlass.Constexpr):
 
 
 @cute.jit
-def softmax_tile(s_tmem, p_tile, o_tmem, bars, j, row_end, scale_log2, m, total, masked: cutlass.Constexpr):
-    """KV tile j for this thread's row: S becomes P = exp2((S - m) scale_log2), and O follows m when m moves.
+def softmax_tile(s_tmem, p_tile, o_tmem, bars, j, seen, scale_log2, m, total):
+    """The j-th KV tile for this thread's row: S becomes P = exp2((S - m) scale_log2), and O follows m when m moves.
 
-    m is the row's maximum of S so far, total its sum of exponentials against m; returns both, updated.
+    seen: columns of the tile that the row sees, None for all. m is the row's maximum of S so far, total its sum of
+    exponentials against m; returns both, updated.
     """
     wait_tmem(bars + S_FULL, j & 1)
     s = read_row(s_tmem, S_COLUMNS)
     arrive_warp(bars + S_EMPTY)  # QK of tile j + 1 may overwrite S
-    if cutlass.const_expr(masked):
-        hide_columns(s, row_end - j * TILE_N)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
 
     m_new = row_max(s, m)
     reference = m_new
-    if cutlass.const_expr(masked):
+    if cutlass.const_expr(seen is not None):
         reference = m_new if m_new > -Float32.inf else Float32(0.0)  # nothing seen yet: -inf - -inf would be NaN
     factor = cute.math.exp2((m - reference) * scale_log2, fastmath=True)  # exactly 1 where m stays
     total = total * factor + exponentiate(s, scale_log2, -reference * scale_log2)
@@ -360,13 +390,6 @@ def softmax_tile(s_tmem, p_tile, o_tmem, bars, j, row_end, scale_log2, m, total,
     cute.arch.fence_view_async_tmem_store()
     arrive_warp(bars + P_FULL)
     return m_new, total
-
-
-@cute.jit
-def hide_columns(s, visible):
-    """-inf in every column from visible on: keys past the row's diagonal or the end of the sequence."""
-    for c in cutlass.range_constexpr(TILE_N):
-        s[c] = s[c] if c < visible else -Float32.inf
 
 
 @cute.jit
@@ -408,9 +431,10 @@ def rescale(o_tmem, factor):
 
 
 @cute.jit
-def store_o(o_tmem, o_smem, tma_o, mo, q_tile, head, batch):
+def store_o(o_tmem, o_smem, tma_o, mo, block):
     """O from TMEM through registers and this warp's slab of sO to global memory; TMA drops rows past Sq."""
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    q_tile, head, batch = block
     slab = o_smem[None, None, warp]
     rows = q_tile * SOFTMAX_WARPS + warp
     tiles = cute.local_tile(mo[None, None, head, batch], (WARP_ROWS, O_CHUNK), (rows, None))
@@ -450,26 +474,29 @@ def zero_o(o_tmem):
 
 
 @cute.jit
-def softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, lse, m_out, bars, scale, q_tile, head, batch, seqlens):
+def softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, block, lengths, span):
     """Warps 0-3: the tiles that every row sees whole, then those that need a mask, then O out."""
-    seqlen_q, seqlen_k = seqlens
-    row = q_tile * TILE_M + cute.arch.thread_idx()[0]
-    kv_tiles, whole_tiles = kv_range(q_tile, seqlen_q, seqlen_k)
-    row_end = cutlass.min(row + seqlen_k - seqlen_q + 1, seqlen_k)
+    q_tile, head, batch = block
+    seqlen_q, seqlen_k = lengths
+    kv_tiles, whole_tiles = span
+    token = q_tile * TILE_M + cute.arch.thread_idx()[0]
+    end = end_key(token, seqlen_q, seqlen_k)
     scale_log2 = scale * LOG2_E
     m, total = -Float32.inf, Float32(0.0)
     for j in cutlass.range(whole_tiles, unroll=1):
-        m, total = softmax_tile(s_tmem, p_tile, o_tmem, bars, j, row_end, scale_log2, m, total, False)
+        m, total = softmax_tile(s_tmem, p_tile, o_tmem, bars, j, None, scale_log2, m, total)
     for j in cutlass.range(whole_tiles, kv_tiles, unroll=1):
-        m, total = softmax_tile(s_tmem, p_tile, o_tmem, bars, j, row_end, scale_log2, m, total, True)
+        seen = end - j * TILE_N
+        m, total = softmax_tile(s_tmem, p_tile, o_tmem, bars, j, seen, scale_log2, m, total)
 
     if kv_tiles == 0:
         zero_o(o_tmem)
     wait_tmem(bars + O_FULL, (kv_tiles + 1) & 1)  # the last PV
-    store_o(o_tmem, o_smem, tma_o, mo, q_tile, head, batch)
-    if row < seqlen_q:
-        lse[batch, head, row] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
-        m_out[batch, head, row] = m * scale
+    store_o(o_tmem, o_smem, tma_o, mo, block)
+    lse, m_out = rows
+    if token < seqlen_q:
+        lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
+        m_out[batch, head, token] = m * scale
 
 
 def smem_tile(smem, offset, layout, dtype):
@@ -498,10 +525,11 @@ def fmha_sm100_d256_fp16_gqa4_causal_unnorm_psmem_stage1_n32(
     scale: Float32,
 ):
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    block, head, batch = cute.arch.block_idx()
-    q_tile = cute.arch.grid_dim()[0] - 1 - block  # the last tile sees the most keys: start it first
-    seqlens = mq.shape[0], mk.shape[0]
-    kv_tiles, _ = kv_range(q_tile, *seqlens)
+    q_tile, head, batch = cute.arch.block_idx()
+    q_tile = cute.arch.grid_dim()[0] - 1 - q_tile  # the last tile sees the most keys: start it first
+    block = q_tile, head, batch
+    lengths = mq.shape[0], mk.shape[0]
+    span = kv_span(q_tile, *lengths)
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)
     bars = cute.recast_ptr(smem + BARRIERS_OFFSET, dtype=Int64)
@@ -533,11 +561,12 @@ def fmha_sm100_d256_fp16_gqa4_causal_unnorm_psmem_stage1_n32(
     p_tile = smem_tile(smem, SP_OFFSET, p_row_layout(), DTYPE)
 
     if warp == LOAD_WARP:
-        load_warp(tma_q, mq, q_smem, tma_k, mk, k_smem, tma_v, mv, v_smem, bars, q_tile, head, batch, kv_tiles)
+        load_warp(tma_q, mq, q_smem, (tma_k, mk, tma_v, mv), k_smem, v_smem, bars, block, span)
     if warp == MMA_WARP:
-        mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, kv_tiles)
+        mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, span[0])
     if warp < SOFTMAX_WARPS:
-        softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, lse, m_out, bars, scale, q_tile, head, batch, seqlens)
+        rows = (lse, m_out)
+        softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, block, lengths, span)
 
     cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
     cute.arch.sync_threads()  # every warp is done with TMEM
@@ -553,13 +582,13 @@ def launch(
     v: cute.Tensor,
     o: cute.Tensor,
     lse: cute.Tensor,
-    m: cute.Tensor,
+    m_out: cute.Tensor,
     scale: Float32,
     stream,
 ):
     """O of one attention call: q [B, Sq, Hq, HEAD_DIM], k and v [B, Skv, Hkv, ...], o [B, Sq, Hq, HEAD_DIM_V].
 
-    o is float32, the sum of exp(s scale - m) v; lse and m are float32 [B, Hq, Sq], natural log, m after scaling.
+    o is float32, the sum of exp(s scale - m) v; lse and m_out are float32 [B, Hq, Sq], natural log, m after scaling.
     scale (positive) multiplies Q K^T. A row that sees no key gives O = 0 and LSE = -inf.
     """
     # TMA tensors put the MMA's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
@@ -574,7 +603,7 @@ def launch(
     tma_o, mo = cpasync.make_tiled_tma_atom(store, mo, slab, (WARP_ROWS, O_CHUNK))
 
     grid = (cute.ceil_div(q.shape[1], TILE_M), q.shape[2], q.shape[0])
-    arguments = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo, lse, m, scale)
+    arguments = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo, lse, m_out, scale)
     kernel = fmha_sm100_d256_fp16_gqa4_causal_unnorm_psmem_stage1_n32(*arguments)
     # One CTA an SM is enough: without the hint ptxas trades spills for residency that TMEM may not allow.
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

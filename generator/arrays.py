@@ -6,7 +6,7 @@ PyTorch is never imported here: a tensor in hand proves that the caller has it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,11 +15,13 @@ import ml_dtypes
 import numpy as np
 
 from .dsl import TensorArgument
+from .signature import AXIS_NAMES, Parameter, fixed_sizes, inputs, outputs
 from .spec import KernelSpec, SpecError
 
 ALIGNMENT = 16  # bytes, of a TMA tensor's address and of its strides (cuda.h, cuTensorMapEncodeTiled)
 STRIDE_LIMIT = 1 << 40  # bytes (same source)
 EXTENT_LIMIT = 1 << 31  # extents are int32 in the host function's descriptors
+SEQUENCE_LIMIT = 1 << 30  # positions and their sums with a window (spec.WINDOW_MAX) are int32 in the kernel
 GRID_LIMIT = 65535  # y and z of a grid (CUDA programming guide): query heads and batch
 
 DTYPES: dict[str, Any] = {
@@ -41,7 +43,7 @@ class CallError(SpecError):
 
 @dataclass(frozen=True)
 class View:
-    """One array: [B, S, H, D]; strides in elements; device "cpu" or "cuda:N"; owner keeps the memory alive."""
+    """One array, such as [B, S, H, D]; strides in elements; device "cpu" or "cuda:N"; owner keeps the memory alive."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,6 +62,9 @@ class View:
 
     def argument(self) -> TensorArgument:
         return TensorArgument(self.address, self.shape, self.strides)
+
+
+Views = tuple[View, ...]
 
 
 def is_torch(array: Any) -> bool:
@@ -85,80 +90,166 @@ def view_of(name: str, array: Any) -> View:
     return View(name, shape, strides, _NAMES.get(kind, kind), size, address, device, array)
 
 
-def check_inputs(spec: KernelSpec, q: Any, k: Any, v: Any) -> tuple[View, View, View]:
-    """Views of Q [B, Sq, Hq, D], K [B, Skv, Hkv, D], V [B, Skv, Hkv, Dv], after checking them against the kernel.
+def check_inputs(spec: KernelSpec, q: Any, k: Any, v: Any = None, k2: Any = None, v2: Any = None, **rows: Any) -> Views:
+    """Views of a call's arrays, in the order of the kernel's signature, after checking them against the kernel.
 
+    q [B, Sq, Hq, D], k [B, Skv, Hkv, D], v [B, Skv, Hkv, Dv] (none with kv_shared); k2 and v2 [B, Skv2, Hkv, ...] of
+    the second source; rows: seqlens and seqlens2 int32 [B], limit2 int32 [B, Sq], sink float32 [Hq]. Values of the
+    integers are checked where they are on the CPU; a kernel takes lengths beyond 0 to Skv for the nearest of them.
     Raises CallError, which names the array, what it has, what is needed and the remedy.
     """
-    views = [view_of(name, array) for name, array in (("q", q), ("k", k), ("v", v))]
-    for view, columns in zip(views, (spec.head_dim, spec.head_dim, spec.v_dim), strict=True):
-        _check_dtype(view, spec.dtype)
-        _check_shape(view, columns)
-    _check_agreement(spec, *views)
-    devices = {view.name: view.device for view in views}
+    given = {"q": q, "k": k, "v": v, "k2": k2, "v2": v2, **rows}
+    _check_presence(spec, {name for name, array in given.items() if array is not None})
+    views = {parameter.name: _checked(spec, parameter, given[parameter.name]) for parameter in inputs(spec)}
+    _check_agreement(spec, views)
+    devices = {name: view.device for name, view in views.items()}
     if len(set(devices.values())) > 1:
-        raise CallError("device", devices, "q, k and v must be on one device", "move them to the same one")
-    return tuple(_check_strides(view) for view in views)
+        *most, last = views
+        limit = f"{', '.join(most)} and {last} must be on one device"
+        raise CallError("device", devices, limit, "move them to the same one")
+    views = {name: _check_strides(view) for name, view in views.items()}
+    for name, most in (("seqlens", "k"), ("seqlens2", "k2"), ("limit2", None)):
+        if name in views and views[name].device == "cpu":
+            _check_values(views[name], views[most].shape[1] if most else None, most)
+    return tuple(views.values())
+
+
+_ABSENT = {  # why a kernel takes no such array, and how to build one that does
+    "v": ("V is K's first {dv} columns (kv_shared)", "leave v out, or build a kernel without kv_shared"),
+    "k2": ("the kernel was built for one KV source", "build one with kv_sources=2"),
+    "v2": ("the kernel was built for one KV source", "build one with kv_sources=2"),
+    "seqlens": ("the kernel was built without KV lengths", "build one with seqlens=True"),
+    "seqlens2": ("the kernel was built without lengths of a second source", "use seqlens=True with kv_sources=2"),
+    "limit2": ("the kernel was built without limits", "build one with kv_sources=2, limit2=True"),
+    "sink": ("the kernel was built without sinks", "build one with sink=True"),
+}
+_MISSING = {  # what the kernel needs it for, and the way out
+    "v": ("is V [B, Skv, Hkv, {dv}]", "pass it, or build a kernel with kv_shared=True"),
+    "k2": ("is the second source's K [B, Skv2, Hkv, {d}]", "pass k2=, or build a kernel with kv_sources=1"),
+    "v2": ("is the second source's V [B, Skv2, Hkv, {dv}]", "pass v2=, or build a kernel with kv_sources=1"),
+    "seqlens": ("is the KV lengths, int32 [B]", "pass seqlens=, or build a kernel with seqlens=False"),
+    "seqlens2": ("is the second source's KV lengths, int32 [B]", "pass seqlens2=, or build it with seqlens=False"),
+    "limit2": ("is the keys of the second source that a query sees, int32 [B, Sq]", "pass limit2=, or build without"),
+    "sink": ("is a logit a query head, float32 [Hq]", "pass sink=, or build a kernel with sink=False"),
+}
+
+
+def _check_presence(spec: KernelSpec, given: set[str]) -> None:
+    """Every array that the kernel takes is there, and no other."""
+    columns = {"d": spec.head_dim, "dv": spec.v_dim}
+    wanted = {parameter.name for parameter in inputs(spec)}
+    for name in ("v", "k2", "v2", "seqlens", "seqlens2", "limit2", "sink"):
+        if name in wanted and name not in given:
+            limit, remedy = _MISSING[name]
+            raise CallError(name, None, f"the kernel needs it: {name} " + limit.format(**columns), remedy)
+        if name in given and name not in wanted:
+            limit, remedy = _ABSENT["v" if name == "v2" and spec.kv_sources == 2 else name]
+            raise CallError(name, "given", limit.format(**columns), remedy)
+    unknown = sorted(given - {"q", "k", *_ABSENT})
+    if unknown:
+        raise CallError(unknown[0], "given", "no kernel takes it", "see the names in the kernel's signature")
+
+
+def _checked(spec: KernelSpec, parameter: Parameter, array: Any) -> View:
+    view = view_of(parameter.name, array)
+    _check_dtype(view, parameter.dtype)
+    _check_shape(view, parameter, fixed_sizes(spec))
+    return view
 
 
 def _check_dtype(view: View, wanted: str) -> None:
     if view.dtype != wanted:
-        spelled = {"bf16": "ml_dtypes.bfloat16 or torch.bfloat16", "fp16": "float16"}[wanted]
+        spelled = {"bf16": "ml_dtypes.bfloat16 or torch.bfloat16", "fp16": "float16"}.get(wanted, wanted)
         remedy = f"convert it to {spelled}"
-        if view.dtype in _NAMES.values():
+        if wanted in _NAMES.values() and view.dtype in _NAMES.values():
             remedy += f', or build a kernel with dtype="{view.dtype}"'
         raise CallError(f"{view.name}.dtype", view.dtype, f"the kernel was built for {wanted}", remedy)
 
 
-def _check_shape(view: View, columns: int) -> None:
-    if len(view.shape) != 4:
-        limit = "must have four dimensions [batch, sequence, heads, head_dim]"
-        raise CallError(f"{view.name}.shape", view.shape, limit, "reshape it, for example with [None]")
-    for axis, extent in zip(_AXES, view.shape, strict=True):
-        if not 1 <= extent < EXTENT_LIMIT:
-            limit = f"{axis} must be from 1 to {EXTENT_LIMIT - 1}"
-            raise CallError(f"{view.name}.shape", view.shape, limit, "there is nothing to attend to in an empty array")
-    if view.shape[3] != columns:
-        limit = f"the kernel was built for {columns} columns"
-        raise CallError(f"{view.name}.shape", view.shape, limit, f"build a kernel with head_dim={view.shape[3]}")
+def _check_shape(view: View, parameter: Parameter, fixed: Mapping[str, int]) -> None:
+    field, names = f"{view.name}.shape", [AXIS_NAMES.get(axis, axis).removesuffix("_v") for axis in parameter.axes]
+    if len(view.shape) != len(names):
+        count = {1: "one dimension", 2: "two dimensions", 4: "four dimensions"}[len(names)]
+        limit = f"must have {count} [{', '.join(names)}]"
+        raise CallError(field, view.shape, limit, "reshape it, for example with [None]")
+    for axis, extent in zip(names, view.shape, strict=True):
+        most = SEQUENCE_LIMIT if axis == "sequence" else EXTENT_LIMIT - 1
+        if not 1 <= extent <= most:
+            limit = f"{axis} must be from 1 to {most}"
+            raise CallError(field, view.shape, limit, "there is nothing to attend to in an empty array")
+    columns = fixed.get(parameter.axes[-1])
+    if columns is None or view.shape[-1] == columns:
+        return
+    limit = f"the kernel was built for {columns} columns"
+    raise CallError(field, view.shape, limit, f"build a kernel with {parameter.axes[-1]}={view.shape[-1]}")
 
 
-def _check_agreement(spec: KernelSpec, q: View, k: View, v: View) -> None:
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        value = {view.name: view.shape[0] for view in (q, k, v)}
-        raise CallError("batch", value, "q, k and v must have the same batch", "repeat or slice the odd one")
-    if k.shape[1:3] != v.shape[1:3]:
-        value = {"k": k.shape, "v": v.shape}
-        raise CallError("shape", value, "k and v must agree in sequence and heads", "slice the longer one")
+def _check_agreement(spec: KernelSpec, views: Mapping[str, View]) -> None:
+    q, k = views["q"], views["k"]
+    batches = {name: view.shape[0] for name, view in views.items() if name != "sink"}
+    matrices = [name for name, view in views.items() if len(view.shape) == 4]
+    if len({batches[name] for name in matrices}) > 1:
+        value = {name: batches[name] for name in matrices}
+        limit = f"{', '.join(matrices[:-1])} and {matrices[-1]} must have the same batch"
+        raise CallError("batch", value, limit, "repeat or slice the odd one")
+    for one, other in (("k", "v"), ("k2", "v2")):
+        if other in views and views[one].shape[1:3] != views[other].shape[1:3]:
+            value = {one: views[one].shape, other: views[other].shape}
+            raise CallError(
+                "shape", value, f"{one} and {other} must agree in sequence and heads", "slice the longer one"
+            )
+    if "k2" in views and views["k2"].shape[2] != k.shape[2]:
+        value = {"k": k.shape[2], "k2": views["k2"].shape[2]}
+        raise CallError("heads", value, "both KV sources must have the same heads", "repeat or slice the odd one")
     if q.shape[2] != k.shape[2] * spec.q_heads_per_kv:
         value, groups = {"q": q.shape[2], "k": k.shape[2]}, divmod(q.shape[2], k.shape[2])
         limit = f"the kernel was built for {spec.q_heads_per_kv} query head(s) a KV head"
         fitting = groups[0] > 0 and groups[1] == 0
         remedy = f"build one with q_heads_per_kv={groups[0]}" if fitting else "give q a multiple of k's heads"
         raise CallError("heads", value, limit, remedy)
+    sizes = {"batch": q.shape[0], "queries": q.shape[1], "q_heads": q.shape[2]}
+    for parameter in inputs(spec):
+        if not parameter.matrix and views[parameter.name].shape != parameter.extents(sizes):
+            needed = ", ".join(f"{AXIS_NAMES.get(axis, axis)} {sizes[axis]}" for axis in parameter.axes)
+            limit = f"must have the extents of q: [{needed}]"
+            raise CallError(f"{parameter.name}.shape", views[parameter.name].shape, limit, "slice or extend it")
     for axis, extent in (("batch", q.shape[0]), ("heads", q.shape[2])):
         if extent > GRID_LIMIT:
             raise CallError(f"q.{axis}", extent, f"a grid holds at most {GRID_LIMIT}", "split the call")
 
 
+def _check_values(view: View, most: int | None, array: str | None) -> None:
+    """Lengths from 0 to the tensor's; limits of at least 0 (more than there are keys simply hides none)."""
+    values = np.asarray(view.owner)
+    low, high = int(values.min()), int(values.max())
+    if low < 0:
+        raise CallError(view.name, low, "must not be negative", "0 hides every key")
+    if most is not None and high > most:
+        limit = f"is beyond {array}, which has {most} keys"
+        raise CallError(view.name, high, limit, f"at most {most}, or a longer {array}")
+
+
 def _check_strides(view: View) -> View:
     """The view with a usable stride where an extent of 1 leaves it open (NumPy and PyTorch put anything there)."""
-    name, step = view.name, ALIGNMENT // view.item_bytes
-    compact = view.shape[3]
+    name, size = view.name, view.item_bytes
+    compact = view.shape[-1]
     strides = [compact if extent == 1 else stride for extent, stride in zip(view.shape, view.strides, strict=True)]
-    strides[3] = view.strides[3] if view.shape[3] > 1 else 1
+    strides[-1] = view.strides[-1] if view.shape[-1] > 1 else 1
     remedy = f"pass a contiguous copy of {name}"
-    if strides[3] != 1:
-        raise CallError(f"{name}.strides", view.strides, "head_dim must be contiguous (stride 1)", remedy)
-    for axis, stride in zip(_AXES[:3], strides[:3], strict=True):
-        size = stride * view.item_bytes
-        if size <= 0 or size >= STRIDE_LIMIT or stride % step:
-            limit = f"the {axis} stride ({size} bytes) must be a positive multiple of {ALIGNMENT} bytes below 2^40"
+    matrix = len(view.shape) == 4
+    if strides[-1] != 1:
+        what = "head_dim" if matrix else "the last dimension"
+        raise CallError(f"{name}.strides", view.strides, f"{what} must be contiguous (stride 1)", remedy)
+    alignment = ALIGNMENT if matrix else size
+    for axis, stride in zip(_AXES[:3], strides[:-1], strict=False):
+        span = stride * size
+        if span <= 0 or span >= STRIDE_LIMIT or span % alignment:
+            limit = f"the {axis} stride ({span} bytes) must be a positive multiple of {alignment} bytes below 2^40"
             raise CallError(f"{name}.strides", view.strides, limit, remedy)
-    if view.address % ALIGNMENT:
-        limit = f"must be aligned to {ALIGNMENT} bytes"
+    if view.address % alignment:
+        limit = f"must be aligned to {alignment} bytes"
         raise CallError(f"{name} address", f"{view.address:#x}", limit, remedy)
-    return View(name, view.shape, tuple(strides), view.dtype, view.item_bytes, view.address, view.device, view.owner)
+    return View(name, view.shape, tuple(strides), view.dtype, size, view.address, view.device, view.owner)
 
 
 class Output:
@@ -204,9 +295,8 @@ class Output:
 def output_layout(spec: KernelSpec, q: View) -> list[tuple[str, tuple[int, ...], str]]:
     """(name, shape, dtype) of what a kernel returns: O [B, Sq, Hq, Dv], and LSE and m [B, Hq, Sq] where it has them."""
     batch, queries, heads, _ = q.shape
-    outputs = [("o", (batch, queries, heads, spec.v_dim), "float32" if spec.unnormalized else spec.dtype)]
-    names = [name for name, wanted in (("lse", spec.lse), ("m", spec.unnormalized)) if wanted]
-    return outputs + [(name, (batch, heads, queries), "float32") for name in names]
+    sizes = fixed_sizes(spec) | {"batch": batch, "queries": queries, "q_heads": heads}
+    return [(parameter.name, parameter.extents(sizes), parameter.dtype) for parameter in outputs(spec)]
 
 
 def merged_spans(views: Sequence[View]) -> list[tuple[str, int, int]]:

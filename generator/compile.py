@@ -24,6 +24,7 @@ from .emit import emit_kernel, kernel_path, write_text
 from .emulator.host import Launch, attached, library_path, redirect
 from .plan import Plan
 from .resources import VERSION
+from .signature import fixed_sizes, signature
 from .spec import KernelSpec
 
 __all__ = ["Binary", "CompileError", "check_budget", "compile_kernel"]
@@ -158,9 +159,9 @@ class _LaunchProbe:
 
 def _probe_launch(spec: KernelSpec, traced: Traced, path: Path) -> Launch:
     """What the host function asks of a launch. It only computes with the tensors' descriptors, so any address does."""
-    tokens, group = 1, spec.q_heads_per_kv
-    shapes = [(1, tokens, group, spec.head_dim), (1, tokens, 1, spec.head_dim), (1, tokens, 1, spec.v_dim)]
-    shapes += [(1, tokens, group, spec.v_dim)] + [(1, group, tokens)] * (spec.lse + spec.unnormalized)
+    sizes = fixed_sizes(spec) | {"batch": 1, "queries": 1, "keys": 1, "keys2": 1, "kv_heads": 1}
+    sizes["q_heads"] = spec.q_heads_per_kv
+    shapes = [parameter.extents(sizes) for parameter in signature(spec)]
     tensors = [TensorArgument(0x10000, shape, _compact_strides(shape)) for shape in shapes]
     with attached(_LaunchProbe(spec.arch, traced.ptx), traced.ptx, traced.cubin) as session:
         function = HostFunction(redirect(traced.host_object), traced.host_symbol, library_path())

@@ -21,12 +21,13 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .signature import Parameter, fixed_sizes, signature
 from .spec import KernelSpec, SpecError
 
 TESTED_SERIES = "4.8"
@@ -95,9 +96,11 @@ def trace_kernel(source: Path, spec: KernelSpec, lineinfo: bool = False) -> Trac
     lineinfo: with `.loc` directives in the PTX.
     """
     check_dsl()
+    import cutlass
     from cutlass import cute
     from cutlass.base_dsl.ast_helpers import DSLOptimizationWarning
     from cutlass.base_dsl.compiler import DumpDir, GenerateLineInfo, GPUArch, KeepCUBIN, KeepPTX
+    from cutlass.cute.runtime import make_fake_stream
 
     _load_runtime_globally()
     module_name = f"bespoke_kernel_{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
@@ -109,7 +112,9 @@ def trace_kernel(source: Path, spec: KernelSpec, lineinfo: bool = False) -> Trac
                 warnings.simplefilter("ignore", DSLOptimizationWarning)  # "very slow to compile": it is not
                 module = _import_file(source, module_name)
                 # Arguments stand for any tensor of the specification: extents and strides stay open.
-                compiled = compiler(module.launch, *_open_arguments(spec), no_jit_engine=True)
+                arguments = open_arguments(signature(spec), fixed_sizes(spec))
+                arguments += [cutlass.Float32(1.0), make_fake_stream()]  # scale, stream
+                compiled = compiler(module.launch, *arguments, no_jit_engine=True)
             host_object = compiled.dump_to_object(_PREFIX)
         except Exception as error:
             raise CompileError(f"{source}: {type(error).__name__}: {error}") from error
@@ -133,29 +138,32 @@ def _import_file(source: Path, module_name: str) -> Any:
     return module
 
 
-def _open_arguments(spec: KernelSpec) -> list[Any]:
-    """Compile-time stand-ins for `launch`'s parameters (q, k, v, o, [lse], [m], scale, stream)."""
+def open_arguments(parameters: Sequence[Parameter], sizes: Mapping[str, int]) -> list[Any]:
+    """Compile-time stand-ins for tensors: extents and strides stay open, but for the columns and the last stride.
+
+    sizes: extents of the axes that are fixed.
+    """
     import cutlass
     from cutlass import cute
-    from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+    from cutlass.cute.runtime import make_fake_tensor
 
-    def matrix(dtype: Any, columns: int) -> Any:  # [B, S, H, D]
-        step = _TMA_ALIGNMENT * 8 // dtype.width
-        strides = tuple(cute.sym_int64(divisibility=step) for _ in range(3))
-        extents = tuple(cute.sym_int() for _ in range(3))
-        return make_fake_tensor(dtype, (*extents, columns), (*strides, 1), assumed_align=_TMA_ALIGNMENT)
+    dtypes = {
+        "bf16": cutlass.BFloat16,
+        "fp16": cutlass.Float16,
+        "float32": cutlass.Float32,
+        "int32": cutlass.Int32,
+    }
 
-    def rows() -> Any:  # [B, H, Sq], float32
-        extents = tuple(cute.sym_int() for _ in range(3))
-        strides = (cute.sym_int64(), cute.sym_int64(), 1)
-        return make_fake_tensor(cutlass.Float32, extents, strides, assumed_align=4)
+    def argument(parameter: Parameter) -> Any:
+        dtype, rank = dtypes[parameter.dtype], len(parameter.axes)
+        align = _TMA_ALIGNMENT if parameter.matrix else dtype.width // 8
+        step = align * 8 // dtype.width
+        strides = tuple(cute.sym_int64(divisibility=step) for _ in range(rank - 1))
+        extents = tuple(cute.sym_int() for _ in range(min(rank, 3)))
+        shape = (*extents, sizes[parameter.axes[3]]) if parameter.matrix else extents
+        return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=align)
 
-    element = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}[spec.dtype]
-    output = cutlass.Float32 if spec.unnormalized else element
-    arguments = [matrix(element, spec.head_dim), matrix(element, spec.head_dim), matrix(element, spec.v_dim)]
-    arguments += [matrix(output, spec.v_dim)]
-    arguments += [rows() for wanted in (spec.lse, spec.unnormalized) if wanted]
-    return [*arguments, cutlass.Float32(1.0), make_fake_stream()]
+    return [argument(parameter) for parameter in parameters]
 
 
 def runtime_library() -> Path:
@@ -185,7 +193,7 @@ class TensorArgument:
     """
 
     def __init__(self, address: int, shape: Sequence[int], strides: Sequence[int]) -> None:
-        extents = shape[:3]  # [B, S, H, (D)] or [B, H, Sq]
+        extents = shape[:3]  # [B, S, H, (D)], [B, H, Sq] or fewer
         fields = [
             ("address", ctypes.c_void_p),
             ("shape", ctypes.c_int32 * len(extents)),

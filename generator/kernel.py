@@ -22,17 +22,23 @@ class Kernel:
         self.plan = plan
         self.binary = binary
 
-    def __call__(self, q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
+    def __call__(
+        self, q: Any, k: Any, v: Any = None, k2: Any = None, v2: Any = None, *, scale: float | None = None, **rows: Any
+    ) -> Any:
         """Attention of Q [B, Sq, Hq, D], K [B, Skv, Hkv, D], V [B, Skv, Hkv, Dv]; D contiguous, other strides free.
 
         NumPy (ml_dtypes.bfloat16, float16) or CPU PyTorch arrays run on the emulator, CUDA tensors on the GPU.
+        A kernel takes what its specification asks for, and nothing else: v unless kv_shared; k2 and v2
+        [B, Skv2, Hkv, ...] with kv_sources = 2; by name seqlens and seqlens2, int32 [B] (keys of each source that
+        exist, 0 to Skv), limit2, int32 [B, Sq] (keys of the second source that a query sees), sink, float32 [Hq].
+        Rows of K and V past a length are read with the tile that they share, so they must be finite.
         scale: of the scores, default 1/sqrt(D). Returns (o, lse), (o, lse, m) when the output is un-normalized, or o
         alone when the kernel stores no LSE: O [B, Sq, Hq, Dv], LSE and m float32 [B, Hq, Sq], natural log.
         Raises CallError for arrays that do not fit the kernel, RunError when it cannot be launched.
         """
         from .run import run_kernel
 
-        outputs = run_kernel(self.binary, q, k, v, scale)
+        outputs = run_kernel(self.binary, q, k, v, k2, v2, scale=scale, **rows)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @property

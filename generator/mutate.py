@@ -23,7 +23,7 @@ from .emulator.gpu import Gpu, LaunchCase, Observer
 from .emulator.mutation import RESULTS, Outcome, run_mutants
 from .emulator.script import ScriptRun, run_script
 from .run import run_observed
-from .verify import compare, judge, judge_writes, random_inputs
+from .verify import compare, judge, judge_writes, random_operands
 
 Done = Callable[[Outcome], None]
 KV_TILES = 7  # whole ones: three rounds of a ring of two stages, and one more
@@ -46,17 +46,17 @@ def mutate_kernel(
     jobs: processes; done: called with each outcome as it comes. Raises EmulatorError when the kernel does not pass.
     """
     spec, shape = binary.spec, tuple(int(extent) for extent in shape)
-    q, k, v = random_inputs(spec.dtype, shape, spec.head_dim, spec.v_dim, seed)
+    operands = random_operands(spec, shape, seed)
     outcomes: list[Outcome] = []
 
     def prepare(gpu: Gpu, outputs: Sequence[Output]) -> None:
         def wrong() -> str | None:
-            failures = [*judge(compare(binary, q, k, v, outputs)), *judge_writes(outputs)]
+            failures = [*judge(compare(binary, operands, outputs)), *judge_writes(outputs)]
             return "; ".join(failures) or None
 
         gpu.observers.append(_mutating(outcomes, wrong, jobs, done))
 
-    run_observed(binary, q, k, v, backend="emulator", prepare=prepare)
+    run_observed(binary, **operands, backend="emulator", prepare=prepare)
     return [named(outcome, spec.name) for outcome in outcomes]
 
 

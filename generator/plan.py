@@ -26,6 +26,8 @@ from .budget import (
     output_bytes,
     swizzle_bytes,
 )
+from .mask import Mask, mask_of
+from .signature import Parameter, signature
 from .spec import KV_STAGE_MAX, KernelSpec, SpecError
 
 TILE_M = 128
@@ -140,6 +142,46 @@ class Plan:
     def o_columns(self) -> int:
         """Columns of O that the rescale and the epilogue hold in registers at a time."""
         return register_columns(self.o_chunk)
+
+    @property
+    def mask(self) -> Mask:
+        return mask_of(self.spec)
+
+    @property
+    def heads_per_tile(self) -> int:
+        """Query heads whose rows a tile holds."""
+        return 1
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of a tile."""
+        return self.tile_m // self.heads_per_tile
+
+    @property
+    def token_tile(self) -> str:
+        """The constant that says how many query tokens a tile has."""
+        return "TILE_M"
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The tensors of the kernel's host function."""
+        return signature(self.spec)
+
+    @property
+    def thread_tensors(self) -> list[Parameter]:
+        """Those that threads read and write, as the kernel takes them."""
+        return [parameter for parameter in self.parameters if not parameter.matrix]
+
+    @property
+    def thread_arguments(self) -> str:
+        """thread_tensors as the beginning of a list of arguments."""
+        return "".join(f"{parameter.spelled}, " for parameter in self.thread_tensors)
+
+    @property
+    def rows(self) -> str:
+        """Those of them that the softmax warps take, as the inside of a tuple; "" for none."""
+        names = [parameter.spelled for parameter in self.thread_tensors if parameter.name in ("sink", "lse", "m")]
+        return f"{names[0]}," if len(names) == 1 else ", ".join(names)
 
     @cached_property
     def layouts(self) -> dict[str, TileLayout]:
@@ -264,10 +306,7 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield "head_dim", f"at most {widest}; `bespoke budget --head-dim {spec.head_dim}` says what overflows"
     if spec.v_dim != spec.head_dim:
         yield "head_dim_v", f"leave it out, or set it to head_dim ({spec.head_dim})"
-    for field in ("window_left", "window_right"):
-        if getattr(spec, field) is not None:
-            yield field, "leave it out"
-    for field in ("seqlens", "sink", "kv_shared"):
+    for field in ("sink", "kv_shared"):
         if getattr(spec, field):
             yield field, "leave it out (default: false)"
     if spec.kv_sources != 1:

@@ -269,15 +269,14 @@ def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def report_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Verification rows: kernel, shape, errors, hazards, verdict."""
-    table = _table(
-        *("kernel", "shape", "backend", "cos", "rel_err", "max_abs_err", "lse_err", "hazards", "s", "verdict"),
-        left=("kernel", "shape", "backend"),
-    )
+    """Verification rows: kernel, shape, errors, KV tiles (visited/needed/all), hazards, verdict."""
+    named, errors = ("kernel", "shape", "backend"), ("cos", "rel_err", "max_abs_err", "lse_err")
+    table = _table(*named, *errors, "KV tiles", "hazards", "s", "verdict", left=named)
     for row in rows:
         verdict = "[green]passed[/]" if row["passed"] else "[red]FAILED[/]"
         errors = (_number(row[key], "7.2e") for key in ("rel_err", "max_abs_err", "lse_max_abs_err"))
-        cells = (_number(row["cos"], ".7f"), *errors, str(row["hazards"]), _number(row["seconds"], ".2f"))
+        tiles = "/".join(map(str, row["tiles"].values())) if row["tiles"] else "-"
+        cells = (_number(row["cos"], ".7f"), *errors, tiles, str(row["hazards"]), _number(row["seconds"], ".2f"))
         table.add_row(row["kernel"], row["shape"], row["backend"], *cells, verdict)
     return table
 

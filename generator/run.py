@@ -51,40 +51,39 @@ class Run:
 
 
 def run_kernel(
-    binary: Binary, q: Any, k: Any, v: Any, scale: float | None = None, backend: str | None = None
+    binary: Binary, *arrays: Any, scale: float | None = None, backend: str | None = None, **named: Any
 ) -> tuple[Any, ...]:
-    """Attention of Q [B, Sq, Hq, D], K [B, Skv, Hkv, D], V [B, Skv, Hkv, Dv] in the kernel's dtype.
+    """Attention of the arrays that the kernel takes, by position or by name; see arrays.check_inputs.
 
     scale: of the scores, default 1/sqrt(head_dim). backend: default by where the arrays are. Returns O [B, Sq, Hq, Dv]
     (float32 when unnormalized), then LSE and, when unnormalized, m, float32 [B, Hq, Sq], in the library of q.
     Raises CallError for arrays that the kernel was not built for, RunError when it cannot be launched or writes outside
     its outputs, EmulatorError for what the emulator refuses.
     """
-    views = check_inputs(binary.spec, q, k, v)
+    views = check_inputs(binary.spec, *arrays, **named)
     if _check_backend(backend, views) == "cuda" and views[0].device != "cpu":
         return _run_on_tensors(binary, views, _check_scale(binary, scale))
-    run = run_observed(binary, q, k, v, scale, backend)
+    run = run_observed(binary, *arrays, scale=scale, backend=backend, **named)
     for output in run.outputs:
         if output.outside():
             raise RunError(f"{binary.spec.name} wrote {output.outside()} elements outside {output.name}")
-    return tuple(_like(q, output.array) for output in run.outputs)
+    return tuple(_like(views[0].owner, output.array) for output in run.outputs)
 
 
 def run_observed(
     binary: Binary,
-    q: Any,
-    k: Any,
-    v: Any,
+    *arrays: Any,
     scale: float | None = None,
     backend: str | None = None,
     strict: bool = True,
     prepare: Prepare | None = None,
     trace: Any = None,
+    **named: Any,
 ) -> Run:
     """run_kernel on CPU arrays, with outputs that tell what was written; strict, trace: see Gpu. prepare: called with
     the Gpu and the outputs before the emulator runs. For verification.
     """
-    views = check_inputs(binary.spec, q, k, v)
+    views = check_inputs(binary.spec, *arrays, **named)
     if views[0].device != "cpu":
         raise CallError("device", views[0].device, "only CPU arrays are observed", "pass NumPy arrays")
     scale = _check_scale(binary, scale)

@@ -31,6 +31,7 @@ HEAD_DIM_QK_MLA = 576  # Q/K only, and only with head_dim_v = 512
 KV_STAGE_MAX = 16
 TILE_MAX = 256  # largest M or N of one tcgen05.mma
 GROUP_MAX = 1024
+WINDOW_MAX = 1 << 30  # keys: no sequence is longer (arrays.py), and sums of two stay within int32
 SPEC_FILE_BYTES_MAX = 65536
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,127}")
@@ -73,11 +74,12 @@ class KernelSpec(BaseModel):
     q_heads_per_kv: int = Field(1, ge=1, le=GROUP_MAX, description="query heads a KV head: 1 is MHA, more is GQA")
     pack_heads: bool | Literal["auto"] = Field("auto", description="fold the group into the M rows of a tile")
     causal: bool = Field(False, description="mask above the diagonal, aligned at the bottom right")
-    window_left: int | None = Field(None, ge=0, description="keys visible to the left of the diagonal")
-    window_right: int | None = Field(None, ge=0, description="keys visible to the right of the diagonal")
+    window_left: int | None = Field(None, ge=0, le=WINDOW_MAX, description="keys visible to the left of the diagonal")
+    window_right: int | None = Field(None, ge=0, le=WINDOW_MAX, description="keys visible to the right of the diagonal")
     seqlens: bool = Field(False, description="KV lengths a batch entry, int32 [B]")
     sink: bool = Field(False, description="a float32 logit a head [Hq] joins the softmax denominator")
     kv_sources: Literal[1, 2] = Field(1, description="2: a second KV source merged in the same launch")
+    limit2: bool = Field(False, description="keys of the second source that a query sees, int32 [B, Sq]")
     kv_shared: bool = Field(False, description="V is a prefix of K's columns: one buffer serves both")
     output: Literal["normalized", "unnormalized"] = Field("normalized", description="unnormalized: float32 O, LSE, m")
     lse: bool = Field(True, description="store the log-sum-exp, float32 [B, Hq, Sq], natural log")
@@ -108,6 +110,8 @@ class KernelSpec(BaseModel):
         if self.kv_shared and self.v_dim > self.head_dim:
             limit = f"V is a prefix of K's {self.head_dim} columns, so head_dim_v = {self.v_dim} cannot be more"
             raise _Refused("kv_shared", True, limit, "lower head_dim_v")
+        if self.limit2 and self.kv_sources == 1:
+            raise _Refused("limit2", True, "limits a second KV source, and there is one", "set kv_sources = 2")
         return self
 
     @property
@@ -152,6 +156,7 @@ def _tokens(spec: KernelSpec) -> list[str]:
         "seqlens": "seqlens",
         "sink": "sink",
         "kv_sources": f"kv{spec.kv_sources}",
+        "limit2": "limit2",
         "kv_shared": "kvshared",
         "output": "unnorm",
         "lse": "nolse",

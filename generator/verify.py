@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,12 @@ import numpy as np
 from .arrays import DTYPES, Output
 from .compile import Binary
 from .emulator.errors import Deadlock, EmulatorError, Hazard
+from .mask import TileCounts
 from .reference import Attention, attention, normalize, rounding_model
 from .run import Prepare, run_observed
+from .signature import inputs
+from .spec import KernelSpec
+from .tiles import count_tiles, seen_of
 
 COS_MIN = 0.99999
 REL_ERR_FACTOR = 2.0
@@ -53,10 +57,12 @@ class Figures:
 
 @dataclass(frozen=True)
 class Report:
-    """One verification. shape: (B, Hq, Hkv, Sq, Skv); figures: None when the kernel did not finish."""
+    """One verification. shape: (B, Hq, Hkv, Sq, Skv[, Skv2]); figures: None when the kernel did not finish; tiles: KV
+    tiles that its CTAs visited, that some row of theirs saw, and that there were.
+    """
 
     kernel: str
-    shape: tuple[int, int, int, int, int]
+    shape: tuple[int, ...]
     backend: str
     seed: int
     figures: Figures | None
@@ -65,6 +71,7 @@ class Report:
     hazards: int
     seconds: float
     failures: tuple[str, ...] = field(default=())
+    tiles: TileCounts | None = None
 
     @property
     def passed(self) -> bool:
@@ -85,6 +92,7 @@ class Report:
             "rel_err_bound": _finite(figures.rel_err_bound if figures else None),
             "seed": self.seed,
             "failures": list(self.failures),
+            "tiles": self.tiles._asdict() if self.tiles else None,
         }
 
     def __str__(self) -> str:
@@ -109,19 +117,20 @@ def verify_kernel(
     CallError, and a machine without the GPU asked for raises RunError.
     """
     spec, shape = binary.spec, tuple(int(extent) for extent in shape)
-    q, k, v = random_inputs(spec.dtype, shape, spec.head_dim, spec.v_dim, seed)
+    operands = random_operands(spec, shape, seed)
     start = time.perf_counter()
     try:
-        run = run_observed(binary, q, k, v, backend=backend, strict=strict, prepare=prepare, trace=trace)
+        run = run_observed(binary, **operands, backend=backend, strict=strict, prepare=prepare, trace=trace)
     except EmulatorError as error:
         hazards = int(isinstance(error, (Hazard, Deadlock)))
         failure = f"{type(error).__name__}: {error}"
         return Report(spec.name, shape, backend, seed, None, {}, {}, hazards, time.perf_counter() - start, (failure,))
-    figures = compare(binary, q, k, v, run.outputs)
+    figures = compare(binary, operands, run.outputs)
     unwritten = {output.name: output.unwritten() for output in run.outputs}
     outside = {output.name: output.outside() for output in run.outputs}
     failures = (*judge(figures), *judge_writes(run.outputs))
-    return Report(spec.name, shape, backend, seed, figures, unwritten, outside, 0, run.seconds, failures)
+    tiles = count_tiles(binary.plan, operands)
+    return Report(spec.name, shape, backend, seed, figures, unwritten, outside, 0, run.seconds, failures, tiles)
 
 
 def random_inputs(
@@ -139,13 +148,46 @@ def random_inputs(
     return q, k, v
 
 
-def compare(binary: Binary, q: np.ndarray, k: np.ndarray, v: np.ndarray, outputs: Sequence[Output]) -> Figures:
+def random_operands(spec: KernelSpec, shape: Sequence[int], seed: int) -> dict[str, np.ndarray]:
+    """Every input of a kernel by name, of a shape (B, Hq, Hkv, Sq, Skv) and Skv2 where there is a second source.
+
+    Q, K, V are random_inputs. Of several batch entries the last has no keys, the others have lengths from 1 on. Past a
+    length K is NaN, which must not show, and V is large but finite: it meets P = 0. limit2 rises with the query in even
+    batch entries and is random in odd ones. Sinks are normal with twice the deviation of a score.
+    """
+    batch, q_heads, _, queries, *keys = shape
+    rng = np.random.default_rng([seed, *shape, spec.head_dim, spec.v_dim, 1])
+    given = dict(zip("qkv", random_inputs(spec.dtype, shape[:5], spec.head_dim, spec.v_dim, seed), strict=True))
+    if spec.kv_sources == 2:
+        other = (*shape[:4], keys[1])
+        _, given["k2"], given["v2"] = random_inputs(spec.dtype, other, spec.head_dim, spec.v_dim, seed + 1)
+        ramp = (np.arange(queries) + 1) * keys[1] // queries
+        limits = [ramp if b % 2 == 0 else rng.integers(0, keys[1] + 2, queries) for b in range(batch)]
+        given["limit2"] = np.array(limits, np.int32)
+    for index, name in ((0, "seqlens"), (1, "seqlens2"))[: len(keys)]:
+        lengths = rng.integers(1, keys[index] + 1, batch)
+        lengths[1:][-1:] = 0
+        given[name] = lengths.astype(np.int32)
+        if spec.seqlens:
+            for b, length in enumerate(lengths):
+                given["k" + name[7:]][b, length:] = np.nan
+                if not spec.kv_shared:
+                    given["v" + name[7:]][b, length:] = 1e4
+    given["sink"] = 2 * rng.standard_normal(q_heads, dtype=np.float32)
+    return {parameter.name: given[parameter.name] for parameter in inputs(spec)}
+
+
+def compare(binary: Binary, operands: Mapping[str, np.ndarray], outputs: Sequence[Output]) -> Figures:
     """Figures of a call's outputs against the reference and its rounding model, with the default scale."""
     spec = binary.spec
     scale = spec.head_dim**-0.5
     arrays = {output.name: output.array for output in outputs}
-    exact = attention(q, k, v, scale, spec.causal)
-    model = rounding_model(q, k, v, scale, binary.tile_n, spec.causal, spec.unnormalized)
+    q, k = operands["q"], operands["k"]
+    v = operands.get("v", k[..., : spec.v_dim])
+    seen = seen_of(spec, operands)
+    with np.errstate(invalid="ignore"):  # scores of keys past a length may be NaN; they are hidden
+        exact = attention(q, k, v, scale, seen=seen)
+        model = rounding_model(q, k, v, scale, binary.tile_n, unnormalized=spec.unnormalized, seen=seen)
     modelled = model.merged() if spec.unnormalized else model.o.astype(np.float64)
     o = arrays["o"].astype(np.float64)
     if spec.unnormalized:
@@ -190,7 +232,7 @@ def _compare_lse(lse: np.ndarray | None, exact: Attention) -> tuple[float | None
 
 
 def _count_wrong_m(m: np.ndarray, lse: np.ndarray, exact: Attention) -> int:
-    infinite = np.isneginf(exact.lse)
+    infinite = np.isneginf(exact.m)
     with np.errstate(invalid="ignore"):
         good = np.where(infinite, np.isneginf(m), np.isfinite(m) & (m <= lse + LSE_ABS_MAX))
     return int(np.count_nonzero(~good))

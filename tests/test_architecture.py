@@ -11,8 +11,21 @@ PACKAGE = Path(generator.resources.__file__).parent
 
 # Upstream first. A module imports only modules to its left.
 FLOW = (
-    *("resources", "spec", "arch", "budget", "plan", "survey", "emit"),
-    *("dsl", "cache", "cubin", "compile", "arrays", "run", "kernel", "reference", "verify", "mutate", "matrix"),
+    *("resources", "spec", "signature", "mask", "arch", "budget", "plan", "survey", "emit"),
+    *(
+        "dsl",
+        "cache",
+        "cubin",
+        "compile",
+        "arrays",
+        "run",
+        "kernel",
+        "reference",
+        "tiles",
+        "verify",
+        "mutate",
+        "matrix",
+    ),
     *("options", "present", "__init__", "command", "emulation", "cli", "__main__"),
 )
 

@@ -132,7 +132,7 @@ def test_generate_writes_and_check_compares(tmp_path):
         (["--head-dim", "-16"], "head_dim = -16: must be a multiple of 16"),
         ([], "head_dim = None: is required; for example head_dim = 96 (--head-dim 96)"),
         (["--head-dim", "512"], "head_dim = 512: not implemented for sm_100a yet"),
-        (["--head-dim", "64", "--window-left", "128"], "window_left = 128: not implemented for sm_100a yet"),
+        (["--head-dim", "64", "--tile-m", "64"], "tile_m = 64: not implemented for sm_100a yet"),
         (["--head-dim", "64", "--sink"], "sink = True: not implemented for sm_100a yet"),
         (["--head-dim", "64", "--pack-heads", "true"], "pack_heads = True: not implemented for sm_100a yet"),
         (["--head-dim", "64", "--kv-sources", "2"], "kv_sources = 2: not implemented for sm_100a yet"),

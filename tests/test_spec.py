@@ -21,6 +21,7 @@ ALTERNATIVES = {
     "seqlens": True,
     "sink": True,
     "kv_sources": 2,
+    "limit2": True,
     "kv_shared": True,
     "output": "unnormalized",
     "lse": False,
@@ -29,6 +30,11 @@ ALTERNATIVES = {
     "tile_m": 64,
     "tile_n": 96,
 }
+
+
+def alternative(field):
+    """Fields with one that differs from its default; limit2 is of a second source."""
+    return {"head_dim": 96, field: ALTERNATIVES[field]} | ({"kv_sources": 2} if field == "limit2" else {})
 
 
 def refusal(source=None, **fields) -> SpecError:
@@ -53,14 +59,14 @@ def test_name_is_the_one_of_the_design():
 def test_every_field_shows_in_name_and_digest():
     assert set(ALTERNATIVES) == set(KernelSpec.model_fields)
     specs = [load_spec(head_dim=96)]
-    specs += [load_spec({"head_dim": 96, field: value}) for field, value in ALTERNATIVES.items()]
+    specs += [load_spec(alternative(field)) for field in ALTERNATIVES]
     assert len({spec.name for spec in specs}) == len(specs)
     assert len({spec.digest for spec in specs}) == len(specs)
 
 
 def test_digest_is_stable():
     assert load_spec(head_dim=64).digest == load_spec(head_dim=64, head_dim_v=64, causal=False).digest
-    assert load_spec(head_dim=64).digest.startswith("a7f5fdb5085c569b")
+    assert load_spec(head_dim=64).digest.startswith("217bc58b74c45dd4")
 
 
 def test_specification_is_frozen():
@@ -69,8 +75,8 @@ def test_specification_is_frozen():
 
 
 def test_non_default_fields_rebuild_the_specification():
-    for field, value in ALTERNATIVES.items():
-        spec = load_spec({"head_dim": 96, field: value})
+    for field in ALTERNATIVES:
+        spec = load_spec(alternative(field))
         assert load_spec(spec.non_default()) == spec == load_spec(spec)
 
 
@@ -112,7 +118,18 @@ def test_head_dim_576_needs_head_dim_v_512():
         ({"head_dim": 64, "kv_stage": "deep"}, "kv_stage = 'deep': must be a whole number or \"auto\""),
         ({"head_dim": 64, "tile_n": 100}, 'tile_n = 100: must be "auto" or a multiple of 16 from 16 to 256'),
         ({"head_dim": 64, "causal": "yes"}, "causal = 'yes': must be true or false"),
-        ({"head_dim": 64, "window_left": -1}, "window_left = -1: must be a whole number of at least 0; leave it out"),
+        (
+            {"head_dim": 64, "window_left": -1},
+            "window_left = -1: must be a whole number from 0 to 1073741824; leave it",
+        ),
+        (
+            {"head_dim": 64, "window_right": 1 << 31},
+            "window_right = 2147483648: must be a whole number from 0 to 10737",
+        ),
+        (
+            {"head_dim": 64, "limit2": True},
+            "limit2 = True: limits a second KV source, and there is one; set kv_sources",
+        ),
         ({"head_dim": 64, "kv_sources": 3}, "kv_sources = 3: must be 1 or 2"),
         ({"head_dim": 64, "output": "unnormalized", "lse": False}, "lse = False: an unnormalized output needs LSE"),
         ({"head_dim": 64, "head_dim_v": 128, "kv_shared": True}, "kv_shared = True: V is a prefix of K's 64 columns"),

@@ -27,11 +27,11 @@ def case(**fields):
     model = rounding_model(q, k, v, 32**-0.5, 16, True, spec.unnormalized)
     for output in outputs:
         output.array[:] = getattr(model, output.name)
-    return SimpleNamespace(spec=spec, tile_n=16), (q, k, v), outputs
+    return SimpleNamespace(spec=spec, tile_n=16), {"q": q, "k": k, "v": v}, outputs
 
 
 def failures(binary, inputs, outputs):
-    return judge(compare(binary, *inputs, outputs)) + judge_writes(outputs)
+    return judge(compare(binary, inputs, outputs)) + judge_writes(outputs)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def failures(binary, inputs, outputs):
 )
 def test_the_model_itself_passes(fields):
     binary, inputs, outputs = case(**fields)
-    figures = compare(binary, *inputs, outputs)
+    figures = compare(binary, inputs, outputs)
     assert failures(binary, inputs, outputs) == []
     assert figures.rel_err == figures.rel_err_model > 1e-5
     assert figures.rel_err_bound == 2 * figures.rel_err_model
@@ -93,7 +93,7 @@ def test_infinite_lse_must_be_exactly_where_no_key_is_seen(row):
 
 def test_lse_is_not_judged_when_the_kernel_has_none():
     binary, inputs, outputs = case(lse=False)
-    assert compare(binary, *inputs, outputs).lse_max_abs_err is None
+    assert compare(binary, inputs, outputs).lse_max_abs_err is None
     assert failures(binary, inputs, outputs) == []
 
 
@@ -136,9 +136,9 @@ def test_one_key_allows_no_more_than_float32():
     outputs[0].array[:] = np.broadcast_to(v, (1, 3, 1, 32))
     outputs[1].array[:] = np.einsum("bihd,bjhd->bhi", q.astype(float), k.astype(float)) * 32**-0.5
     binary = SimpleNamespace(spec=spec, tile_n=128)
-    assert failures(binary, (q, k, v), outputs) == []
+    assert failures(binary, {"q": q, "k": k, "v": v}, outputs) == []
     outputs[0].array[0, 0, 0, 0] *= 1.01
-    (failure,) = failures(binary, (q, k, v), outputs)
+    (failure,) = failures(binary, {"q": q, "k": k, "v": v}, outputs)
     assert failure.endswith("> 9.537e-07 (float32)")
 
 
@@ -196,7 +196,7 @@ def test_emulator_errors_are_failed_reports(kernel, monkeypatch, error, hazards)
 def test_a_failing_row_is_valid_json(kernel, monkeypatch):
     """Nothing was written: every figure is NaN, and the row must still be JSON."""
 
-    def unwritten(binary, q, k, v, **options):
+    def unwritten(binary, q, **options):
         return Run(tuple(Output(*layout) for layout in output_layout(binary.spec, view_of("q", q))), 0.0, ())
 
     monkeypatch.setattr(verify, "run_observed", unwritten)

@@ -1,0 +1,113 @@
+"""Arrays beside Q, K and V: what each kernel takes, what a call refuses and with which words, and their edges."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import generator
+from generator.arrays import CallError, check_inputs
+from generator.reference import Seen, attention
+from generator.spec import load_spec
+from generator.verify import random_inputs
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def zeros(*shape, dtype=BF16):
+    return np.zeros(shape, dtype)
+
+
+def arrays_of(spec, **changed):
+    """B 2, Hkv 2, Sq 70, Skv 150, Skv2 40, every input of the specification, with changes (None: left out)."""
+    heads, d = 2 * spec.q_heads_per_kv, spec.head_dim
+    every = {
+        "q": zeros(2, 70, heads, d),
+        "k": zeros(2, 150, 2, d),
+        "v": zeros(2, 150, 2, spec.v_dim),
+        "k2": zeros(2, 40, 2, d),
+        "v2": zeros(2, 40, 2, spec.v_dim),
+        "seqlens": np.array([150, 0], np.int32),
+        "seqlens2": np.array([0, 40], np.int32),
+        "limit2": np.full((2, 70), 99, np.int32),
+        "sink": zeros(heads, dtype=np.float32),
+    }
+    names = [parameter.name for parameter in generator.signature.inputs(spec)]
+    given = {name: every[name] for name in names} | changed
+    return {name: array for name, array in given.items() if array is not None}
+
+
+REFUSED = [
+    (
+        {},
+        {"seqlens": np.zeros(2, np.int32)},
+        "seqlens = 'given': the kernel was built without KV lengths; build one with",
+    ),
+    (
+        {"seqlens": True},
+        {"seqlens": None},
+        "seqlens = None: the kernel needs it: seqlens is the KV lengths, int32 .B.; ",
+    ),
+    ({"seqlens": True}, {"seqlens": [1, 2]}, "seqlens = 'list': must be a NumPy array or a PyTorch tensor"),
+    ({"seqlens": True}, {"seqlens": np.zeros(2)}, "seqlens.dtype = 'float64': the kernel was built for int32; convert"),
+    (
+        {"seqlens": True},
+        {"seqlens": np.zeros((2, 1), np.int32)},
+        r"seqlens.shape = \(2, 1\): must have one dimension .b",
+    ),
+    (
+        {"seqlens": True},
+        {"seqlens": np.zeros(3, np.int32)},
+        r"seqlens.shape = \(3,\): must have the extents of q: .batc",
+    ),
+    (
+        {"seqlens": True},
+        {"seqlens": np.array([5, -1], np.int32)},
+        "seqlens = -1: must not be negative; 0 hides every k",
+    ),
+    (
+        {"seqlens": True},
+        {"seqlens": np.array([151, 0], np.int32)},
+        "seqlens = 151: is beyond k, which has 150 keys; at",
+    ),
+    (
+        {"seqlens": True},
+        {"seqlens": np.zeros(4, np.int32)[::2]},
+        r"seqlens.strides = \(2,\): the last dimension must be",
+    ),
+    (
+        {"seqlens": True},
+        {"lengths": np.zeros(2, np.int32)},
+        "lengths = 'given': no kernel takes it; see the names in th",
+    ),
+]
+
+
+@pytest.mark.parametrize("fields, changed, message", REFUSED, ids=lambda value: str(value)[:40])
+def test_refused_arrays(fields, changed, message):
+    spec = load_spec(head_dim=32, **fields)
+    check_inputs(spec, **arrays_of(spec))
+    with pytest.raises(CallError, match=f"^{message}") as caught:
+        check_inputs(spec, **arrays_of(spec, **changed))
+    assert caught.value.field and caught.value.limit and caught.value.remedy
+
+
+def test_every_length_of_a_tile_and_around_it():
+    """One query, lengths 0 to past a tile, K past the length not a number."""
+    kernel = generator.build(head_dim=16, seqlens=True, tile_n=16)
+    lengths = np.array([0, 1, 15, 16, 17, 31, 32, 33], np.int32)
+    q, k, v = random_inputs("bf16", (8, 1, 1, 1, 33), 16, 16, seed=0)
+    for b, length in enumerate(lengths):
+        k[b, length:] = np.nan
+    o, lse = kernel(q, k, v, seqlens=lengths)
+    assert not o[0].any() and np.isneginf(lse[0]).all() and np.isfinite(lse[1:]).all()
+    exact = attention(q, k, v, 0.25, seen=Seen(seqlens=lengths))
+    np.testing.assert_allclose(o.astype(float), exact.o, atol=2e-2)
+    np.testing.assert_allclose(lse, exact.lse, atol=1e-5)
+
+
+def test_windows_larger_than_the_sequence_hide_nothing():
+    q, k, v = random_inputs("bf16", (1, 1, 1, 130, 200), 16, 16, seed=0)
+    plain = generator.build(head_dim=16)(q, k, v)
+    for window in (199, 1 << 30):
+        windowed = generator.build(head_dim=16, window_left=window, window_right=window)(q, k, v)
+        assert all(ours.tobytes() == theirs.tobytes() for ours, theirs in zip(windowed, plain, strict=True))
