@@ -436,6 +436,7 @@ def softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, 
     """Warps 0-3: the tiles that every row sees whole, then those that need a mask, then O out."""
     q_tile, head, batch = block
     seqlen_q, seqlen_k = lengths
+    (lse,) = rows
     kv_tiles, whole_tiles = span
     token = q_tile * TILE_M + cute.arch.thread_idx()[0]
     end = seqlen_k
@@ -449,7 +450,6 @@ def softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, 
 
     wait_tmem(bars + O_FULL, (kv_tiles + 1) & 1)  # the last PV
     store_o(o_tmem, o_smem, tma_o, mo, cute.arch.rcp_approx(total), block)
-    (lse,) = rows
     if token < seqlen_q:
         lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
 

@@ -183,6 +183,18 @@ class Plan:
         names = [parameter.spelled for parameter in self.thread_tensors if parameter.name in ("sink", "lse", "m")]
         return f"{names[0]}," if len(names) == 1 else ", ".join(names)
 
+    @property
+    def rows_unpacked(self) -> str:
+        """The same as the target of an assignment."""
+        return f"({self.rows})" if self.rows.endswith(",") else self.rows
+
+    @property
+    def empty_lse(self) -> str:
+        """What is said of the LSE of a row that sees no key."""
+        if not self.spec.lse:
+            return ""
+        return " and LSE = its sink" if self.spec.sink else " and LSE = -inf"
+
     @cached_property
     def layouts(self) -> dict[str, TileLayout]:
         """TileLayout of "sQ", "sK", "sV", "sO", and "sP" when P is staged in shared memory.
@@ -306,9 +318,8 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield "head_dim", f"at most {widest}; `bespoke budget --head-dim {spec.head_dim}` says what overflows"
     if spec.v_dim != spec.head_dim:
         yield "head_dim_v", f"leave it out, or set it to head_dim ({spec.head_dim})"
-    for field in ("sink", "kv_shared"):
-        if getattr(spec, field):
-            yield field, "leave it out (default: false)"
+    if spec.kv_shared:
+        yield "kv_shared", "leave it out (default: false)"
     if spec.kv_sources != 1:
         yield "kv_sources", "leave it out (default: 1)"
     if spec.pack_heads is True:

@@ -6,7 +6,7 @@ import pytest
 
 import generator
 from generator.arrays import CallError, check_inputs
-from generator.reference import Seen, attention
+from generator.reference import Seen, attention, normalize
 from generator.spec import load_spec
 from generator.verify import random_inputs
 
@@ -37,6 +37,26 @@ def arrays_of(spec, **changed):
 
 
 REFUSED = [
+    (
+        {},
+        {"sink": zeros(2, dtype=np.float32)},
+        "sink = 'given': the kernel was built without sinks; build one with sink=T",
+    ),
+    (
+        {"sink": True},
+        {"sink": None},
+        "sink = None: the kernel needs it: sink is a logit a query head, float32 .Hq.; pass",
+    ),
+    (
+        {"sink": True},
+        {"sink": zeros(3, dtype=np.float32)},
+        r"sink.shape = \(3,\): must have the extents of q: .heads 2.; ",
+    ),
+    (
+        {"sink": True},
+        {"sink": zeros(2)},
+        "sink.dtype = 'bf16': the kernel was built for float32; convert it to float32",
+    ),
     (
         {},
         {"seqlens": np.zeros(2, np.int32)},
@@ -111,3 +131,22 @@ def test_windows_larger_than_the_sequence_hide_nothing():
     for window in (199, 1 << 30):
         windowed = generator.build(head_dim=16, window_left=window, window_right=window)(q, k, v)
         assert all(ours.tobytes() == theirs.tobytes() for ours, theirs in zip(windowed, plain, strict=True))
+
+
+@pytest.mark.parametrize("output", ["normalized", "unnormalized"])
+def test_sinks_of_any_size(output):
+    """Absent (-inf), tiny, like a score, overwhelming, and beyond what exp holds; with a batch entry without keys."""
+    kernel = generator.build(head_dim=16, sink=True, seqlens=True, output=output)
+    sinks = np.array([-np.inf, -200.0, 0.5, 60.0, 300.0], np.float32)
+    q, k, v = random_inputs("bf16", (2, 5, 5, 20, 40), 16, 16, seed=0)
+    lengths = np.array([40, 0], np.int32)
+    o, lse, *m = kernel(q, k, v, sink=sinks, seqlens=lengths)
+    exact = attention(q, k, v, 0.25, seen=Seen(seqlens=lengths, sink=sinks))
+    attended = normalize(o, lse, m[0]) if m else o.astype(float)
+    np.testing.assert_allclose(attended, exact.o, atol=1e-2)
+    np.testing.assert_allclose(lse, exact.lse, rtol=1e-6, atol=1e-5)
+    assert not o[1].any()
+    np.testing.assert_allclose(lse[1], np.broadcast_to(sinks[:, None], (5, 20)), rtol=1e-6)
+    if m:
+        np.testing.assert_allclose(m[0][0], attention(q, k, v, 0.25).m[0], atol=1e-5)
+        assert np.isneginf(m[0][1]).all()

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from generator.reference import attention, normalize, rounding_model
+from generator.reference import Seen, attention, merge, normalize, rounding_model
 from generator.verify import random_inputs, relative_error
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 4, 2, 5, 7), (1, 3, 1, 7, 5), (1, 2, 2, 4, 4)]
@@ -61,6 +61,61 @@ def test_unnormalized_outputs_make_the_attention(causal):
     if not causal:
         np.testing.assert_allclose(parts.m, scores.max(axis=-1))
     assert (parts.m[seen] <= parts.lse[seen]).all()
+
+
+def by_definition_with_sources(q, sources, masks, sink, scale):
+    """O and LSE where masks[s](b, i, j) says whether row i sees key j of source s, and exp(sink) joins the sum."""
+    batch, queries, heads, _ = q.shape
+    o = np.zeros((batch, queries, heads, sources[0][1].shape[3]))
+    lse = np.zeros((batch, heads, queries))
+    for b, h, i in np.ndindex(batch, heads, queries):
+        total = math.exp(sink[h])
+        for (k, v), mask in zip(sources, masks, strict=True):
+            kv = h // (heads // k.shape[2])
+            for j in (j for j in range(k.shape[1]) if mask(b, i, j)):
+                weight = math.exp(scale * math.fsum(q[b, i, h].astype(float) * k[b, j, kv].astype(float)))
+                total += weight
+                o[b, i, h] += weight * v[b, j, kv].astype(float)
+        o[b, i, h] /= total
+        lse[b, h, i] = math.log(total)
+    return o, lse
+
+
+def everything():
+    """Two sources with every mask and a sink, and the same written as predicates."""
+    q, k, v = random_inputs("bf16", (2, 2, 1, 6, 9), 16, 16, seed=4)
+    _, k2, v2 = random_inputs("bf16", (2, 2, 1, 6, 5), 16, 16, seed=5)
+    lengths, lengths2, limits = [9, 3], [4, 0], np.array([[0, 1, 2, 3, 4, 9], [3, 0, 5, 1, 2, 2]])
+    sink = np.array([0.3, -1.0])
+    seen = Seen(False, 3, 1, lengths, k2, v2, lengths2, limits, sink)
+    masks = (
+        lambda b, i, j: j < lengths[b] and -3 <= j - (i + lengths[b] - 6) <= 1,
+        lambda b, i, j: j < min(lengths2[b], limits[b, i]),
+    )
+    return q, ((k, v), (k2, v2)), seen, masks, sink
+
+
+def test_windows_lengths_sources_and_sinks_are_their_definition():
+    q, ((k, v), (k2, v2)), seen, masks, sink = everything()
+    o, lse = by_definition_with_sources(q, ((k, v), (k2, v2)), masks, sink, 0.25)
+    result = attention(q, k, v, 0.25, seen=seen)
+    np.testing.assert_allclose(result.o, o, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(result.lse, lse, rtol=1e-12, atol=1e-13)
+    model = rounding_model(*(x.astype(np.float32) for x in (q, k, v)), 0.25, 4, seen=seen)
+    assert relative_error(model.o.astype(float), o) < 5e-7 and np.abs(model.lse - lse).max() < 2e-6
+    parts = attention(q, k, v, 0.25, seen=seen, unnormalized=True)
+    np.testing.assert_allclose(parts.merged(), o, rtol=1e-12, atol=1e-14)
+
+
+def test_two_launches_merge_into_the_joint_attention():
+    q, ((k, v), (k2, v2)), seen, _, sink = everything()
+    whole = attention(q, k, v, 0.25, seen=seen)
+    first = attention(q, k, v, 0.25, unnormalized=True, seen=Seen(False, 3, 1, seen.seqlens))
+    hidden = np.minimum(seen.limit2, np.array(seen.seqlens2)[:, None])
+    second = attention(q, k2, v2, 0.25, unnormalized=True, seen=Seen(k2=k2, v2=v2, seqlens=[0, 0], limit2=hidden))
+    o, lse = merge((first, second), sink)
+    np.testing.assert_allclose(o, whole.o, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(lse, whole.lse, rtol=1e-12)
 
 
 def test_partial_results_merge():
