@@ -492,7 +492,8 @@ def fmha_sm100_d128_psmem(
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     q_tile, head, batch = cute.arch.block_idx()
     block = q_tile, head, batch
-    lengths = mq.shape[0], mk.shape[0]
+    seqlen_q = mq.shape[0]
+    lengths = seqlen_q, mk.shape[0]
     span = kv_span(lengths[1])
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)

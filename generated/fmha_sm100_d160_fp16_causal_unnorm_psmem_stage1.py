@@ -526,7 +526,8 @@ def fmha_sm100_d160_fp16_causal_unnorm_psmem_stage1(
     q_tile, head, batch = cute.arch.block_idx()
     q_tile = cute.arch.grid_dim()[0] - 1 - q_tile  # the last tile sees the most keys: start it first
     block = q_tile, head, batch
-    lengths = mq.shape[0], mk.shape[0]
+    seqlen_q = mq.shape[0]
+    lengths = seqlen_q, mk.shape[0]
     span = kv_span(q_tile, *lengths)
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)

@@ -34,9 +34,9 @@
 #   softmax           0      4        240  estimate: a row of S (128) and P (64), 48 else
 #   mma               4      1         40  estimate: descriptors, coordinates, loop state
 #   tma               5      1         40  estimate: descriptors, coordinates, loop state
-"""Fused attention forward: one CTA a tile of 128 query rows, a query head and a batch entry.
+"""Fused attention forward: one CTA a tile of 32 query tokens, a KV head with its 4 query heads and a batch entry.
 
-Grid (ceil(Sq / 128), Hq, B), 192 threads:
+Grid (ceil(Sq / 32), Hkv, B), 192 threads:
 
     warps 0-3  softmax, correction and epilogue, one thread a query row
     warp  4    MMA: S = Q K^T and O += P V by tcgen05.mma, QK of a tile before PV of the one before it
@@ -56,6 +56,7 @@ HEAD_DIM = 80
 HEAD_DIM_V = 80
 Q_HEADS_PER_KV = 4
 TILE_M = 128
+TILE_TOKENS = 32  # query tokens of a tile: row r is head r % Q_HEADS_PER_KV of token r // Q_HEADS_PER_KV
 TILE_N = 128
 MMA_K = 16  # columns of A that one tcgen05.mma of 16-bit operands multiplies
 KV_STAGES = 1
@@ -199,7 +200,7 @@ def source_views(source, k_smem, v_smem, kv_head, batch):
 def load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, span):
     """Warp 5: Q once, then K and V in the order in which the MMA warp consumes them, K a tile ahead."""
     q_tile, head, batch = block
-    kv_head = head // Q_HEADS_PER_KV
+    kv_head = head
     gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
     q_smem, q_gmem = tma_views(tma_q, q_smem, qk_mma().get_slice(0).partition_A(gq))
     k, v = source_views(source, k_smem, v_smem, kv_head, batch)
@@ -476,7 +477,8 @@ def fmha_sm100_d80_fp16_gqa4_nolse_stage1(
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     q_tile, head, batch = cute.arch.block_idx()
     block = q_tile, head, batch
-    lengths = mq.shape[0], mk.shape[0]
+    seqlen_q = mq.shape[0][1]
+    lengths = seqlen_q, mk.shape[0]
     span = kv_span(lengths[1])
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)
@@ -523,6 +525,14 @@ def fmha_sm100_d80_fp16_gqa4_nolse_stage1(
         cute.arch.dealloc_tmem(tmem, TMEM_COLUMNS)
 
 
+def packed(x):
+    """[B, S, Hq, D] as ((Q_HEADS_PER_KV, S), D, Hkv, B): a row is one head of a token, a token's heads together."""
+    batch, tokens, heads, columns = x.shape
+    b, s, h, d = x.stride
+    shape = ((Q_HEADS_PER_KV, tokens), columns, heads // Q_HEADS_PER_KV, batch)
+    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=((h, s), d, h * Q_HEADS_PER_KV, b)))
+
+
 @cute.jit
 def launch(
     q: cute.Tensor,
@@ -537,7 +547,8 @@ def launch(
     scale (positive) multiplies Q K^T.
     """
     # TMA tensors put the MMA's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
-    mq, mk, mo = (cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, o))
+    mq, mo = packed(q), packed(o)
+    mk = cute.make_tensor(k.iterator, cute.select(k.layout, mode=[1, 3, 2, 0]))
     mv = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[3, 1, 2, 0]))
     load, store = cpasync.CopyBulkTensorTileG2SOp(CtaGroup.ONE), cpasync.CopyBulkTensorTileS2GOp()
     qk_tile, pv_tile = (TILE_M, TILE_N, HEAD_DIM), (TILE_M, HEAD_DIM_V, TILE_N)
@@ -547,7 +558,7 @@ def launch(
     slab = cute.select(o_layout(), mode=[0, 1])
     tma_o, mo = cpasync.make_tiled_tma_atom(store, mo, slab, (WARP_ROWS, O_CHUNK))
 
-    grid = (cute.ceil_div(q.shape[1], TILE_M), q.shape[2], q.shape[0])
+    grid = (cute.ceil_div(q.shape[1], TILE_TOKENS), k.shape[2], q.shape[0])
     arguments = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo, scale)
     kernel = fmha_sm100_d80_fp16_gqa4_nolse_stage1(*arguments)
     # One CTA an SM is enough: without the hint ptxas trades spills for residency that TMEM may not allow.

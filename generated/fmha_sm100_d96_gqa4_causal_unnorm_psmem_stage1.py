@@ -34,9 +34,9 @@
 #   softmax           0      4        240  estimate: a row of S (128) and P (64), 48 else
 #   mma               4      1         40  estimate: descriptors, coordinates, loop state
 #   tma               5      1         40  estimate: descriptors, coordinates, loop state
-"""Fused attention forward: one CTA a tile of 128 query rows, a query head and a batch entry.
+"""Fused attention forward: one CTA a tile of 32 query tokens, a KV head with its 4 query heads and a batch entry.
 
-Grid (ceil(Sq / 128), Hq, B), 192 threads:
+Grid (ceil(Sq / 32), Hkv, B), 192 threads:
 
     warps 0-3  softmax, correction and epilogue, one thread a query row
     warp  4    MMA: S = Q K^T and O += P V by tcgen05.mma, QK of a tile before PV of the one before it
@@ -56,6 +56,7 @@ HEAD_DIM = 96
 HEAD_DIM_V = 96
 Q_HEADS_PER_KV = 4
 TILE_M = 128
+TILE_TOKENS = 32  # query tokens of a tile: row r is head r % Q_HEADS_PER_KV of token r // Q_HEADS_PER_KV
 TILE_N = 128
 MMA_K = 16  # columns of A that one tcgen05.mma of 16-bit operands multiplies
 KV_STAGES = 1
@@ -188,8 +189,8 @@ def kv_span(q_tile, seqlen_q, seqlen_k):
 
     Bounds never fall from a token to the next, so the first and the last token tell. Both counts can be zero.
     """
-    first_token = q_tile * TILE_M
-    last_token = cutlass.min(first_token + TILE_M, seqlen_q) - 1
+    first_token = q_tile * TILE_TOKENS
+    last_token = cutlass.min(first_token + TILE_TOKENS, seqlen_q) - 1
     whole_tiles = end_key(first_token, seqlen_q, seqlen_k) // TILE_N
     return (end_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N, whole_tiles
 
@@ -221,7 +222,7 @@ def source_views(source, k_smem, v_smem, kv_head, batch):
 def load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, span):
     """Warp 5: Q once, then K and V in the order in which the MMA warp consumes them, K a tile ahead."""
     q_tile, head, batch = block
-    kv_head = head // Q_HEADS_PER_KV
+    kv_head = head
     gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
     q_smem, q_gmem = tma_views(tma_q, q_smem, qk_mma().get_slice(0).partition_A(gq))
     k, v = source_views(source, k_smem, v_smem, kv_head, batch)
@@ -474,7 +475,8 @@ def softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, 
     seqlen_q, seqlen_k = lengths
     lse, m_out = rows
     kv_tiles, whole_tiles = span
-    token = q_tile * TILE_M + cute.arch.thread_idx()[0]
+    token = q_tile * TILE_TOKENS + cute.arch.thread_idx()[0] // Q_HEADS_PER_KV
+    head = head * Q_HEADS_PER_KV + cute.arch.thread_idx()[0] % Q_HEADS_PER_KV  # this row's query head
     end = end_key(token, seqlen_q, seqlen_k)
     scale_log2 = scale * LOG2_E
     m, total = -Float32.inf, Float32(0.0)
@@ -522,7 +524,8 @@ def fmha_sm100_d96_gqa4_causal_unnorm_psmem_stage1(
     q_tile, head, batch = cute.arch.block_idx()
     q_tile = cute.arch.grid_dim()[0] - 1 - q_tile  # the last tile sees the most keys: start it first
     block = q_tile, head, batch
-    lengths = mq.shape[0], mk.shape[0]
+    seqlen_q = mq.shape[0][1]
+    lengths = seqlen_q, mk.shape[0]
     span = kv_span(q_tile, *lengths)
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)
@@ -569,6 +572,14 @@ def fmha_sm100_d96_gqa4_causal_unnorm_psmem_stage1(
         cute.arch.dealloc_tmem(tmem, TMEM_COLUMNS)
 
 
+def packed(x):
+    """[B, S, Hq, D] as ((Q_HEADS_PER_KV, S), D, Hkv, B): a row is one head of a token, a token's heads together."""
+    batch, tokens, heads, columns = x.shape
+    b, s, h, d = x.stride
+    shape = ((Q_HEADS_PER_KV, tokens), columns, heads // Q_HEADS_PER_KV, batch)
+    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=((h, s), d, h * Q_HEADS_PER_KV, b)))
+
+
 @cute.jit
 def launch(
     q: cute.Tensor,
@@ -586,7 +597,8 @@ def launch(
     scale (positive) multiplies Q K^T. A row that sees no key gives O = 0 and LSE = -inf.
     """
     # TMA tensors put the MMA's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
-    mq, mk, mo = (cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, o))
+    mq, mo = packed(q), packed(o)
+    mk = cute.make_tensor(k.iterator, cute.select(k.layout, mode=[1, 3, 2, 0]))
     mv = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[3, 1, 2, 0]))
     load, store = cpasync.CopyBulkTensorTileG2SOp(CtaGroup.ONE), cpasync.CopyBulkTensorTileS2GOp()
     qk_tile, pv_tile = (TILE_M, TILE_N, HEAD_DIM), (TILE_M, HEAD_DIM_V, TILE_N)
@@ -596,7 +608,7 @@ def launch(
     slab = cute.select(o_layout(), mode=[0, 1])
     tma_o, mo = cpasync.make_tiled_tma_atom(store, mo, slab, (WARP_ROWS, O_CHUNK))
 
-    grid = (cute.ceil_div(q.shape[1], TILE_M), q.shape[2], q.shape[0])
+    grid = (cute.ceil_div(q.shape[1], TILE_TOKENS), k.shape[2], q.shape[0])
     arguments = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo, lse, m_out, scale)
     kernel = fmha_sm100_d96_gqa4_causal_unnorm_psmem_stage1(*arguments)
     # One CTA an SM is enough: without the hint ptxas trades spills for residency that TMEM may not allow.

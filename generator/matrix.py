@@ -49,11 +49,16 @@ class Case(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """kernels: globs over kernel names; shapes: (B, Hkv, Sq, Skv)."""
+    """kernels: globs over kernel names, those after "!" leave kernels out; shapes: (B, Hkv, Sq, Skv[, Skv2])."""
 
     name: str
     kernels: tuple[str, ...]
-    shapes: tuple[tuple[int, int, int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def takes(self, kernel: str) -> bool:
+        """Whether the sweep is of the kernel of this name."""
+        wanted, left_out = ([p for p in self.kernels if p.startswith("!") is out] for out in (False, True))
+        return any(fnmatchcase(kernel, p) for p in wanted) and not any(fnmatchcase(kernel, p[1:]) for p in left_out)
 
 
 def run_cases(cases: Sequence[Case], backend: str, jobs: int, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -128,7 +133,7 @@ def load_matrix(select: str = "*") -> list[Case]:
     names = spec_names()
     for sweep in sweeps():
         for pattern in sweep.kernels:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
                 limit = "matches no kernel in specs/"
                 raise SpecError("kernels", pattern, limit, f'correct sweep "{sweep.name}" of matrix.toml')
     chosen = [name for name in names if fnmatchcase(name, select)]
@@ -142,7 +147,7 @@ def shapes_of(spec: KernelSpec) -> list[Shape]:
     shapes = [
         Shape(batch, kv_heads * spec.q_heads_per_kv, kv_heads, queries, keys)
         for sweep in sweeps()
-        if any(fnmatchcase(spec.name, pattern) for pattern in sweep.kernels)
+        if sweep.takes(spec.name)
         for batch, kv_heads, queries, keys in sweep.shapes
     ]
     return list(dict.fromkeys(shapes))

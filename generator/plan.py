@@ -150,7 +150,12 @@ class Plan:
     @property
     def heads_per_tile(self) -> int:
         """Query heads whose rows a tile holds."""
-        return 1
+        return self.spec.q_heads_per_kv if self.packed else 1
+
+    @property
+    def packed(self) -> bool:
+        """The query heads of a group share a tile."""
+        return packs_heads(self.spec)
 
     @property
     def tokens(self) -> int:
@@ -160,7 +165,7 @@ class Plan:
     @property
     def token_tile(self) -> str:
         """The constant that says how many query tokens a tile has."""
-        return "TILE_M"
+        return "TILE_TOKENS" if self.packed else "TILE_M"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -219,6 +224,17 @@ class Plan:
 def register_columns(columns: int) -> int:
     """Widest tcgen05.ld or .st (a power of two, at most 32 registers) that walks these columns evenly."""
     return min(REGISTER_COLUMNS_MAX, columns & -columns)
+
+
+def packs_heads(spec: KernelSpec) -> bool:
+    """Whether the query heads of a group fold into the rows of a tile.
+
+    "auto" folds every group that divides the tile: no grid has more CTAs for it, one whose last tile would be partly
+    empty has fewer, a tile of fewer tokens meets less of a mask's edge, and a KV tile serves all of its group at once.
+    """
+    if spec.pack_heads == "auto":
+        return spec.q_heads_per_kv > 1 and TILE_M % spec.q_heads_per_kv == 0
+    return spec.pack_heads and spec.q_heads_per_kv > 1
 
 
 def plan_kernel(spec: KernelSpec) -> Plan:
@@ -306,6 +322,9 @@ def check_implemented(spec: KernelSpec) -> None:
         raise NotImplementedYet("p_staging", spec.p_staging, limit, f'use "auto" or "{arch.p_stagings[0]}"')
     if spec.arch != "sm_100a":
         raise NotImplementedYet("arch", spec.arch, f"not implemented for {spec.arch} yet", 'use "sm_100a"')
+    if spec.pack_heads is True and TILE_M % spec.q_heads_per_kv:
+        limit = f"a group of {spec.q_heads_per_kv} query heads does not divide the {TILE_M} rows of a tile"
+        raise DoesNotFit("pack_heads", True, limit, 'use "auto" or false, or a group that is a power of two up to 128')
     for field, remedy in _later(spec):
         limit = f"not implemented for {spec.arch} yet"
         raise NotImplementedYet(field, getattr(spec, field), limit, remedy)
@@ -322,8 +341,6 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield "kv_shared", "leave it out (default: false)"
     if spec.kv_sources != 1:
         yield "kv_sources", "leave it out (default: 1)"
-    if spec.pack_heads is True:
-        yield "pack_heads", 'use "auto" or false'
     if spec.tile_m not in ("auto", TILE_M):
         yield "tile_m", f'use "auto" or {TILE_M}'
     if spec.tile_n != "auto" and spec.tile_n > TILE_N_MAX:

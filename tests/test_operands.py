@@ -7,7 +7,9 @@ import pytest
 import generator
 from generator.arrays import CallError, check_inputs
 from generator.reference import Seen, attention, normalize
+from generator.run import run_observed
 from generator.spec import load_spec
+from generator.tiles import count_tiles
 from generator.verify import random_inputs
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -150,3 +152,33 @@ def test_sinks_of_any_size(output):
     if m:
         np.testing.assert_allclose(m[0][0], attention(q, k, v, 0.25).m[0], atol=1e-5)
         assert np.isneginf(m[0][1]).all()
+
+
+def exactly(kernel, *arrays):
+    """Outputs with tensor cores' own order of addition, which does not depend on where a row lies."""
+
+    def prepare(gpu, _):
+        gpu.accumulation = "exact"
+
+    return [output.array for output in run_observed(kernel.binary, *arrays, strict=False, prepare=prepare).outputs]
+
+
+@pytest.mark.parametrize("group", [2, 8, 32, 64, 128])
+def test_packed_heads_give_the_bits_of_unpacked_ones(group):
+    """Rows of a tile are tokens x heads; groups beyond 32 have a token's rows in several warps. Odd token counts."""
+    q, k, v = random_inputs("bf16", (2, 2 * group, 2, 70 if group < 32 else 3, 40), 16, 16, seed=0)
+    packed, apart = (generator.build(head_dim=16, q_heads_per_kv=group, pack_heads=pack) for pack in (True, False))
+    assert packed.plan.tokens == 128 // group and apart.plan.tokens == 128
+    by_head = np.ascontiguousarray(q.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    expected = exactly(apart, q, k, v)
+    for queries in (q, by_head):
+        for ours, theirs in zip(exactly(packed, queries, k, v), expected, strict=True):
+            assert ours.tobytes() == theirs.tobytes()
+
+
+def test_packed_heads_meet_fewer_tiles_of_a_mask():
+    q, k = np.empty((1, 256, 16, 64)), np.empty((1, 256, 2, 64))
+    fields = {"head_dim": 64, "q_heads_per_kv": 8, "causal": True, "window_left": 15, "tile_n": 32}
+    packed, apart = (generator.plan_kernel(load_spec(pack_heads=pack, **fields)) for pack in (True, False))
+    assert count_tiles(apart, {"q": q, "k": k}) == (144, 144, 256)
+    assert count_tiles(packed, {"q": q, "k": k}).visited == 46

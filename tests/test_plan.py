@@ -158,7 +158,6 @@ def test_p_staging_that_does_not_fit():
         ({"head_dim_v": 32}, "head_dim_v"),
         ({"kv_sources": 2}, "kv_sources"),
         ({"kv_shared": True}, "kv_shared"),
-        ({"pack_heads": True}, "pack_heads"),
         ({"tile_m": 64}, "tile_m"),
         ({"tile_n": 256}, "tile_n"),
     ],
@@ -168,6 +167,32 @@ def test_later_work_is_refused_by_field(fields, field):
     arch = fields.get("arch", "sm_100a")
     assert error.field == field and error.remedy
     assert f"not implemented for {arch} yet" in str(error) and str(error).startswith(f"{field} = ")
+
+
+@pytest.mark.parametrize(
+    "fields, packed, tokens",
+    [
+        ({}, False, 128),
+        ({"pack_heads": True}, False, 128),  # one head is no group
+        ({"q_heads_per_kv": 8}, True, 16),
+        ({"q_heads_per_kv": 8, "pack_heads": False}, False, 128),
+        ({"q_heads_per_kv": 128, "pack_heads": True}, True, 1),
+        ({"q_heads_per_kv": 6}, False, 128),
+        ({"q_heads_per_kv": 256}, False, 128),
+    ],
+)
+def test_heads_are_packed_where_the_group_divides_the_tile(fields, packed, tokens):
+    plan = plan_of(head_dim=64, **fields)
+    assert (plan.packed, plan.tokens) == (packed, tokens)
+
+
+@pytest.mark.parametrize("group", [3, 6, 96, 256])
+def test_packing_a_group_that_does_not_divide_the_tile_is_refused(group):
+    error = refusal(DoesNotFit, head_dim=64, q_heads_per_kv=group, pack_heads=True)
+    assert str(error) == (
+        f"pack_heads = True: a group of {group} query heads does not divide the 128 rows of a tile; "
+        'use "auto" or false, or a group that is a power of two up to 128'
+    )
 
 
 def test_head_dim_512_says_what_overflows_and_what_could_fit():
