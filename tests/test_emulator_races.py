@@ -168,7 +168,46 @@ def test_relaxed_forms_order_with_fences_only():
     fails(Hazard, handed_over(fence + relaxed, looks), "which warp 0 writes", block=64, y=y)
 
 
+TURNS = (
+    init(0, 2)
+    + """bar.sync 0; and.b32 %r1, %tid, 31; setp.eq.u32 %p4, %r1, 0; setp.eq.u32 %p5, %tid, 32;
+@%p4 mbarrier.arrive.shared.b64 _, [%s];\n{}
+@%p5 mbarrier.arrive.shared.b64 _, [%s]; // HERE\n"""
+)
+
+
+def test_an_arrival_that_can_count_in_the_place_of_another_warps():
+    """Of two arrivals a phase, warp 1 gives a third: were warp 0 late, warp 1 would complete the phase alone."""
+    parts = "warp 1 arrives for phase 1", "knows that 0 phases completed", "nothing says that warp 0 came first"
+    fails(Hazard, TURNS.format(""), *parts, "can count for phase 0 instead", block=64)
+    run(TURNS.format(wait(0)), block=64)
+    run(TURNS.format("bar.sync 0;"), block=64)  # knows the other arrival, whatever it knows of the phase
+
+
 # -- named barriers ----------------------------------------------------------------------------------------------------
+def test_a_named_barrier_that_is_used_again_too_early():
+    """Warps that only arrive do not know whether the round is over: the next arrival can count for it."""
+    body = "{}\nbar.arrive 1, 64; // HERE\n"
+    parts = "comes to named barrier 1 although nothing says that the round before, of warp", "bar.sync, not bar.arrive"
+    fails(Hazard, body.format("bar.arrive 1, 64;"), *parts, block=64)
+    run(body.format("bar.sync 1, 64;"), block=64)
+    run(body.format("bar.arrive 1, 64; bar.sync 2, 64;"), block=64)
+
+
+def test_tensor_memory_that_is_not_known_to_be_allocated():
+    """Warp 1 knows the address (512 columns begin at 0), and nothing of the allocation."""
+    body = f"""setp.ge.u32 %p14, %tid, 32; @%p14 bra OTHER;
+    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%s], 512; bra.uni TOGETHER;
+    OTHER: nanosleep.u32 100; {{}}
+    mov.u32 %r1, 0x200000; mov.u32 %r2, 7;\n{ST}.x1.b32 [%r1], {{{{%r2}}}}; // HERE\n{WAIT_ST}
+    TOGETHER: {{}} bar.sync 0; @%p14 bra END; tcgen05.dealloc.cta_group::1.sync.aligned.b32 0, 512; END:"""
+    message = fails(Hazard, body.format("", ""), "TMEM column 0", block=64)
+    assert "warp 0 writes at PTX line" in message and "(tcgen05.alloc" in message
+    early = body.format("bar.sync 1, 64;", "@!%p14 bar.sync 1, 64;")
+    run(early.replace("bra.uni TOGETHER", "bar.arrive 1, 64; bra.uni TOGETHER").replace("@!%p14 bar.sync 1, 64;", ""),
+        block=64)  # fmt: skip
+
+
 def test_bar_arrive_releases_and_bar_sync_acquires():
     y = np.zeros(32, np.uint32)
     run(handed_over("bar.arrive 1, 64;", "bar.sync 1, 64;"), block=64, y=y)

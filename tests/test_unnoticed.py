@@ -81,10 +81,11 @@ def test_a_wait_at_the_end():
 
 
 @pytest.mark.parametrize("then", ["st.global.b32 [%y_g], %r5;", "ld.shared.b32 %r3, [%r9+64];", "bar.arrive 1, 64;"])
-def test_a_wait_that_something_comes_after_is_not_excused(then):
+def test_a_wait_that_something_comes_after_is_not_a_wait_at_the_end(then):
+    """That it is spare for another reason is for `ordered` to say, of a run."""
     other = " bar.sync 1, 64;" if "bar" in then else ""
     body = HANDOVER.replace("bra END;", f"{other} bra END;").replace("END:", f"{DRAIN} {then} END:")
-    assert equivalent(body) == {}
+    assert not any("before it exits" in reason for reason in equivalent(body).values())
 
 
 def test_an_arrival_that_nobody_waits_for():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import unnoticed
+from . import ordered, unnoticed
 from .barrier_program import number_barriers, split
 from .explore import explore
 from .flow import MOVES, defs_and_uses
@@ -26,7 +26,7 @@ STORES = ("st.", "stmatrix", "red.", "atom.", "cp.async.c")
 @dataclass(frozen=True)
 class Context:
     """The original kernel, and what its warps did in one run: CTAs of `n_warps` warps, in clusters of `cluster`. rings:
-    arrays of mbarriers, by offset.
+    arrays of mbarriers, by offset. lanes_apart: runs a mutant as `lanes` has it; None where nothing can be run.
     """
 
     kernel: Kernel
@@ -34,6 +34,7 @@ class Context:
     rings: tuple[tuple[int, ...], ...] = ()
     cluster: int = 1
     n_warps: int = 1
+    lanes_apart: Callable[[Mutant], None] | None = None
 
     def index(self, mutant: Mutant) -> int:
         return next(
@@ -292,6 +293,22 @@ EQUIVALENT: tuple[Equivalence, ...] = (
         "after the wait the warp does nothing that anybody could notice before it exits (it waits, or arrives for a "
         "phase that nobody waits for), its CTA is a cluster of its own, and what it waited for comes from warps, or "
         "from tensor-core work that another warp waits for",
+    ),
+    Equivalence(
+        ("bar.sync removed", "bar.sync: only arrives", "bar.sync: another barrier", "mbarrier wait removed"),
+        ordered.anyway,
+        "without it every two accesses to shared or tensor memory are ordered still (the vector clocks of the mutant's "
+        "run judge every order of its instructions), no two warps of a CTA touch the same global memory, one of them "
+        "writing, and exploring every interleaving of the changed barrier program shows that all end, each wait in its "
+        "phase",
+    ),
+    Equivalence(
+        ("bar.warp.sync removed",),
+        ordered.handed_on_otherwise,
+        "elect.sync, which follows, lets no lane go on before all have come; what the lanes did to shared memory since "
+        "the warp's barrier before is handed on by signals that every lane gives itself, and no lane touches there "
+        "what another one did: with clocks by which one lane's signal hands on nothing that other lanes did, every two "
+        "accesses to shared or tensor memory are ordered still",
     ),
     Equivalence(
         ("wgmma.fence removed",),

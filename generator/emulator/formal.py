@@ -138,8 +138,10 @@ class Formal:
     def _barrier(self, m, ws, active, instr, operands, _) -> None:
         for warp in self._warps(m, ws, active):
             self._leave(instr, warp)
+            if "arrive" in instr.opcode:  # each lane hands on what it did, and learns nothing of the others
+                continue
             self.stored.pop(warp, None)
-            if self.ever and "arrive" not in instr.opcode:
+            if self.ever:
                 self.learned[warp] = instr.line
 
     # -- mbarrier.init and the asynchronous proxy ----------------------------------------------------------------------

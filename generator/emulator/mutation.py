@@ -20,6 +20,7 @@ from .equivalent import Context, why_equivalent
 from .errors import Deadlock, Hazard, LaunchError
 from .formal import Formal
 from .gpu import LaunchCase
+from .lanes import LanesApart
 from .memory import WINDOW_BASE
 from .mutants import Mutant, Mutator
 from .parse import parse_ptx
@@ -95,7 +96,12 @@ def run_mutants(
     mutants = [mutant for mutant in mutator.mutants() if select(mutant)]
     judge = judge or (lambda: _difference(after))
     cluster, threads = math.prod(case.cluster), math.prod(case.block)
-    context = Context(kernel, recorder, tuple(mutator.rings), cluster, -(-threads // 32))
+
+    def lanes_apart(mutant: Mutant) -> None:
+        before.restore()
+        case.run(program=LanesApart().program(parse_ptx(mutant.text).kernels[case.kernel]))
+
+    context = Context(kernel, recorder, tuple(mutator.rings), cluster, -(-threads // 32), lanes_apart)
 
     def outcome_of(index: int) -> Outcome:
         outcome = _outcome(case, mutants[index], context, before, judge, limit)

@@ -25,8 +25,10 @@ class Order:
         self.machine = machine
         n_warps, n_cta = machine.n_warps, machine.n_cta
         self.advice = None  # an Advice, if warnings are wanted
+        self.memory_only = False  # nothing is asked of phases and rounds of barriers, only of accesses
         self.clocks = clocks = Clocks(n_warps, n_cta, machine.cluster.size)
         self.named = clocks.array(16, n_cta)
+        self.named_done = clocks.array(16, n_cta)  # published by all arrivals of each barrier's last round
         self.cluster_pending = clocks.array(n_cta // machine.cluster.size)
         self.cluster_done = clocks.array(n_cta // machine.cluster.size)
         self.fenced = clocks.array(n_warps, n_cta)  # what a relaxed arrive publishes: as of the warp's last fence
@@ -152,6 +154,7 @@ class Order:
             if self.advice and (to != from_ctas).any():
                 self.advice.used_by_others(slot, f"another CTA uses at PTX line {instr.line}")
             if publish:
+                self._check_turn(slot, to, from_warps, from_ctas, where)
                 self.publish(self.pending.a[slot], to, from_warps, from_ctas, source)
                 if also:
                     agent = self.clocks.agent(also)
@@ -163,6 +166,38 @@ class Order:
             self.clocks.tick(warps, ctas)
             if self.advice:
                 self.advice.released(warps, ctas, instr)
+
+    def _check_turn(self, slot: int, to: np.ndarray, warps, ctas, where) -> None:
+        """An arrival counts for the phase under way on an mbarrier of CTA `to[i]`: the warp must know that the phase
+        before is complete, or in another order the arrival counts for that one, in somebody else's place.
+        """
+        phase = self.machine.mbarriers.phase[slot, to]
+        if self.memory_only or not phase.any():
+            return
+        clocks = self.clocks
+        known = self.known_phases(slot, to, warps, ctas)
+        early = phase > known
+        if not early.any():
+            return
+        early &= ~self._knows_arrivals(self.done, slot, warps, ctas, to)
+        if early.any():
+            at = int(np.argmax(early))
+            warp, cta = int(warps[at]), int(ctas[at])
+            behind = self.done.a[slot, to[at], 0] > clocks.warps[warp, cta, 0]
+            kinds = (clocks.kind_of(c) for c in np.nonzero(behind)[0].tolist() if c // clocks.size < len(clocks.kinds))
+            others = [f"warp {number}" for kind, number, _ in kinds if kind == "warp" and number != warp]
+            raise Hazard(
+                f"{where}: warp {warp} arrives for phase {int(phase[at])} of the {self.machine.mbarriers.name(slot)}, "
+                f"of which it knows that {int(known[at])} phases completed: nothing says that "
+                f"{', '.join(others) or 'what completed the phase before'} came first, so this can count for phase "
+                f"{int(phase[at]) - 1} instead and complete it too early; let warp {warp} wait for that phase (or for "
+                "a signal given after it) before it arrives"
+            )
+
+    def known_phases(self, slot: int, to: np.ndarray, warps, ctas) -> np.ndarray:
+        """How many phases of an mbarrier of CTA `to[i]` each warp knows to be complete."""
+        known_at = self.clocks.base[warps, ctas] + self.slot_component(slot, to)
+        return np.maximum(self.clocks.flat[known_at] // ONE - 1 - self.earlier[slot, to], 0)
 
     def lend(self, slot: int, to: list[int], clocks: np.ndarray) -> None:
         """Something asynchronous arrives in these CTAs with the clock [2, components] of its issue."""
@@ -185,7 +220,7 @@ class Order:
             pending[ctas, row, component] = until
         self.done.a[slot, ctas] = pending[ctas]
         waited = self.passed[slot][:, ctas] == phase - 2  # waits of the phase before this one
-        if waited.any():
+        if waited.any() and not self.memory_only:
             own = clocks.own[:, ctas]
             known = pending[ctas[None], 0, own]
             bad = waited & (self.passed_at[slot][:, ctas] >= known)
@@ -229,9 +264,9 @@ class Order:
         where = m.where(ws, instr)
         self.check_initialized(slot, ctas, warps, ctas, where)
         phase = m.mbarriers.phase[slot, ctas]
-        known_at = clocks.base[warps, ctas] + self.slot_component(slot, ctas)
-        known = np.maximum(clocks.flat[known_at] // ONE - 1 - self.earlier[slot, ctas], 0)
+        known = self.known_phases(slot, ctas, warps, ctas)
         late = phase > known + ((parity & 1) == (known & 1))
+        late &= not self.memory_only
         if late.any():
             known = np.where(self._knows_arrivals(self.done, slot, warps, ctas), phase, known)
             late = phase > known + ((parity & 1) == (known & 1))
@@ -256,10 +291,13 @@ class Order:
         if self.advice:
             self.advice.acquires(warps, ctas, instr.line)
 
-    def _knows_arrivals(self, published, slot: int, warps, ctas) -> np.ndarray:
-        """bool: which warps know every arrival that went into `published` (self.done or self.pending)."""
-        arrived = published.a[slot, ctas, 0].copy()
-        arrived[np.arange(len(ctas)), self.slot_component(slot, ctas)] = 0
+    def _knows_arrivals(self, published, slot: int, warps, ctas, to=None) -> np.ndarray:
+        """bool: which warps know every arrival that went into `published` (self.done or self.pending), on the mbarriers
+        of CTAs `to`: their own by default.
+        """
+        to = ctas if to is None else to
+        arrived = published.a[slot, to, 0].copy()
+        arrived[np.arange(len(to)), self.slot_component(slot, to)] = 0
         return (arrived <= self.clocks.warps[warps, ctas, 0]).all(axis=-1)
 
     # -- tcgen05.commit ------------------------------------------------------------------------------------------------
@@ -300,6 +338,9 @@ class Order:
         warps, ctas = ws.flat_pairs()
         if self.advice:
             self.advice.released(warps, ctas, instr)
+        apart = (self.named_done.a[barrier, ctas, 0] > self.clocks.warps[warps, ctas, 0]).any(axis=-1)
+        if apart.any() and not self.memory_only:
+            self._named_too_early(barrier, int(warps[np.argmax(apart)]), int(ctas[np.argmax(apart)]), instr)
         self.publish(self.named.a[barrier], ctas, warps, ctas)
         self.clocks.tick(warps, ctas)
 
@@ -310,7 +351,19 @@ class Order:
         self.clocks.join(warps, ctas[at], self.named.a[barrier, ctas[at]])
         if self.advice:
             self.advice.acquires(warps, ctas[at], m.barred_line[warps, ctas[at]])
+        self.named_done.a[barrier, ctas] = self.named.a[barrier, ctas]
         self.named.a[barrier, ctas] = 1
+
+    def _named_too_early(self, barrier: int, warp: int, cta: int, instr) -> None:
+        clocks = self.clocks
+        behind = np.nonzero(self.named_done.a[barrier, cta, 0] > clocks.warps[warp, cta, 0])[0].tolist()
+        kinds = (clocks.kind_of(c) for c in behind if c // clocks.size < len(clocks.kinds))
+        others = ", ".join(f"warp {number}" for kind, number, _ in kinds if kind == "warp" and number != warp)
+        raise Hazard(
+            f"{self.machine.at(instr, warp, cta)}: comes to named barrier {barrier} although nothing says that the "
+            f"round before, of {others or 'other warps'}, is complete: this can count for that one; let warp {warp} "
+            "wait at that round (bar.sync, not bar.arrive), or for a signal given after it, or use another barrier"
+        )
 
     def cluster_arrive(self, ws, instr) -> None:
         warps, ctas = ws.flat_pairs()

@@ -278,6 +278,12 @@ class Races(Order):
                 here = self.machine.at(instr, int(warps[row]), int(ctas[row]))
                 self._raise(here, int(warps[row]), write, place, int(epochs[at]), read, int(ctas[row]), False, what)
 
+    def allocate_columns(self, ws, instr, columns: slice, cta: int) -> None:
+        """tcgen05.alloc of one CTA: whoever uses the columns must know that they are allocated."""
+        warps, ctas = ws.flat_pairs()
+        mine = self.clocks.epoch(warps[ctas == cta][:1], ctas[ctas == cta][:1], instr.line)
+        self.tensor.write[columns][..., cta] = mine
+
     def release_columns(self, ws, instr, columns: slice) -> None:
         """tcgen05.dealloc: everything that uses the columns must be known to be over."""
         warps, own = ws.flat_pairs()

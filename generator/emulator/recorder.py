@@ -12,6 +12,7 @@ from .ops.memory import shared_offsets
 from .ops.tma import _lanes, tensor_map
 from .syntax import Instr, Kernel
 from .table import Entry
+from .touches import Touches
 from .translate import Program, Translator
 
 Place = tuple[int, int]  # an mbarrier: CTA, offset in its shared memory
@@ -24,6 +25,7 @@ class Event(NamedTuple):
     (bar.sync, bar.arrive), cluster_arrive, cluster_wait.
     places: the mbarriers concerned; count: arrivals, threads or the initial count; nbytes: of a transaction; barrier:
     number of a named barrier; parity and phase: of a wait, the phase counted from 0 (-1: before the first).
+    knows: of an arrival, how many phases of each mbarrier of its CTA the warp knows to be complete (offset, phases).
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Event(NamedTuple):
     barrier: int = -1
     parity: int = 0
     phase: int = 0
+    knows: tuple[tuple[int, int], ...] = ()
 
 
 class Recorder:
@@ -44,6 +47,8 @@ class Recorder:
         self.events: dict[tuple[int, int], list[Event]] = defaultdict(list)
         self.lines: set[int] = set()  # PTX lines of the instructions with effects that ran
         self.log: dict[tuple[int, int], list[Instr]] = defaultdict(list)  # those of each warp, in order
+        self.whole: dict[tuple[int, int], list[bool]] = defaultdict(list)  # whether all lanes ran each of them
+        self.touches = Touches()
 
     def program(self, kernel: Kernel) -> Program:
         """The kernel, translated so that it tells this recorder."""
@@ -61,8 +66,10 @@ class Recorder:
             result = run(m, ws, active, instr, *operands)
             self.lines.add(instr.line)
             first = self._first_cta(m)
-            for warp, cta in _running(ws, active):
+            for warp, cta, whole in _running(ws, active):
                 self.log[cta + first, warp].append(instr)
+                self.whole[cta + first, warp].append(whole)
+            self.touches.note(m, ws, active, instr, operands, first, self.log)
             for (cta, warp), event in look(m, ws, active, instr, operands, result):
                 places = tuple((place + first, offset) for place, offset in event.places)
                 self.events[cta + first, warp].append(event._replace(places=places))
@@ -77,11 +84,12 @@ class Recorder:
         return self._first
 
 
-def _running(ws, active) -> list[tuple[int, int]]:
-    """(warp, CTA) of the warps that have a lane that runs."""
+def _running(ws, active) -> list[tuple[int, int, bool]]:
+    """(warp, CTA, whether all lanes run) of the warps that have a lane that runs."""
     warps, ctas = ws.flat_pairs()
-    some = slice(None) if active is None else ws.full(active).reshape(-1, 32).any(axis=1)
-    return list(zip(warps[some].tolist(), ctas[some].tolist(), strict=True))
+    on = np.ones((len(warps), 32), bool) if active is None else ws.full(active).reshape(-1, 32)
+    some = on.any(axis=1)
+    return list(zip(*(x[some].tolist() for x in (warps, ctas, on.all(axis=1))), strict=True))
 
 
 def _rows(m, ws, active, instr, address, *others, remote: bool = True):
@@ -121,7 +129,20 @@ def _arrive(m, ws, active, instr, operands, _):
         total[1] += int(value) if expects else 0
     for (cta, warp, target, offset), (count, nbytes) in totals.items():
         kind, count = ("expect", 0) if instr.opcode.startswith("mbarrier.expect_tx") else ("arrive", count)
-        yield (cta, warp), Event(kind, instr.line, ((target, offset),), count, nbytes)
+        knows = _known_phases(m, cta, warp) if kind == "arrive" else ()
+        yield (cta, warp), Event(kind, instr.line, ((target, offset),), count, nbytes, knows=knows)
+
+
+def _known_phases(m, cta: int, warp: int) -> tuple[tuple[int, int], ...]:
+    """How many phases of each mbarrier of its own CTA a warp knows to be complete."""
+    if not m.races:
+        return ()
+    here = np.array([cta])
+    found = []
+    for offset, slot in m.mbarriers.slots.items():
+        if slot < len(m.races.local) and m.races.initialized[slot, cta]:
+            found.append((offset, int(m.races.known_phases(slot, here, np.array([warp]), here)[0])))
+    return tuple(found)
 
 
 def _copies_arrive(m, ws, active, instr, operands, _):

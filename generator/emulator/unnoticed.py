@@ -28,7 +28,7 @@ def _of(context: Context, place: Place) -> list[tuple[Warp, Event]]:
     return [(who, e) for who, events in context.recorder.events.items() for e in events if place in e.places]
 
 
-def _known(context: Context) -> bool:
+def all_known(context: Context) -> bool:
     """Every operation on mbarriers is recorded with its mbarrier."""
     return not any(e.kind == "unknown" for events in context.recorder.events.values() for e in events)
 
@@ -37,7 +37,7 @@ def before_the_first(context: Context, line: int) -> bool:
     """Every wait at a line is for the phase before the first, in every interleaving: it never blocks."""
     events = [event for _, event in context.events(line)]
     waits = bool(events) and all(e.kind == "wait" and e.phase < 0 for e in events)
-    return waits and _known(context) and context.proven(lambda event: event)
+    return waits and all_known(context) and context.proven(lambda event: event)
 
 
 def unused(context: Context, mutant: Mutant) -> bool:
@@ -46,7 +46,7 @@ def unused(context: Context, mutant: Mutant) -> bool:
         return False
     places = {place for _, event in context.events(mutant.line) for place in event.places}
     kinds = {e.kind for place in places for _, e in _of(context, place)}
-    return kinds == {"init"} and _known(context)
+    return kinds == {"init"} and all_known(context)
 
 
 def phases_unwaited(context: Context, mutant: Mutant) -> bool:
@@ -54,7 +54,7 @@ def phases_unwaited(context: Context, mutant: Mutant) -> bool:
     to a phase every interleaving of the barriers ends, each wait in its phase.
     """
     places = {place for _, event in context.events(mutant.line) for place in event.places}
-    if not places or not _known(context) or any(context.last_waited(place) >= 0 for place in places):
+    if not places or not all_known(context) or any(context.last_waited(place) >= 0 for place in places):
         return False
 
     return context.proven(lambda e: e._replace(count=e.count + 1) if e.line == mutant.line else e)
@@ -64,18 +64,33 @@ def moved_unwaited(context: Context, mutant: Mutant) -> bool:
     """An arrival, here and at the neighbour, ends at most phases that nobody waits for: without it, and with it at the
     neighbour, every interleaving ends, each wait in its phase.
     """
-    places = {(cta, context.neighbour(at)) for _, event in context.events(mutant.line) for cta, at in event.places}
-    free = all(context.last_waited(place) < 0 for place in places)
+    free = all(
+        context.last_waited(place) < 0 or knows_the_last(context, who, event, place)
+        for who, event in context.events(mutant.line)
+        for place in ((cta, context.neighbour(at)) for cta, at in event.places)
+    )
     return free and beyond(context, mutant.line) and context.moved_is_proven(mutant.line)
+
+
+def knows_the_last(context: Context, who: Warp, event: Event, place: Place) -> bool:
+    """At an arrival its warp knows that the last phase of an mbarrier (of its own CTA) that anybody waits for is
+    complete: what happened before holds in every interleaving.
+    """
+    cta, offset = place
+    return cta == who[0] and dict(event.knows).get(offset, 0) > context.last_waited(place)
 
 
 def beyond(context: Context, line: int) -> bool:
     """Every arrival at a line counts for a phase later than the last that anybody waits for: where somebody does wait,
-    only its own warp arrives there, and has filled the phases waited for before.
+    its warp knows that the last phase waited for is complete, or only its warp arrives there, and has filled the phases
+    waited for before.
     """
     found = False
     for who, event in context.events(line):
         for place in event.places:
+            if knows_the_last(context, who, event, place):
+                found = True
+                continue
             mine = context.recorder.events[who]
             at = next(i for i, e in enumerate(mine) if e is event)
             inits = [e.count for _, e in _of(context, place) if e.kind == "init"]
@@ -86,7 +101,7 @@ def beyond(context: Context, line: int) -> bool:
             if len(inits) != 1 or (last >= 0 and (others or mixed or earlier < inits[0] * (last + 1))):
                 return False
             found = True
-    return found and _known(context) and context.proven(lambda event: event)
+    return found and all_known(context) and context.proven(lambda event: event)
 
 
 def removed_beyond(context: Context, mutant: Mutant) -> bool:
@@ -112,7 +127,7 @@ def ends_silently(context: Context, mutant: Mutant) -> bool:
     """Since the instruction no warp that ran it does anything that others could notice, until it exits; and what it
     waited for is over before the CTA ends without it.
     """
-    if context.cluster != 1 or not _known(context):
+    if context.cluster != 1 or not all_known(context):
         return False
     ran = {who for who, _ in context.events(mutant.line)}
     for who in ran:
@@ -121,7 +136,7 @@ def ends_silently(context: Context, mutant: Mutant) -> bool:
         for instr in log[first + 1 :]:
             if not instr.opcode.startswith(SILENT) and instr.line != mutant.line and not _idle(context, instr):
                 return False
-    return bool(ran) and all(_over(context, who, event) for who, event in context.events(mutant.line))
+    return bool(ran) and all(is_over(context, who, event) for who, event in context.events(mutant.line))
 
 
 def _idle(context: Context, instr) -> bool:
@@ -129,7 +144,7 @@ def _idle(context: Context, instr) -> bool:
     return instr.opcode.startswith("mbarrier.arrive") and beyond(context, instr.line)
 
 
-def _over(context: Context, who: Warp, event: Event) -> bool:
+def is_over(context: Context, who: Warp, event: Event) -> bool:
     """What a wait at a warp's end waited for comes from warps, or from tensor-core work before a commit that another
     warp waits for.
     """

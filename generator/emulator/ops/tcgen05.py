@@ -60,6 +60,8 @@ def alloc(m, ws, active, instr, destination, columns):
                 f"{where}: {columns} TMEM columns are not free in CTA {m.name_cta(cta)}: the allocation "
                 "would block for ever"
             )
+        if m.races and "cta_group::1" in instr.opcode:  # a pair allocates together, and so knows of both CTAs
+            m.races.allocate_columns(ws, instr, slice(start, start + columns), cta)
         m.smem.flat[4][(cta * m.smem.stride + offset) // 4] = start
         if m.strict:
             m.smem.flat_state[4][(cta * m.smem.stride + offset) // 4] = VALID_WORD[4]

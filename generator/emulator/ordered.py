@@ -1,0 +1,102 @@
+"""What is ordered without it: proofs behind `equivalent` by the clocks of a mutant's run, for barriers that are spare.
+
+A mutant whose run raised no hazard is free of races in every order of the instructions that ran: the clocks know
+nothing of when things happened. What they do not see must be shown beside: that the barriers themselves work out in
+every interleaving, that warps do not talk through global memory, and what lanes of one warp hand to each other.
+Each function takes the Context of the original (see `equivalent`) and a Mutant that ran clean.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import EmulatorError
+from .lanes import WARP_BARRIERS
+from .recorder import Event
+from .unnoticed import Warp, all_known, is_over
+
+if TYPE_CHECKING:
+    from .equivalent import Context
+    from .mutants import Mutant
+
+# What the lanes of a warp may do between two of its barriers, for `handed_on_otherwise`.
+FOLLOWED = (
+    *("ld.shared.", "st.shared.", "ld.param", "tcgen05.", "elect.sync", "mbarrier.arrive", "setmaxnreg", "ret", "exit"),
+    *("mbarrier.try_wait", "mbarrier.test_wait", "bar.arrive", "barrier.arrive", "shfl.sync", "vote.sync"),
+)
+AFTER = (*FOLLOWED, "cp.async.bulk.")  # an asynchronous copy of one lane sees nothing that other lanes did
+
+
+def anyway(context: Context, mutant: Mutant) -> bool:
+    """A named barrier or a wait that is weakened or gone: nothing but the order of the barriers themselves changes."""
+    if context.cluster != 1 or not all_known(context) or context.recorder.touches.conflict():
+        return False
+    events = list(context.events(mutant.line))
+    kind = "wait" if mutant.kind.startswith("mbarrier") else "sync"
+    if not events or any(event.kind != kind for _, event in events):
+        return False
+    if kind == "wait" and not all(is_over(context, who, event) for who, event in events):
+        return False
+
+    def changed(event: Event) -> Event | None:
+        if event.line != mutant.line:
+            return event
+        if mutant.kind.endswith("only arrives"):
+            return event._replace(kind="join")
+        return event._replace(barrier=event.barrier ^ 8) if mutant.kind.endswith("another barrier") else None
+
+    return context.proven(changed)
+
+
+def handed_on_otherwise(context: Context, mutant: Mutant) -> bool:
+    """A bar.warp.sync before elect.sync, where lanes wait for one another as well: no lane learnt of anything alone
+    since the warp's last barrier, no two lanes touch the same shared memory before it and after it, and nobody else
+    needs to know what other lanes did from one of them.
+    """
+    found = False
+    if not context.kernel.instrs[context.index(mutant) + 1].opcode.startswith("elect.sync"):
+        return False
+    for who, log in context.recorder.log.items():
+        for at, instr in enumerate(log):
+            if instr.line == mutant.line:
+                found = True
+                if not _lanes_keep_apart(context, who, at):
+                    return False
+    if not found or context.lanes_apart is None:
+        return False
+    try:
+        context.lanes_apart(mutant)
+    except EmulatorError:
+        return False
+    return True
+
+
+def _lanes_keep_apart(context: Context, who: Warp, at: int) -> bool:
+    log, whole = context.recorder.log[who], context.recorder.whole[who]
+
+    def is_barrier(i: int) -> bool:
+        return whole[i] and log[i].opcode.startswith(WARP_BARRIERS)
+
+    start = next((i for i in reversed(range(at)) if is_barrier(i)), None)
+    if start is None:
+        return False
+    end = next((i for i in range(at + 1, len(log)) if is_barrier(i)), len(log))
+    before, after = range(start + 1, at), range(at + 1, end)
+    learnt = any("wait" in log[i].opcode and not whole[i] for i in before)
+    if learnt or not all(log[i].opcode.startswith(FOLLOWED) for i in before):
+        return False
+    if not all(log[i].opcode.startswith(AFTER) for i in after):
+        return False
+    shared = context.recorder.touches.shared[who]
+    ours, theirs = ([shared[i] for i in span if i in shared] for span in (before, after))
+    return not any(_lanes_meet(one, other) for one in ours for other in theirs)
+
+
+def _lanes_meet(one: tuple[np.ndarray, int, bool], other: tuple[np.ndarray, int, bool]) -> bool:
+    """Whether two lanes touch the same bytes, one of them writing: (offset of each lane or -1, bytes, written) each."""
+    (a, a_bytes, a_written), (b, b_bytes, b_written) = one, other
+    meet = (a[:, None] < b[None] + b_bytes) & (b[None] < a[:, None] + a_bytes) & (a[:, None] >= 0) & (b[None] >= 0)
+    np.fill_diagonal(meet, False)
+    return bool(meet.any()) and (a_written or b_written)
