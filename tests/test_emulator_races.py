@@ -400,6 +400,7 @@ def test_setmaxnreg_within_the_pool():
     )
     once = "setp.ge.u32 %p1, %tid, 32; @%p1 bra X; setmaxnreg.inc.sync.aligned.u32 40; X:"
     fails(Hazard, pool(more=once), "different setmaxnreg", block=128)
+    run(pool(more=once.replace("inc", "dec").replace("40", "24")), block=128)  # it leaves the warp as it is
     fails(Hazard, "\nsetmaxnreg.dec.sync.aligned.u32 136; // HERE\n", "has at most 128", block=512)
     fails(Hazard, pool(64, more="\nsetmaxnreg.inc.sync.aligned.u32 32; // HERE\n"), "has 64", block=128)
 
@@ -413,6 +414,14 @@ def warnings_of(body: str, wanted: bool = True, smem: int = 16384, **arguments) 
     params = [struct.pack("<Q", value.ctypes.data) for value in arguments.values()]
     module = gpu.load_ptx(ptx(body, **arguments))
     return gpu.launch(module, "k", (1, 1, 1), (128, 1, 1), (1, 1, 1), smem, params).warnings
+
+
+def test_a_warning_of_a_setmaxnreg_that_some_warps_repeat():
+    once = "setmaxnreg.dec.sync.aligned.u32 24; setp.ge.u32 %p1, %tid, 32; @%p1 bra X;"
+    once += "setmaxnreg.dec.sync.aligned.u32 24; X:"
+    (text,) = warnings_of(once)
+    assert "some warps of warpgroup 0 repeat a setmaxnreg that changes nothing" in text
+    assert warnings_of("setmaxnreg.dec.sync.aligned.u32 24; " * 2) == ()
 
 
 def test_what_silicon_does_without_is_a_warning():

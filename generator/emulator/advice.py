@@ -74,6 +74,13 @@ class Advice:
             "wgmma.fence: insert wgmma.fence.sync.aligned between"
         )
 
+    # -- registers of a warpgroup --------------------------------------------------------------------------------------
+    def repeated_setmaxnreg(self, group: int, cta: int) -> None:
+        self.warn(
+            f"CTA {self.machine.name_cta(cta)}: some warps of warpgroup {group} repeat a setmaxnreg that changes "
+            "nothing, and others do not: let all four execute the same (PTX ISA 9.1 §9.7.19.5)"
+        )
+
     # -- initializations -----------------------------------------------------------------------------------------------
     def initialized(self, slot: int, line: int) -> None:
         self.unfenced_inits[slot] = line

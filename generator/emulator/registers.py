@@ -4,6 +4,9 @@ The pool is what the CTA was launched with. That number is the compiler's; PTX o
 the CTAs that .minnctapersm wants on a multiprocessor share its 65536 registers. A warp that never executes setmaxnreg
 counts only where .maxnreg says what it has. Increases that wait for others' decreases are fine in any order, so it is
 the end that is checked: more than the pool then means that some increase never returned.
+
+The warps of a warpgroup must execute the same setmaxnreg. One that leaves a warp with what it has changes nothing, and
+is not counted: FlashAttention-4's backward with D 256 repeats setmaxnreg.dec 32 in two warps of four; `advice` says so.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ class RegisterPool:
         self.most = declared or min(share // (machine.n_warps * 32) // 8 * 8, PER_THREAD)  # at launch
         shape = (machine.n_warps, machine.n_cta)
         self.count = np.full(shape, declared)
-        self.changes = np.zeros(shape, np.int64)
+        self.changes = np.zeros(shape, np.int64)  # how often each warp's count changed,
+        self.repeats = np.zeros(shape, np.int64)  # and how often a setmaxnreg left it as it was
         self.line = np.zeros(shape, np.int64)
 
     def set(self, ws, active, instr, count: int) -> None:
@@ -41,16 +45,21 @@ class RegisterPool:
             raise Hazard(f"{m.where(ws, instr)}: setmaxnreg.dec to {count} registers of a warp that has at most {most}")
         if ".inc." in instr.opcode and (held > count).any():
             raise Hazard(f"{m.where(ws, instr)}: setmaxnreg.inc to {count} registers of a warp that has {held.max()}")
+        self.changes[ws.index] += held != count
+        self.repeats[ws.index] += held == count
         self.count[ws.index] = count
-        self.changes[ws.index] += 1
         self.line[ws.index] = instr.line
 
     def check_exit(self) -> None:
         if not self.changes.any():
             return
         m, whole = self.machine, self.machine.n_warps // 4 * 4
-        groups = [x[:whole].reshape(-1, 4, m.n_cta) for x in (self.count, self.changes)]
-        uneven = np.logical_or(*((x != x[:, :1]).any(axis=1) for x in groups))
+        groups = [x[:whole].reshape(-1, 4, m.n_cta) for x in (self.count, self.changes, self.repeats)]
+        *apart, repeated = ((x != x[:, :1]).any(axis=1) for x in groups)
+        uneven = np.logical_or(*apart)
+        if repeated.any() and m.races and m.races.advice:
+            group, cta = (int(i) for i in np.argwhere(repeated)[0])
+            m.races.advice.repeated_setmaxnreg(group, cta)
         if uneven.any():
             group, cta = (int(i) for i in np.argwhere(uneven)[0])
             lines = self.line[4 * group : 4 * group + 4, cta].tolist()
