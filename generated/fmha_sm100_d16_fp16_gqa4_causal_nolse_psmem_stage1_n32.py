@@ -246,23 +246,23 @@ def load_q(tma, smem, gmem, bars):
 
 @cute.jit
 def load_k(k, bars, j, span):
-    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, j)
+    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, span)
 
 
 @cute.jit
 def load_v(v, bars, j, span):
-    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, j)
+    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, span)
 
 
 @cute.jit
-def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, tile):
-    """K or V tile `tile`, the j-th through the ring. Rows past the sequence arrive as zeros and count in tile_bytes."""
-    tma, smem, gmem = views
+def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, span):
+    """The j-th K or V tile into its stage. Rows past the sequence arrive as zeros and count in tile_bytes."""
     stage, phase = ring(j)
     cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive_and_expect_tx(full + stage, tile_bytes)
-    cute.copy(tma, gmem[None, tile], smem[None, stage], tma_bar_ptr=full + stage)
+    tma, smem, gmem = views
+    cute.copy(tma, gmem[None, j], smem[None, stage], tma_bar_ptr=full + stage)
 
 
 @cute.jit
@@ -521,8 +521,9 @@ def fmha_sm100_d16_fp16_gqa4_causal_nolse_psmem_stage1_n32(
     q_tile = cute.arch.grid_dim()[0] - 1 - q_tile  # the last tile sees the most keys: start it first
     block = q_tile, head, batch
     seqlen_q = mq.shape[0][1]
-    lengths = seqlen_q, mk.shape[0]
-    span = kv_span(q_tile, *lengths)
+    seqlen_k = mk.shape[0]
+    span = kv_span(q_tile, seqlen_q, seqlen_k)
+    lengths = seqlen_q, seqlen_k
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)
     bars = cute.recast_ptr(smem + BARRIERS_OFFSET, dtype=Int64)

@@ -195,7 +195,7 @@ def kv_span(q_tile, seqlen_q, seqlen_k):
 
 @cute.jit
 def kv_tile(i, span):
-    """The i-th tile that is visited: from `start` to the last one, then those before it, which need a mask."""
+    """The i-th tile of a source that is visited: from `start` to the last one, then those before it."""
     kv_tiles, _, start, stop = span
     return start + i if start + i < stop else start + i - kv_tiles
 
@@ -252,23 +252,23 @@ def load_q(tma, smem, gmem, bars):
 
 @cute.jit
 def load_k(k, bars, j, span):
-    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, kv_tile(j, span))
+    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, span)
 
 
 @cute.jit
 def load_v(v, bars, j, span):
-    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, kv_tile(j, span))
+    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, span)
 
 
 @cute.jit
-def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, tile):
-    """K or V tile `tile`, the j-th through the ring. Rows past the sequence arrive as zeros and count in tile_bytes."""
-    tma, smem, gmem = views
+def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, span):
+    """The j-th K or V tile into its stage. Rows past the sequence arrive as zeros and count in tile_bytes."""
     stage, phase = ring(j)
     cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive_and_expect_tx(full + stage, tile_bytes)
-    cute.copy(tma, gmem[None, tile], smem[None, stage], tma_bar_ptr=full + stage)
+    tma, smem, gmem = views
+    cute.copy(tma, gmem[None, kv_tile(j, span)], smem[None, stage], tma_bar_ptr=full + stage)
 
 
 @cute.jit
@@ -534,8 +534,9 @@ def fmha_sm100_d64_gqa128_causal_wl200_seqlens(
     q_tile = cute.arch.grid_dim()[0] - 1 - q_tile  # the last tile sees the most keys: start it first
     block = q_tile, head, batch
     seqlen_q = mq.shape[0][1]
-    lengths = seqlen_q, cutlass.min(cutlass.max(seqlens[batch], 0), mk.shape[0])
-    span = kv_span(q_tile, *lengths)
+    seqlen_k = cutlass.min(cutlass.max(seqlens[batch], 0), mk.shape[0])
+    span = kv_span(q_tile, seqlen_q, seqlen_k)
+    lengths = seqlen_q, seqlen_k
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)
     bars = cute.recast_ptr(smem + BARRIERS_OFFSET, dtype=Int64)

@@ -199,7 +199,7 @@ def matrix(
 def _shapes(chosen: Plan, texts: list[str] | None) -> list[Shape]:
     if not texts:
         return shapes_of(chosen.spec)
-    return [parse_shape(text, chosen.spec.q_heads_per_kv) for text in texts]
+    return [parse_shape(text, chosen.spec) for text in texts]
 
 
 def _verified(

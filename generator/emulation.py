@@ -141,7 +141,7 @@ def mutate(
     else:
         chosen = plan_kernel(kernel_spec(words[0] if words else None, fields))
         binary = compiled(chosen, None)
-        extents = parse_shape(shape, chosen.spec.q_heads_per_kv) if shape else mutation.shape_for(binary)
+        extents = parse_shape(shape, chosen.spec) if shape else mutation.shape_for(binary)
         outcomes = mutation.mutate_kernel(binary, extents, seed=seed, jobs=jobs, done=step)
     if title is not None and len({outcome.kernel for outcome in outcomes}) == 1:
         outcomes = [mutation.named(outcome, title) for outcome in outcomes]

@@ -22,7 +22,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SHAPE_FORMAT = "B,Hq,Hkv,Sq,Skv"
+SHAPE_FORMAT = "B,Hq,Hkv,Sq,Skv[,Skv2]"
 
 
 class Shape(NamedTuple):
@@ -33,9 +33,10 @@ class Shape(NamedTuple):
     kv_heads: int
     queries: int
     keys: int
+    keys2: int = 0  # of a second source; 0: there is none
 
     def __str__(self) -> str:
-        return ",".join(map(str, self))
+        return ",".join(map(str, self if self.keys2 else self[:5]))
 
 
 class Case(NamedTuple):
@@ -112,17 +113,26 @@ def _verify_shapes(name: str, shapes: Sequence[Shape], backend: str, seed: int) 
     return rows
 
 
-def parse_shape(text: str, q_heads_per_kv: int) -> Shape:
-    """ "B,Hq,Hkv,Sq,Skv" -> Shape. Raises SpecError."""
-    limit = f"a shape is {SHAPE_FORMAT}, whole numbers of at least 1"
+def parse_shape(text: str, spec: KernelSpec) -> Shape:
+    """ "B,Hq,Hkv,Sq,Skv" -> Shape, with Skv2 or its default where the kernel has a second source. Raises SpecError."""
+    group, limit = spec.q_heads_per_kv, f"a shape is {SHAPE_FORMAT}, whole numbers of at least 1"
     words = text.split(",")
-    if len(words) != 5 or not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
-        raise SpecError("shape", text, limit, f"for example --shape 1,{q_heads_per_kv},1,128,128")
-    shape = Shape(*map(int, words))
-    if shape.q_heads != shape.kv_heads * q_heads_per_kv:
-        limit = f"Hq must be Hkv x q_heads_per_kv = {shape.kv_heads} x {q_heads_per_kv}"
-        raise SpecError("shape", text, limit, f"Hq = {shape.kv_heads * q_heads_per_kv}, or another --q-heads-per-kv")
+    if len(words) not in (5, 6) or not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
+        raise SpecError("shape", text, limit, f"for example --shape 1,{group},1,128,128")
+    if len(words) == 6 and spec.kv_sources == 1:
+        raise SpecError("shape", text, "Skv2 is of a second source, and the kernel has one", "leave Skv2 out")
+    shape = with_keys2(Shape(*map(int, words)), spec)
+    if shape.q_heads != shape.kv_heads * group:
+        limit = f"Hq must be Hkv x q_heads_per_kv = {shape.kv_heads} x {group}"
+        raise SpecError("shape", text, limit, f"Hq = {shape.kv_heads * group}, or another --q-heads-per-kv")
     return shape
+
+
+def with_keys2(shape: Shape, spec: KernelSpec) -> Shape:
+    """The shape with keys of a second source exactly where the kernel has one: by default a quarter, and one more."""
+    if spec.kv_sources == 1:
+        return shape._replace(keys2=0)
+    return shape if shape.keys2 else shape._replace(keys2=shape.keys // 4 + 1)
 
 
 def load_matrix(select: str = "*") -> list[Case]:
@@ -145,10 +155,10 @@ def load_matrix(select: str = "*") -> list[Case]:
 def shapes_of(spec: KernelSpec) -> list[Shape]:
     """The shapes that matrix.toml asks for a kernel of this name, whether or not it has a file in specs/."""
     shapes = [
-        Shape(batch, kv_heads * spec.q_heads_per_kv, kv_heads, queries, keys)
+        with_keys2(Shape(batch, kv_heads * spec.q_heads_per_kv, kv_heads, queries, *keys), spec)
         for sweep in sweeps()
         if sweep.takes(spec.name)
-        for batch, kv_heads, queries, keys in sweep.shapes
+        for batch, kv_heads, queries, *keys in sweep.shapes
     ]
     return list(dict.fromkeys(shapes))
 
@@ -177,7 +187,7 @@ def _sweep(table: Mapping[str, Any]) -> Sweep:
     if not isinstance(table["kernels"], list) or not all(isinstance(word, str) for word in table["kernels"]):
         raise SpecError("kernels", table["kernels"], "is a list of globs over kernel names", "correct matrix.toml")
     for shape in table["shapes"]:
-        if not isinstance(shape, list) or len(shape) != 4 or not all(type(n) is int and n >= 1 for n in shape):
-            limit = "a shape is [B, Hkv, Sq, Skv], whole numbers of at least 1"
+        if not isinstance(shape, list) or len(shape) not in (4, 5) or not all(type(n) is int and n >= 1 for n in shape):
+            limit = "a shape is [B, Hkv, Sq, Skv] or [B, Hkv, Sq, Skv, Skv2], whole numbers of at least 1"
             raise SpecError("shapes", shape, limit, f'correct sweep "{table["name"]}" of matrix.toml')
     return Sweep(table["name"], tuple(table["kernels"]), tuple(tuple(shape) for shape in table["shapes"]))

@@ -29,13 +29,14 @@ Done = Callable[[Outcome], None]
 KV_TILES = 7  # whole ones: three rounds of a ring of two stages, and one more
 
 
-def shape_for(binary: Binary) -> tuple[int, int, int, int, int]:
+def shape_for(binary: Binary) -> tuple[int, ...]:
     """A launch that runs every instruction: whole and partial KV tiles, and with causal a tile of queries that sees no
     key at all.
     """
     keys = KV_TILES * binary.tile_n + 5
     queries = keys + 128 if binary.spec.causal else 200
-    return (1, binary.spec.q_heads_per_kv, 1, queries, keys)
+    shape = (1, binary.spec.q_heads_per_kv, 1, queries, keys)
+    return shape if binary.spec.kv_sources == 1 else (*shape, 3 * binary.tile_n + 5)
 
 
 def mutate_kernel(

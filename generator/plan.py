@@ -185,8 +185,15 @@ class Plan:
     @property
     def rows(self) -> str:
         """Those of them that the softmax warps take, as the inside of a tuple; "" for none."""
-        names = [parameter.spelled for parameter in self.thread_tensors if parameter.name in ("sink", "lse", "m")]
+        names = [
+            parameter.spelled for parameter in self.thread_tensors if parameter.name in ("limit2", "sink", "lse", "m")
+        ]
         return f"{names[0]}," if len(names) == 1 else ", ".join(names)
+
+    @property
+    def rotated(self) -> bool:
+        """Tiles of some source are not visited from the left."""
+        return self.mask.left is not None or self.mask.sources == 2
 
     @property
     def rows_unpacked(self) -> str:
@@ -339,8 +346,6 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield "head_dim_v", f"leave it out, or set it to head_dim ({spec.head_dim})"
     if spec.kv_shared:
         yield "kv_shared", "leave it out (default: false)"
-    if spec.kv_sources != 1:
-        yield "kv_sources", "leave it out (default: 1)"
     if spec.tile_m not in ("auto", TILE_M):
         yield "tile_m", f'use "auto" or {TILE_M}'
     if spec.tile_n != "auto" and spec.tile_n > TILE_N_MAX:

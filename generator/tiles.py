@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
-from .mask import TileCounts, kv_span, kv_span2
+from .mask import Span, TileCounts, kv_span, kv_span2
 from .plan import Plan
 from .reference import Seen
 from .spec import KernelSpec
@@ -28,12 +26,15 @@ def count_tiles(plan: Plan, operands: Mapping[str, Any]) -> TileCounts:
     batch, queries, heads, _ = operands["q"].shape
     seen, ctas = seen_of(plan.spec, operands), heads // plan.heads_per_tile  # a batch entry and tile of tokens
     for b in range(batch):
+        masks = [seen.first(b, queries, operands["k"].shape[1])]
+        masks += [] if seen.k2 is None else [seen.second(b, queries)]
         for tokens in _token_tiles(queries, plan.tokens):
-            for keys, span, mask in _sources(plan, operands, seen, b, tokens):
+            rows = slice(tokens.start, tokens.stop)
+            for mask, span in zip(masks, _spans(plan, operands, b, tokens), strict=True):
                 visited += ctas * span.tiles
-                blocks = range(0, keys, plan.tile_n)
+                blocks = range(0, mask.shape[1], plan.tile_n)
                 total += ctas * len(blocks)
-                needed += ctas * sum(bool(mask[:, first : first + plan.tile_n].any()) for first in blocks)
+                needed += ctas * sum(bool(mask[rows, first : first + plan.tile_n].any()) for first in blocks)
     return TileCounts(visited, needed, total)
 
 
@@ -41,15 +42,13 @@ def _token_tiles(queries: int, size: int) -> Iterator[range]:
     return (range(first, min(first + size, queries)) for first in range(0, queries, size))
 
 
-def _sources(plan: Plan, operands: Mapping[str, Any], seen: Seen, b: int, tokens: range) -> Iterator[tuple]:
-    """(keys, the span by the kernel's arithmetic, who sees what of these tokens) of each source."""
+def _spans(plan: Plan, operands: Mapping[str, Any], b: int, tokens: range) -> Iterator[Span]:
+    """Of each source, by the kernel's arithmetic."""
     queries, keys = operands["q"].shape[1], operands["k"].shape[1]
     length = int(operands["seqlens"][b]) if "seqlens" in operands else keys
-    rows = slice(tokens.start, tokens.stop)
-    yield keys, kv_span(plan.mask, tokens, queries, length, plan.tile_n), seen.first(b, queries, keys)[rows]
-    if seen.k2 is not None:
-        keys2 = seen.k2.shape[1]
-        length = int(operands["seqlens2"][b]) if "seqlens2" in operands else keys2
-        limits = np.full(queries, keys2) if seen.limit2 is None else seen.limit2[b]
-        span = kv_span2([int(limit) for limit in limits[rows]], length, plan.tile_n)
-        yield keys2, span, seen.second(b, queries)[rows]
+    yield kv_span(plan.mask, tokens, queries, length, plan.tile_n)
+    if "k2" in operands:
+        keys = operands["k2"].shape[1]
+        length = int(operands["seqlens2"][b]) if "seqlens2" in operands else keys
+        limits = [int(operands["limit2"][b, t]) for t in tokens] if "limit2" in operands else [keys]
+        yield kv_span2(limits, length, plan.tile_n)

@@ -110,13 +110,14 @@ def verify_kernel(
     prepare: Prepare | None = None,
     trace: Any = None,
 ) -> Report:
-    """Run the kernel on random data of `shape` (B, Hq, Hkv, Sq, Skv) and compare it with the reference; strict: with
-    the emulator's hazard checks; prepare, trace: see run_observed.
+    """Run the kernel on random data of `shape` (B, Hq, Hkv, Sq, Skv[, Skv2]) and compare it with the reference.
 
+    strict: with the emulator's hazard checks; prepare, trace: see run_observed.
     Hazards and launch failures are failed reports, not exceptions; a shape that the kernel was not built for raises
     CallError, and a machine without the GPU asked for raises RunError.
     """
-    spec, shape = binary.spec, tuple(int(extent) for extent in shape)
+    spec = binary.spec
+    shape = tuple(int(extent) for extent in shape)[: 4 + spec.kv_sources]
     operands = random_operands(spec, shape, seed)
     start = time.perf_counter()
     try:
@@ -155,7 +156,7 @@ def random_operands(spec: KernelSpec, shape: Sequence[int], seed: int) -> dict[s
     length K is NaN, which must not show, and V is large but finite: it meets P = 0. limit2 rises with the query in even
     batch entries and is random in odd ones. Sinks are normal with twice the deviation of a score.
     """
-    batch, q_heads, _, queries, *keys = shape
+    batch, q_heads, _, queries, *keys = shape = tuple(shape)[: 4 + spec.kv_sources]
     rng = np.random.default_rng([seed, *shape, spec.head_dim, spec.v_dim, 1])
     given = dict(zip("qkv", random_inputs(spec.dtype, shape[:5], spec.head_dim, spec.v_dim, seed), strict=True))
     if spec.kv_sources == 2:

@@ -70,7 +70,7 @@ def test_a_mask_knows_what_can_be_empty():
     assert mask_of(load_spec(head_dim=64, causal=True, window_right=7)).right == 0  # both masks hold
 
 
-SHAPE = (3, 2, 2, 150, 270)
+SHAPE = (3, 2, 2, 150, 270, 200)
 COUNTED = [
     {},
     {"causal": True},
@@ -79,6 +79,9 @@ COUNTED = [
     {"window_left": 0, "window_right": 0},
     {"window_left": 1 << 30, "window_right": 1 << 30},
     {"window_right": 33, "seqlens": True},
+    {"kv_sources": 2, "causal": True, "limit2": True},
+    {"kv_sources": 2, "window_left": 9, "seqlens": True, "limit2": True, "q_heads_per_kv": 4},
+    {"kv_sources": 2, "seqlens": True},
 ]
 
 
@@ -86,7 +89,9 @@ COUNTED = [
 def test_kernels_execute_the_tiles_that_are_needed(fields):
     """QK of a tile is head_dim / 16 MMAs, PV tile_n / 16; a K or V tile of 16 columns is one TMA load, Q another."""
     kernel = generator.build(head_dim=16, tile_n=32, **fields)
-    operands = random_operands(kernel.spec, SHAPE, seed=1)
+    batch, heads, kv_heads, *lengths = SHAPE
+    shape = (batch, kv_heads * kernel.spec.q_heads_per_kv, kv_heads, *lengths)
+    operands = random_operands(kernel.spec, shape, seed=1)
     counts = count_tiles(kernel.plan, operands)
     assert counts.visited == counts.needed <= counts.all
     (launch,) = run_observed(kernel.binary, **operands).launches

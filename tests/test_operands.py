@@ -38,7 +38,80 @@ def arrays_of(spec, **changed):
     return {name: array for name, array in given.items() if array is not None}
 
 
+ROW = np.zeros(2, np.int32)
+TWO = {"kv_sources": 2}
 REFUSED = [
+    (
+        {},
+        {"k2": zeros(2, 40, 2, 32)},
+        "k2 = 'given': the kernel was built for one KV source; build one with kv_sources=2",
+    ),
+    (
+        TWO,
+        {"k2": None},
+        r"k2 = None: the kernel needs it: k2 is the second source's K .B, Skv2, Hkv, 32.; pass k2=, or",
+    ),
+    (
+        TWO,
+        {"v2": None},
+        r"v2 = None: the kernel needs it: v2 is the second source's V .B, Skv2, Hkv, 32.; pass v2=, or",
+    ),
+    (
+        TWO | {"seqlens": True},
+        {"seqlens2": None},
+        "seqlens2 = None: the kernel needs it: seqlens2 is the second source's",
+    ),
+    (
+        TWO,
+        {"seqlens2": ROW},
+        "seqlens2 = 'given': the kernel was built without lengths of a second source; use seqlens=T",
+    ),
+    (
+        TWO,
+        {"limit2": np.zeros((2, 70), np.int32)},
+        "limit2 = 'given': the kernel was built without limits; build one wi",
+    ),
+    (
+        TWO | {"limit2": True},
+        {"limit2": None},
+        "limit2 = None: the kernel needs it: limit2 is the keys of the second so",
+    ),
+    (
+        TWO | {"limit2": True},
+        {"limit2": np.zeros((2, 69), np.int32)},
+        r"limit2.shape = \(2, 69\): must have the extents of",
+    ),
+    (
+        TWO | {"limit2": True},
+        {"limit2": np.full((2, 70), -3, np.int32)},
+        "limit2 = -3: must not be negative; 0 hides ev",
+    ),
+    (
+        TWO | {"limit2": True},
+        {"limit2": np.zeros((70, 2), np.int32).T},
+        r"limit2.strides = .*: the last dimension must b",
+    ),
+    (
+        TWO | {"seqlens": True},
+        {"seqlens2": np.array([41, 0], np.int32)},
+        "seqlens2 = 41: is beyond k2, which has 40 keys",
+    ),
+    (
+        TWO,
+        {"k2": zeros(2, 40, 1, 32), "v2": zeros(2, 40, 1, 32)},
+        "heads = .*: both KV sources must have the same heads",
+    ),
+    (TWO, {"v2": zeros(2, 41, 2, 32)}, "shape = .*: k2 and v2 must agree in sequence and heads; slice the longer one"),
+    (
+        TWO,
+        {"k2": zeros(3, 40, 2, 32)},
+        "batch = .*: q, k, v, k2 and v2 must have the same batch; repeat or slice the odd",
+    ),
+    (
+        TWO,
+        {"k2": zeros(2, 40, 2, 64)},
+        r"k2.shape = .*: the kernel was built for 32 columns; build a kernel with head_di",
+    ),
     (
         {},
         {"sink": zeros(2, dtype=np.float32)},

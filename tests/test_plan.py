@@ -156,7 +156,6 @@ def test_p_staging_that_does_not_fit():
         ({"head_dim": 512}, "head_dim"),
         ({"head_dim": 576, "head_dim_v": 512}, "head_dim"),
         ({"head_dim_v": 32}, "head_dim_v"),
-        ({"kv_sources": 2}, "kv_sources"),
         ({"kv_shared": True}, "kv_shared"),
         ({"tile_m": 64}, "tile_m"),
         ({"tile_n": 256}, "tile_n"),

@@ -94,16 +94,26 @@ def test_selection_is_a_glob():
         load_matrix("../*")
 
 
-@pytest.mark.parametrize("text", ["", "1,1,1,1", "1,1,1,1,0", "1,1,1,1,-1", "1,1,1,1,x", "1,1,1,1,1,1", "1.5,1,1,1,1"])
+@pytest.mark.parametrize(
+    "text", ["", "1,1,1,1", "1,1,1,1,0", "1,1,1,1,-1", "1,1,1,1,x", "1,1,1,1,1,1,1", "1.5,1,1,1,1"]
+)
 def test_malformed_shape(text):
-    with pytest.raises(SpecError, match="a shape is B,Hq,Hkv,Sq,Skv, whole numbers of at least 1"):
-        parse_shape(text, 1)
+    with pytest.raises(SpecError, match="a shape is B,Hq,Hkv,Sq,Skv\[,Skv2\], whole numbers of at least 1"):
+        parse_shape(text, load_spec(head_dim=64))
 
 
 def test_shape_with_mismatched_head_counts():
     with pytest.raises(SpecError, match="Hq must be Hkv x q_heads_per_kv = 2 x 4; Hq = 8, or another --q-heads-per-kv"):
-        parse_shape("1,4,2,128,128", 4)
-    assert parse_shape("1,8,2,128,256", 4) == (1, 8, 2, 128, 256)
+        parse_shape("1,4,2,128,128", load_spec(head_dim=64, q_heads_per_kv=4))
+    assert parse_shape("1,8,2,128,256", load_spec(head_dim=64, q_heads_per_kv=4)) == (1, 8, 2, 128, 256, 0)
+
+
+def test_shape_of_two_sources():
+    two = load_spec(head_dim=64, kv_sources=2)
+    assert parse_shape("1,1,1,128,256,7", two) == (1, 1, 1, 128, 256, 7)
+    assert parse_shape("1,1,1,128,256", two) == (1, 1, 1, 128, 256, 65)
+    with pytest.raises(SpecError, match="Skv2 is of a second source, and the kernel has one; leave Skv2 out"):
+        parse_shape("1,1,1,128,256,7", load_spec(head_dim=64))
 
 
 GOOD = {"name": "edges", "kernels": ["*"], "shapes": [[1, 1, 1, 1]]}
