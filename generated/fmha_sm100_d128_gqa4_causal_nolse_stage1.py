@@ -187,7 +187,7 @@ def kv_span(q_tile, seqlen_q, seqlen_k):
 @cute.jit
 def hide_columns(s, end):
     """-inf in every column from end on: keys past the last one that this row sees."""
-    for c in cutlass.range_constexpr(TILE_N):
+    for c in cutlass.range_constexpr(cute.size(s)):
         s[c] = s[c] if c < end else -Float32.inf
 
 
@@ -384,7 +384,7 @@ def softmax_tile(s_tmem, p_tile, o_tmem, bars, j, seen, scale_log2, m, total):
 def row_max(s, m):
     """max(m, s), in four chains so that the maxima overlap."""
     best = [m, s[0], s[1], s[2]]
-    for c in cutlass.range_constexpr(3, TILE_N):
+    for c in cutlass.range_constexpr(3, cute.size(s)):
         best[c % 4] = cute.arch.fmax(best[c % 4], s[c])
     return cute.arch.fmax(cute.arch.fmax(best[0], best[1]), cute.arch.fmax(best[2], best[3]))
 
@@ -393,7 +393,7 @@ def row_max(s, m):
 def exponentiate(s, scale_log2, shift):
     """s = exp2(s scale_log2 + shift) in place, in pairs; returns the sum."""
     sums = [(Float32(0.0), Float32(0.0)), (Float32(0.0), Float32(0.0))]
-    for c in cutlass.range_constexpr(0, TILE_N, 2):
+    for c in cutlass.range_constexpr(0, cute.size(s), 2):
         x, y = cute.arch.fma_packed_f32x2((s[c], s[c + 1]), (scale_log2, scale_log2), (shift, shift))
         s[c] = cute.math.exp2(x, fastmath=True)
         s[c + 1] = cute.math.exp2(y, fastmath=True)
@@ -411,7 +411,7 @@ def scale_row(row, factor):
 @cute.jit
 def rescale(o_tmem, factor):
     """O times factor, row by row. Safe between O_FULL of one tile and P_FULL of the next: no PV is in flight."""
-    for c in cutlass.range_constexpr(0, HEAD_DIM_V, O_COLUMNS):
+    for c in cutlass.range_constexpr(0, o_tmem.shape[1], O_COLUMNS):
         part = columns_of(o_tmem, c, O_COLUMNS)
         row = read_row(part, O_COLUMNS)
         scale_row(row, factor)
@@ -453,7 +453,7 @@ def zero_o(o_tmem):
     """O = 0 for a query tile that sees no key: no PV has written it."""
     zeros = cute.make_rmem_tensor(O_COLUMNS, Float32)
     zeros.fill(0.0)
-    for c in cutlass.range_constexpr(0, HEAD_DIM_V, O_COLUMNS):
+    for c in cutlass.range_constexpr(0, o_tmem.shape[1], O_COLUMNS):
         write_row(columns_of(o_tmem, c, O_COLUMNS), zeros, O_COLUMNS)
     cute.arch.fence_view_async_tmem_store()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .arch import Arch
+from .lifetime import check_overlaps
 from .spec import HEAD_DIM_STEP, KernelSpec
 
 ELEMENT_BYTES = 2  # bf16 and fp16
@@ -28,7 +29,11 @@ ISSUER_REGISTERS = 40  # estimate: an MMA or TMA warp holds descriptors, coordin
 
 @dataclass(frozen=True)
 class Tiling:
-    """The numbers that a planner chooses. p_staging: "tmem" or "smem"; o_over_q: sO lies over sQ."""
+    """The numbers that a planner chooses. p_staging: "tmem" or "smem"; o_over_q: sO lies over sQ.
+
+    strategy: "tiles": K and V in rings of their own, a tile a stage. "chunks": both in chunks through one ring, whose
+    buffers kv_stages counts; passes: into how many passes it splits O's columns. "pair": as chunks, by a CTA pair.
+    """
 
     tile_m: int
     tile_n: int
@@ -36,11 +41,20 @@ class Tiling:
     p_staging: str
     o_over_q: bool
     o_chunk: int  # columns of O staged in shared memory at a time
+    strategy: str = "tiles"
+    passes: int = 1
+    k_chunk: int = 0  # columns of K in a buffer of the ring
+    v_keys: int = 0  # keys of V in a buffer of the ring
 
     def __str__(self) -> str:
         reuse = "sO over sQ" if self.o_over_q else "own sO"
+        how = {"tiles": "", "chunks": "K and V in chunks, ", "pair": "CTA pair, "}[self.strategy]
+        if self.passes > 1:
+            how += f"O in {self.passes} passes, "
+        if self.strategy != "tiles":
+            how += f"{self.k_chunk} columns of K or {self.v_keys} keys of V a buffer, "
         return (
-            f"tile {self.tile_m}x{self.tile_n}, kv_stage {self.kv_stages}, P in {self.p_staging.upper()}, "
+            f"{how}tile {self.tile_m}x{self.tile_n}, kv_stage {self.kv_stages}, P in {self.p_staging.upper()}, "
             f"{reuse} by {self.o_chunk} columns"
         )
 
@@ -194,8 +208,7 @@ def compute_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     mbarriers, slot_offset = _mbarriers(tiling)
     buffers, smem_total = _buffers(spec, tiling, slot_offset + TMEM_SLOT_BYTES)
     regions, used = _regions(spec, tiling)
-    allocated = max(arch.tmem_alloc_min, 1 << (used - 1).bit_length())
-    roles = _roles(tiling, arch)
+    roles = (softmax_role(tiling.tile_n, arch), *issuer_roles())
     threads = arch.warp_size * sum(role.warps for role in roles)
     a_thread = -(-max(role.registers for role in roles) // arch.register_granule) * arch.register_granule
     budget = Budget(
@@ -204,11 +217,11 @@ def compute_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
         smem_limit=arch.smem_per_cta,
         regions=regions,
         tmem_used=used,
-        tmem_columns=allocated,
+        tmem_columns=allocated_columns(used, arch),
         tmem_limit=arch.tmem_columns,
         mbarriers=mbarriers,
         tmem_slot_offset=slot_offset,
-        named_barriers=_named_barriers(threads),
+        named_barriers=named_barriers(threads),
         roles=roles,
         threads=threads,
         registers_limit=arch.registers_per_thread,
@@ -256,9 +269,19 @@ def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tupl
     if tiling.o_over_q:
         staging += ", over sQ once the last QK is done"
     wanted.append(("sO", m * tiling.o_chunk * o_bytes, 1, "sQ" if tiling.o_over_q else None, staging))
+    return place_buffers(wanted)
+
+
+def place_buffers(wanted: Iterable[tuple[str, int, int, str | None, str]]) -> tuple[tuple[Buffer, ...], int]:
+    """(name, bytes, stages, name of the buffer to lie over, reason) -> Buffers in order of address, and their end.
+
+    Raises Overlap for a buffer that would lie over one that is alive at the same time.
+    """
     placed: dict[str, Buffer] = {}
     end = 0
     for name, size, count, alias, reason in wanted:
+        if alias is not None:
+            check_overlaps([(name, alias)])
         offset = placed[alias].offset if alias else _round_up(end)
         placed[name] = Buffer(name, size, TILE_ALIGNMENT, count, offset, alias, reason)
         if alias is None:
@@ -284,19 +307,28 @@ def _regions(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Region, ...], int]
     return tuple(placed), column
 
 
-def _roles(tiling: Tiling, arch: Arch) -> tuple[Role, ...]:
-    """Warps 0-3 must be the softmax warps: warp w of a warpgroup reaches TMEM lanes 32w to 32w+31 only."""
-    row = tiling.tile_n + tiling.tile_n // 2 + SOFTMAX_OVERHEAD_REGISTERS
-    why = f"estimate: a row of S ({tiling.tile_n}) and P ({tiling.tile_n // 2}), {SOFTMAX_OVERHEAD_REGISTERS} else"
+def allocated_columns(used: int, arch: Arch) -> int:
+    """What tcgen05.alloc must be asked for: a power of two."""
+    return max(arch.tmem_alloc_min, 1 << (used - 1).bit_length())
+
+
+def softmax_role(columns: int, arch: Arch) -> Role:
+    """Warps 0-3: warp w of a warpgroup reaches TMEM lanes 32w to 32w+31 only. columns: of S in a thread's registers."""
+    row = columns + columns // 2 + SOFTMAX_OVERHEAD_REGISTERS
+    why = f"estimate: a row of S ({columns}) and P ({columns // 2}), {SOFTMAX_OVERHEAD_REGISTERS} else"
+    return Role("softmax", 0, SOFTMAX_WARPS, min(row, arch.registers_per_thread), why)
+
+
+def issuer_roles() -> tuple[Role, Role]:
+    """The warps of which one thread issues: MMA and TMA."""
     issuer = "estimate: descriptors, coordinates, loop state"
     return (
-        Role("softmax", 0, SOFTMAX_WARPS, min(row, arch.registers_per_thread), why),
         Role("mma", SOFTMAX_WARPS, MMA_WARPS, ISSUER_REGISTERS, issuer),
         Role("tma", SOFTMAX_WARPS + MMA_WARPS, TMA_WARPS, ISSUER_REGISTERS, issuer),
     )
 
 
-def _named_barriers(threads: int) -> tuple[NamedBarrier, ...]:
+def named_barriers(threads: int) -> tuple[NamedBarrier, ...]:
     return (NamedBarrier(0, "cta", threads, "mbarriers initialized, TMEM base published; before TMEM is freed"),)
 
 
@@ -312,6 +344,10 @@ def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> 
         yield Overflow("smem", "bytes", over_q.bytes, limit, reason, "a smaller o_chunk, or sO of its own")
     if budget.tmem_columns > budget.tmem_limit:
         yield _tmem_overflow(budget, arch, spec, tiling)
+    yield from register_overflow(budget, arch)
+
+
+def register_overflow(budget: Budget, arch: Arch) -> Iterator[Overflow]:
     if budget.registers_total > arch.registers_per_sm:
         reason = f"{budget.threads} threads (estimate)"
         total = budget.registers_total

@@ -32,10 +32,12 @@ from .command import (
     tracer_of,
 )
 from .emit import is_current, kernel_path, write_bytes, write_kernel, write_text
+from .explain import explain_kernel
 from .matrix import SHAPE_FORMAT, Shape, load_matrix, parse_shape, run_cases, shapes_of
 from .options import kernel_spec, spec_options
-from .plan import Plan, plan_kernel
-from .resources import generated_dir
+from .pages import write_pages
+from .plan import Plan, plan_kernel, strategies
+from .resources import checkout_root, generated_dir
 from .spec import SpecError
 from .survey import survey_kernel
 
@@ -46,7 +48,9 @@ Kernel = typer.Argument(None, metavar="[KERNEL]", help="a name in specs/ or a .t
 Json = typer.Option(False, "--json", help="one JSON document on stdout, everything else on stderr")
 Backend = typer.Option("emulator", "--backend", metavar="emulator|cuda", help="where the kernel runs")
 Out = typer.Option(None, "--out", metavar="DIR", help="where to write; default: generated/")
+DocsOut = typer.Option(None, "--out", metavar="DIR", help="where to write; default: docs/plans/")
 Shapes = typer.Option(None, "--shape", metavar=SHAPE_FORMAT, help="repeatable; default: those of specs/matrix.toml")
+Explain = typer.Option(False, "--explain", help="first, every strategy: its budget, its cost, why it was not taken")
 Check = typer.Option(False, "--check", help="write nothing; exit 1 when the file is not what is emitted")
 Select = typer.Option("*", "--select", metavar="GLOB", help="kernels of specs/ by name")
 Jobs = typer.Option(os.cpu_count() or 1, "--jobs", min=1, help="processes")
@@ -59,24 +63,41 @@ def budget(fields: dict[str, Any], as_json: bool = Json) -> None:
     """What each kv_stage and P staging needs of shared memory and TMEM. --head-dim takes a list here."""
     wanted = fields.pop("head_dim", BUDGET_HEAD_DIMS)
     dims = [int(word) if word.isdecimal() else word for word in str(wanted).split(",")]
-    rows = [row for dim in dims for row in survey_kernel(kernel_spec(None, {**fields, "head_dim": dim}))]
+    specs = [kernel_spec(None, {**fields, "head_dim": dim}) for dim in dims]
+    whole = [row for spec in specs if strategies(spec) == ("tiles",) for row in survey_kernel(spec)]
+    wide = [row for spec in specs if strategies(spec) != ("tiles",) for row in explain_kernel(spec)]
     if as_json:
-        print(present.document(present.budget_document(rows)))
+        print(present.document([*present.budget_document(whole), *present.strategy_document(wide)]))
         return
-    present.console().print(present.budget_table(rows))
-    for note in present.overflow_notes(rows):
+    if whole:
+        present.console().print(present.budget_table(whole))
+    _show_overflows(present.overflow_notes(whole))
+    if wide:
+        present.console().print(present.strategy_table(wide))
+    _show_overflows(present.strategy_notes(wide))
+
+
+def _show_overflows(notes: list[str]) -> None:
+    for note in notes:
         present.console().print(note, markup=False, soft_wrap=True)
 
 
 @command
 @spec_options
-def plan(fields: dict[str, Any], kernel: str | None = Kernel, as_json: bool = Json) -> None:
+def plan(fields: dict[str, Any], kernel: str | None = Kernel, explain: bool = Explain, as_json: bool = Json) -> None:
     """The chosen plan, its budget, and why the other candidates were not taken."""
-    chosen = plan_kernel(kernel_spec(kernel, fields))
-    if as_json:
-        print(present.document(present.plan_document(chosen)))
-        return
+    spec = kernel_spec(kernel, fields)
+    compared = explain_kernel(spec) if explain else []
     screen = present.console()
+    if explain and not as_json:
+        screen.print(present.strategy_table(compared, f"{spec.name}: every strategy, bytes and columns of one CTA"))
+        screen.print(present.cost_table(compared))
+        _show_overflows(present.strategy_notes(compared))
+    chosen = plan_kernel(spec)
+    if as_json:
+        more = {"strategies": present.strategy_document(compared)} if explain else {}
+        print(present.document(present.plan_document(chosen) | more))
+        return
     screen.print(f"{chosen.kernel_name}: {chosen.tiling}", markup=False)
     for table in (*present.plan_tables(chosen), present.rejected_table(chosen, REJECTED_SHOWN)):
         screen.print(table)
@@ -167,7 +188,10 @@ def make(fields: dict[str, Any], kernel: str | None = Kernel) -> None:
     screen = present.console()
     with present.stage("plan"):
         chosen = plan_kernel(kernel_spec(kernel, fields))
-    screen.print(present.budget_table(survey_kernel(chosen.spec)))
+    if strategies(chosen.spec) == ("tiles",):
+        screen.print(present.budget_table(survey_kernel(chosen.spec)))
+    else:
+        screen.print(present.strategy_table(explain_kernel(chosen.spec)))
     with present.stage("generate"):
         source = write_kernel(chosen, generated_dir())
     binary = compiled(chosen, source)
@@ -194,6 +218,21 @@ def matrix(
         write_text(json_file, present.document(rows) + "\n")
     present.console().print(present.report_table(rows))
     _exit_if_failed(rows)
+
+
+@command
+def docs(out: Path | None = DocsOut, check: bool = Check) -> None:
+    """Write docs/plans: a page a strategy, with maps of shared and tensor memory and the barrier protocol."""
+    folder = out or checkout_root() / "docs" / "plans"
+    stale = []
+    for name, text in write_pages().items():
+        if check and (not (folder / name).is_file() or (folder / name).read_text() != text):
+            stale.append(str(folder / name))
+        elif not check:
+            print(write_text(folder / name, text))
+    if stale:
+        present.say(f"not what is written now, run `bespoke docs`: {', '.join(stale)}")
+        raise typer.Exit(VERIFICATION_FAILED)
 
 
 def _shapes(chosen: Plan, texts: list[str] | None) -> list[Shape]:

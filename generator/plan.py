@@ -1,19 +1,26 @@
 """KernelSpec -> Plan: the candidates, why each was rejected, and the choice. Pure Python, no DSL import.
 
-The rule of choice. Of the candidates that fit the architecture, take the first by
+The rules of choice. Where one MMA writes all of O (head_dim_v = head_dim, at most 256), K and V come in whole tiles. Of
+the candidates that fit the architecture, take the first by
   1. at least two kv stages, so that the next K and V tiles are loaded while these are multiplied;
   2. the largest tile_n: fewer barriers and fewer rescales a key;
   3. P in TMEM rather than in shared memory: it leaves the shared-memory pipe to K and V;
   4. the most kv stages, up to three; a deeper ring must be asked for;
   5. the widest o_chunk: fewer steps of the epilogue;
   6. the least reuse: sO of its own rather than over sQ.
+Beyond, K and V stream in chunks, and of the strategies (chunks.py) take the candidate that costs
+  1. the fewest SM cycles a block of 128 x 128 scores, by the counts and rates of cost.py;
+  2. then the fewest bytes from L2;
+  3. then the most bytes in flight in the ring;
+  4. then the fewest chunks a tile: fewer barriers.
+tile_m names the rows of one CTA: 64 asks for a pair, 128 for one CTA that keeps whole rows of O.
 A field that the specification sets is not searched over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .arch import ARCHS, Arch
@@ -22,10 +29,11 @@ from .budget import (
     SOFTMAX_WARPS,
     Budget,
     Tiling,
-    compute_budget,
     output_bytes,
     swizzle_bytes,
 )
+from .chunks import MMA_M, Geometry, budget_of, chunked_tilings, geometry
+from .cost import cost_of
 from .mask import Mask, mask_of
 from .signature import Parameter, signature
 from .spec import KV_STAGE_MAX, KernelSpec, SpecError
@@ -33,6 +41,7 @@ from .spec import KV_STAGE_MAX, KernelSpec, SpecError
 TILE_M = 128
 TILE_NS = (128, 64, 32, 16)
 TILE_N_MAX = 128
+CHUNKED = ("chunks", "passes", "pair")
 KV_STAGES_AUTO = 3
 O_CHUNK_STEP = 16  # columns: 32 bytes of 16 bits, the narrowest swizzle span
 REGISTER_COLUMNS_MAX = 32
@@ -85,6 +94,33 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Partials:
+    """Files of templates/ that make a kernel: its docstring, its constants of the tile, and its functions in order."""
+
+    overview: str
+    tile_constants: str
+    parts: tuple[str, ...]
+
+
+def _partials(overview: str, constants: str, *parts: str) -> Partials:
+    names = [f"_{part}.py.j2" for part in (overview, constants, *parts)]
+    return Partials(names[0], names[1], tuple(names[2:]))
+
+
+_CHUNKS = (
+    *("overview_chunks", "constants_chunks", "operands_chunks", "tiles", "mask", "load_chunks", "mma_chunks", "tmem"),
+)
+PARTIALS = {
+    "tiles": _partials(
+        *("overview_tiles", "constants_tiles", "operands", "tiles", "mask", "load", "mma", "tmem"),
+        *("softmax", "rows", "epilogue", "stage", "kernel"),
+    ),
+    "chunks": _partials(*_CHUNKS, "softmax", "rows", "store_columns", "stage", "kernel_chunks"),
+    "pair": _partials(*_CHUNKS, "softmax_pair", "rows", "store_columns", "stage", "kernel_chunks"),
+}
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything the template spells. Columns are of TMEM, bytes of shared memory."""
 
@@ -126,12 +162,54 @@ class Plan:
     @property
     def o_steps(self) -> int:
         """Steps of the epilogue: o_chunk columns of O each."""
-        return self.spec.v_dim // self.tiling.o_chunk
+        return self.o_tmem_columns // self.tiling.o_chunk
+
+    @property
+    def pair(self) -> bool:
+        """Two CTAs share a tile of queries and issue with cta_group::2."""
+        return self.tiling.strategy == "pair"
+
+    @property
+    def passes(self) -> int:
+        """Passes over O's columns, each with the scores recomputed."""
+        return self.tiling.passes
+
+    @property
+    def mma_m(self) -> int:
+        """Query rows that one tcgen05.mma multiplies, over all CTAs that share it."""
+        return self.tile_m if self.tiling.strategy == "tiles" else MMA_M
+
+    @cached_property
+    def shape(self) -> Geometry:
+        """Chunks of K and V; only for a strategy that has them."""
+        return geometry(self.spec, self.arch, self.tiling)
+
+    @property
+    def q_load_bytes(self) -> int:
+        """What completes q_full: every chunk of Q, of all CTAs that share it."""
+        return self.budget.buffer("sQ").bytes * self.shape.ctas
+
+    @property
+    def o_tmem_columns(self) -> int:
+        """TMEM columns of O."""
+        return self.budget.region("O").columns
+
+    @property
+    def s_width(self) -> int:
+        """Columns of S that a thread holds."""
+        return self.budget.region("S").columns
+
+    @property
+    def partials(self) -> Partials:
+        """The template's parts for this strategy."""
+        found = PARTIALS[self.tiling.strategy]
+        *parts, kernel = found.parts
+        return replace(found, parts=(*parts, "_sink.py.j2", kernel)) if self.spec.sink else found
 
     @property
     def s_columns(self) -> int:
         """Columns of S that one tcgen05.ld brings to registers."""
-        return register_columns(self.tile_n)
+        return register_columns(self.s_width)
 
     @property
     def p_columns(self) -> int:
@@ -160,12 +238,25 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Query tokens of a tile."""
-        return self.tile_m // self.heads_per_tile
+        return self.mma_m // self.heads_per_tile
 
     @property
     def token_tile(self) -> str:
         """The constant that says how many query tokens a tile has."""
         return "TILE_TOKENS" if self.packed else "TILE_M"
+
+    @property
+    def tile_rows(self) -> str:
+        """What a tile covers, in words."""
+        if not self.packed:
+            return f"{self.mma_m} query rows of a query head"
+        return f"{self.tokens} query tokens of a KV head's {self.heads_per_tile} query heads"
+
+    @property
+    def grid_x(self) -> str:
+        """The grid's first extent, in words."""
+        times = "2 " if self.pair else f"{self.passes} " if self.passes > 1 else ""
+        return f"{times}ceil(Sq / {self.tokens})"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -209,16 +300,22 @@ class Plan:
 
     @cached_property
     def layouts(self) -> dict[str, TileLayout]:
-        """TileLayout of "sQ", "sK", "sV", "sO", and "sP" when P is staged in shared memory.
+        """TileLayout of "sQ", "sK", "sV", "sO", and "sP" when P is staged in shared memory: what one CTA holds, and of
+        one chunk where K and V are streamed in chunks ("sQ" too, of which there are as many as K has).
 
         sO's is of one warp's slab: each softmax warp stages and stores its own 32 rows.
         """
         spec, tiling = self.spec, self.tiling
+        if tiling.strategy == "tiles":
+            k_columns, k_rows, v_columns, v_rows = spec.head_dim, tiling.tile_n, spec.v_dim, tiling.tile_n
+        else:
+            shape = self.shape
+            k_columns, k_rows, v_columns, v_rows = tiling.k_chunk, shape.k_rows, shape.v_columns, tiling.v_keys
         shapes = [
-            ("sQ", tiling.tile_m, spec.head_dim, ELEMENT_BYTES, "K"),
-            ("sK", tiling.tile_n, spec.head_dim, ELEMENT_BYTES, "K"),
-            ("sV", tiling.tile_n, spec.v_dim, ELEMENT_BYTES, "MN"),
-            ("sO", tiling.tile_m // SOFTMAX_WARPS, tiling.o_chunk, output_bytes(spec), ""),
+            ("sQ", tiling.tile_m, k_columns, ELEMENT_BYTES, "K"),
+            ("sK", k_rows, k_columns, ELEMENT_BYTES, "K"),
+            ("sV", v_rows, v_columns, ELEMENT_BYTES, "MN"),
+            ("sO", self.mma_m // SOFTMAX_WARPS, tiling.o_chunk, output_bytes(spec), ""),
         ]
         if tiling.p_staging == "smem":
             shapes.append(("sP", tiling.tile_m, tiling.tile_n, ELEMENT_BYTES, "K"))
@@ -254,24 +351,52 @@ def plan_kernel(spec: KernelSpec) -> Plan:
     check_implemented(spec)
     fitting, rejected = [], []
     for tiling in candidates(spec, arch):
-        budget = compute_budget(spec, arch, tiling)
+        budget = budget_of(spec, arch, tiling)
         if budget.fits:
             fitting.append((tiling, budget))
         else:
             rejected += [Rejected(tiling, str(over), over.remedy) for over in budget.overflows[:1]]
     if not fitting:
         raise _does_not_fit(spec, arch)
-    fitting.sort(key=lambda pair: preference(pair[0]))
+    rank = ranking(spec, arch)
+    fitting.sort(key=lambda pair: rank(pair[0]))
     chosen, budget = fitting[0]
-    rejected += [_second(chosen, tiling) for tiling, _ in fitting[1:]]
+    rejected += [_second(spec, arch, chosen, tiling) for tiling, _ in fitting[1:]]
     return Plan(spec, arch, chosen, budget, tuple(rejected))
+
+
+def strategies(spec: KernelSpec) -> tuple[str, ...]:
+    """Strategies that the specification leaves open, by its vocabulary's names."""
+    if spec.strategy != "auto":
+        return (spec.strategy,)
+    if fits_tiles(spec):
+        return ("tiles",)
+    named = {64: ("pair",), TILE_M: ("chunks",)}  # rows of one CTA: 128 ask for one CTA and a whole row of O in it
+    return named.get(spec.tile_m, CHUNKED)
+
+
+def fits_tiles(spec: KernelSpec) -> bool:
+    """Whole tiles of K and V: O's columns are written by one MMA instruction a step of K."""
+    return spec.head_dim <= ARCHS[spec.arch].mma_n_max and spec.v_dim == spec.head_dim
 
 
 def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     """Every Tiling that the specification's fields leave open."""
     tile_ns = TILE_NS if spec.tile_n == "auto" else (spec.tile_n,)
-    stages = range(1, KV_STAGES_AUTO + 1) if spec.kv_stage == "auto" else (spec.kv_stage,)
     stagings = arch.p_stagings if spec.p_staging == "auto" else (spec.p_staging,)
+    found: list[Tiling] = []
+    for strategy in strategies(spec):
+        if strategy == "tiles":
+            found += _whole_tiles(spec, tile_ns, stagings)
+        else:
+            places = ("smem",) if strategy == "pair" else stagings
+            wide = tuple(n for n in tile_ns if strategy != "pair" or n % 32 == 0)
+            found += chunked_tilings(spec, arch, strategy, wide, places, KV_STAGE_MAX)
+    return found
+
+
+def _whole_tiles(spec: KernelSpec, tile_ns: tuple[int, ...], stagings: tuple[str, ...]) -> list[Tiling]:
+    stages = range(1, KV_STAGES_AUTO + 1) if spec.kv_stage == "auto" else (spec.kv_stage,)
     chunks = o_chunks(spec)
     return [
         Tiling(TILE_M, tile_n, kv_stages, staging, over_q, chunk)
@@ -288,8 +413,21 @@ def o_chunks(spec: KernelSpec) -> list[int]:
     return [c for c in range(spec.v_dim, 0, -O_CHUNK_STEP) if spec.v_dim % c == 0]
 
 
+def ranking(spec: KernelSpec, arch: Arch) -> Callable[[Tiling], tuple]:
+    """Sort key of candidates: the smallest is taken. The rules are in the module's docstring."""
+    if strategies(spec) == ("tiles",):
+        return preference
+
+    def by_cost(tiling: Tiling) -> tuple:
+        cost, shape = cost_of(spec, arch, tiling), geometry(spec, arch, tiling)
+        ahead = tiling.kv_stages * sum(shape.chunk_bytes) / 2 / cost.keys  # bytes in flight a key
+        return (cost.score, cost.load_bytes * cost.passes / cost.rows / cost.keys, -ahead, shape.chunks_a_tile)
+
+    return by_cost
+
+
 def preference(tiling: Tiling) -> tuple:
-    """Sort key: the smallest is taken. The rule is in the module's docstring."""
+    """Sort key for whole tiles."""
     return (
         tiling.kv_stages < 2,
         -tiling.tile_n,
@@ -310,8 +448,23 @@ _RULES = (  # one a component of `preference`: why the worse candidate is worse,
 )
 
 
-def _second(chosen: Tiling, tiling: Tiling) -> Rejected:
+_COSTS = (  # one a component of `by_cost`
+    "fits, but costs more: {} SM cycles a 128 x 128 block of scores, the chosen one {}",
+    "fits at the same cost, but moves more bytes from L2",
+    "fits at the same cost, but has fewer bytes in flight",
+    "fits at the same cost, but waits for more chunks a tile",
+)
+
+
+def _second(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rejected:
     """A candidate that fits and was not taken: by the first rule on which the chosen one is better."""
+    if chosen.strategy != "tiles":
+        rank = ranking(spec, arch)
+        for reason, better, worse in zip(_COSTS, rank(chosen), rank(tiling), strict=True):
+            if better != worse:
+                name = "passes" if tiling.passes > 1 else tiling.strategy
+                return Rejected(tiling, reason.format(round(worse), round(better)), f"strategy = {name} asks for it")
+        return Rejected(tiling, "fits, and is as good", "none needed")
     values = {"kv_stage": tiling.kv_stages, "tile_n": tiling.tile_n, "p_staging": tiling.p_staging}
     for (reason, field), better, worse in zip(_RULES, preference(chosen), preference(tiling), strict=True):
         if better != worse:
@@ -339,22 +492,27 @@ def check_implemented(spec: KernelSpec) -> None:
 
 def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
-    widest = ARCHS[spec.arch].mma_n_max  # O's columns are written by one MMA instruction a step of K
-    if spec.head_dim > widest:
-        yield "head_dim", f"at most {widest}; `bespoke budget --head-dim {spec.head_dim}` says what overflows"
-    if spec.v_dim != spec.head_dim:
-        yield "head_dim_v", f"leave it out, or set it to head_dim ({spec.head_dim})"
     if spec.kv_shared:
         yield "kv_shared", "leave it out (default: false)"
-    if spec.tile_m not in ("auto", TILE_M):
-        yield "tile_m", f'use "auto" or {TILE_M}'
+    if spec.kv_sources != 1 and strategies(spec) != ("tiles",):
+        yield "kv_sources", "leave it out (default: 1); a second source needs whole tiles of K and V (strategy = tiles)"
+    if spec.strategy == "tiles" and not fits_tiles(spec):
+        yield "strategy", 'one MMA writes all of O, head_dim_v = head_dim of at most 256: use "auto" or "chunks"'
+    rows = {MMA_M // 2 if strategy == "pair" else TILE_M for strategy in strategies(spec)}
+    if spec.tile_m != "auto" and spec.tile_m not in rows:
+        yield "tile_m", f'use "auto" or {" or ".join(map(str, sorted(rows)))}'
+    if strategies(spec) == ("pair",):
+        if spec.p_staging == "tmem":
+            yield "p_staging", 'a pair with 64 rows a CTA keeps P in shared memory: use "auto" or "smem"'
+        if spec.tile_n != "auto" and spec.tile_n % 32:
+            yield "tile_n", "a pair's tcgen05.mma takes multiples of 32 keys: use a multiple of 32"
     if spec.tile_n != "auto" and spec.tile_n > TILE_N_MAX:
         yield "tile_n", f'use "auto" or at most {TILE_N_MAX}'
 
 
 def _does_not_fit(spec: KernelSpec, arch: Arch) -> DoesNotFit:
     """Names the fields that the specification sets and that alone would make it fit; head_dim when none would."""
-    tried = [(compute_budget(spec, arch, tiling), tiling) for tiling in candidates(spec, arch)]
+    tried = [(budget_of(spec, arch, tiling), tiling) for tiling in candidates(spec, arch)]
     closest, tiling = min(tried, key=lambda pair: (len(pair[0].overflows), pair[0].overflows[0].over))
     over = closest.overflows[0]
     limit = f"does not fit; the closest is {tiling}, {over}"
@@ -369,7 +527,13 @@ def _cures(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
     """(field, what to set it to) for each field whose change alone makes the specification fit."""
     if spec.kv_stage != "auto" and (deepest := deepest_kv_stage(spec, arch)):
         yield "kv_stage", f"the deepest that fits is {deepest}"
-    for field, values in (("p_staging", arch.p_stagings), ("tile_n", TILE_NS)):
+    if spec.tile_m == TILE_M and spec.strategy == "auto":
+        for strategy in CHUNKED:
+            if _any_fits(spec.model_copy(update={"strategy": strategy, "tile_m": "auto"}), arch):
+                yield "tile_m", f"leave it out: strategy = {strategy} fits"
+                break
+    choices = {"strategy": CHUNKED, "p_staging": arch.p_stagings, "tile_n": TILE_NS}
+    for field, values in choices.items():
         if getattr(spec, field) != "auto":
             fitting = (v for v in values if _any_fits(spec.model_copy(update={field: v}), arch))
             if (value := next(fitting, None)) is not None:
@@ -377,7 +541,7 @@ def _cures(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
 
 
 def _any_fits(spec: KernelSpec, arch: Arch) -> bool:
-    return any(compute_budget(spec, arch, tiling).fits for tiling in candidates(spec, arch))
+    return any(budget_of(spec, arch, tiling).fits for tiling in candidates(spec, arch))
 
 
 def deepest_kv_stage(spec: KernelSpec, arch: Arch) -> int:

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cost import RATES
+from .explain import SAYS, Explained
 from .plan import Plan
 from .survey import Row
 
@@ -144,6 +146,92 @@ def overflow_notes(rows: Iterable[Row]) -> list[str]:
         if row.missing:
             notes.append(f"  {row.missing}")
     return notes
+
+
+def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table:
+    """One line a strategy: what it needs of one CTA, what a KV tile costs it, and why it was not taken."""
+    smem, tmem = ("sQ", "sK", "sV", "ring", "sP", "sO"), [f"TMEM {name}" for name in TMEM_REGIONS]
+    heads = ("head_dim", "strategy", "tile", "P in", *smem, "total", *tmem, "sum", "SM cycles", "status")
+    table = _table(*heads, title=title, left=("strategy", "P in", "status"))
+    for row in rows:
+        budget, tiling = row.budget, row.tiling
+        color = "green" if row.chosen else "yellow" if budget.fits else "red"
+        spec = row.spec
+        dims = str(spec.head_dim) if spec.v_dim == spec.head_dim else f"{spec.head_dim}/{spec.v_dim}"
+        table.add_row(
+            *(dims, row.strategy, f"{tiling.tile_m}x{tiling.tile_n}", tiling.p_staging.upper()),
+            *("in sQ" if name == "sO" and tiling.o_over_q else str(budget.bytes_of(name)) for name in smem),
+            str(budget.smem_total),
+            *(str(sum(r.columns for r in budget.regions if r.name == name)) for name in TMEM_REGIONS),
+            str(budget.tmem_used),
+            f"{row.cost.score:.0f}",
+            f"[{color}]{escape(row.status if budget.fits else 'does not fit: see below')}[/]",
+            style="bold" if row.chosen else None,
+        )
+    return table
+
+
+def cost_table(rows: Iterable[Explained]) -> Table:
+    """One line a strategy: what a KV tile costs a CTA in MMAs, bytes and cycles of each resource."""
+    units = ("tensor core", "smem", "L2", "MUFU")
+    counts = ("tcgen05.mma", "L2 bytes", "MMA reads", "smem writes")
+    heads = ("strategy", "a tile", *counts, *(f"{name} cycles" for name in units), "limiter")
+    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {RATES}"
+    table = _table(*heads, title=title, left=("strategy", "a tile", "limiter"))
+    for row in rows:
+        cost = row.cost
+        numbers = (cost.mma_instructions, cost.load_bytes, cost.mma_read_bytes, cost.write_bytes)
+        cycles = (f"{cost.cycles[name]:.0f}" for name in units)
+        passes = f", {cost.passes} passes" if cost.passes > 1 else ""
+        table.add_row(
+            row.strategy,
+            f"{cost.rows}x{cost.keys}{passes}",
+            *map(str, numbers),
+            *cycles,
+            cost.limiter,
+        )
+    return table
+
+
+def strategy_notes(rows: Iterable[Explained]) -> list[str]:
+    """What each strategy is, and of those not taken why and what to do."""
+    notes = []
+    for row in rows:
+        notes.append(f"{row.strategy}: {SAYS[row.strategy]}")
+        notes.append(f"  {row.tiling}: {row.status}")
+        notes += [f"    remedy: {row.remedy}"] if row.remedy and not row.chosen else []
+    return notes
+
+
+def strategy_document(rows: Iterable[Explained]) -> list[dict[str, Any]]:
+    """The strategies for programs: cost holds a KV tile's counts of one CTA, cycles a resource, and the score."""
+    return [
+        {
+            "arch": row.spec.arch,
+            "head_dim": row.spec.head_dim,
+            "head_dim_v": row.spec.v_dim,
+            **asdict(row.tiling),
+            "strategy": row.strategy,
+            "smem": {buffer.name: row.budget.bytes_of(buffer.name) for buffer in row.budget.buffers},
+            "smem_total": row.budget.smem_total,
+            "smem_limit": row.budget.smem_limit,
+            "tmem": {region.name: region.columns for region in row.budget.regions},
+            "tmem_used": row.budget.tmem_used,
+            "tmem_columns": row.budget.tmem_columns,
+            "tmem_limit": row.budget.tmem_limit,
+            "fits": row.budget.fits,
+            "chosen": row.chosen,
+            "status": row.status,
+            "remedy": row.remedy,
+            "cost": {
+                **asdict(row.cost),
+                "cycles": row.cost.cycles,
+                "limiter": row.cost.limiter,
+                "sm_cycles_128x128": row.cost.score,
+            },
+        }
+        for row in rows
+    ]
 
 
 def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:

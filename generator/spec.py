@@ -83,8 +83,11 @@ class KernelSpec(BaseModel):
     kv_shared: bool = Field(False, description="V is a prefix of K's columns: one buffer serves both")
     output: Literal["normalized", "unnormalized"] = Field("normalized", description="unnormalized: float32 O, LSE, m")
     lse: bool = Field(True, description="store the log-sum-exp, float32 [B, Hq, Sq], natural log")
+    strategy: Literal["auto", "tiles", "chunks", "passes", "pair"] = Field(
+        "auto", description="how K, V and O are laid over CTAs; auto: the planner's cost model decides"
+    )
     p_staging: Literal["auto", "tmem", "smem", "register"] = Field("auto", description="where P waits for P.V")
-    kv_stage: int | Literal["auto"] = Field("auto", description="depth of the K and V rings, tiles")
+    kv_stage: int | Literal["auto"] = Field("auto", description="depth of the K and V rings: tiles, or chunks")
     tile_m: int | Literal["auto"] = Field("auto", description="query rows a CTA")
     tile_n: int | Literal["auto"] = Field("auto", description="keys a KV tile")
 
@@ -131,7 +134,10 @@ class KernelSpec(BaseModel):
     @property
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON of all fields: the key of caches."""
-        text = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+        fields = self.model_dump()
+        if self.strategy == "auto":  # a younger field: left open, it changes no digest that stands in a file
+            del fields["strategy"]
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def non_default(self) -> dict[str, Any]:
@@ -160,6 +166,7 @@ def _tokens(spec: KernelSpec) -> list[str]:
         "kv_shared": "kvshared",
         "output": "unnorm",
         "lse": "nolse",
+        "strategy": spec.strategy,
         "p_staging": f"p{spec.p_staging}",
         "kv_stage": f"stage{spec.kv_stage}",
         "tile_m": f"m{spec.tile_m}",

@@ -1,6 +1,6 @@
 """The budget table: what every kv_stage and P staging would need at a head_dim, and what overflows where nothing fits.
 
-`bespoke budget` prints it. Unlike the planner it also answers for head dims whose kernel is not implemented yet.
+`bespoke budget` prints it, and for head dims that whole tiles do not reach what each strategy needs (explain.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .plan import (
     candidates,
     check_implemented,
     preference,
+    strategies,
 )
 from .spec import KernelSpec
 
@@ -44,12 +45,13 @@ class Row:
 
 
 def survey_kernel(spec: KernelSpec) -> list[Row]:
-    """A Row for every P staging and kv_stage that the specification leaves open, in that order.
+    """A Row of whole tiles for every P staging and kv_stage that the specification leaves open, in that order.
 
     Raises NotImplementedYet for an architecture that has no budget yet.
     """
     arch = ARCHS[spec.arch]
     missing = _missing(spec)
+    asked, spec = spec, spec.model_copy(update={"strategy": "tiles"})
     stagings = arch.p_stagings if spec.p_staging == "auto" else (spec.p_staging,)
     depths = range(1, KV_STAGES_AUTO + 1) if spec.kv_stage == "auto" else (spec.kv_stage,)
     open_rows = [
@@ -59,7 +61,8 @@ def survey_kernel(spec: KernelSpec) -> list[Row]:
     ]
     fitting = [row for row in open_rows if not row.overflows]
     best = min(fitting, key=lambda row: preference(row.tiling), default=None)
-    return [replace(row, spec=spec, chosen=row is best and not missing) for row in open_rows]
+    taken = strategies(asked) == ("tiles",) and not missing
+    return [replace(row, spec=asked, chosen=row is best and taken) for row in open_rows]
 
 
 def _missing(spec: KernelSpec) -> str:

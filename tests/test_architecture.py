@@ -11,21 +11,10 @@ PACKAGE = Path(generator.resources.__file__).parent
 
 # Upstream first. A module imports only modules to its left.
 FLOW = (
-    *("resources", "spec", "signature", "mask", "arch", "budget", "plan", "survey", "emit"),
-    *(
-        "dsl",
-        "cache",
-        "cubin",
-        "compile",
-        "arrays",
-        "run",
-        "kernel",
-        "reference",
-        "tiles",
-        "verify",
-        "mutate",
-        "matrix",
-    ),
+    *("resources", "spec", "signature", "mask", "arch", "lifetime", "budget", "chunks", "cost", "plan", "explain"),
+    *("survey", "emit", "protocol", "maps", "pages"),
+    *("dsl", "cache", "cubin", "compile", "arrays", "run", "kernel", "reference", "tiles", "verify", "mutate"),
+    "matrix",
     *("options", "present", "__init__", "command", "emulation", "cli", "__main__"),
 )
 

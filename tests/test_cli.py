@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from generator import cli
 from generator.emit import command_options, emit_kernel
+from generator.explain import STRATEGIES
 from generator.plan import plan_kernel
 from generator.resources import checkout_root
 from generator.spec import KernelSpec, load_spec
@@ -43,9 +44,9 @@ def test_budget_prints_every_row_of_the_table():
 
 def test_budget_of_head_dim_512_says_what_overflows():
     text = bespoke("budget", "--head-dim", "512").stdout
-    assert "smem over by 292864 bytes, tmem over by 192 columns" in text
-    assert "a 128 x 512 float32 accumulator takes all 512 columns, so S and P have no room" in text
-    assert "a CTA pair (cta_group::2)" in text and "head_dim: not implemented for sm_100a yet" in text
+    assert "a 128 x 512 float32 accumulator takes all 512 columns, so S has no room" in text
+    assert "a CTA pair (cta_group::2)" in text and "passes: as chunks, O's columns in two passes" in text
+    assert [line.split()[1] for line in text.splitlines() if line.strip().startswith("512 ")] == list(STRATEGIES)
 
 
 def test_budget_document():
@@ -131,7 +132,8 @@ def test_generate_writes_and_check_compares(tmp_path):
         (["--head-dim", "../x"], "head_dim = '../x': must be a whole number"),
         (["--head-dim", "-16"], "head_dim = -16: must be a multiple of 16"),
         ([], "head_dim = None: is required; for example head_dim = 96 (--head-dim 96)"),
-        (["--head-dim", "512"], "head_dim = 512: not implemented for sm_100a yet"),
+        (["--head-dim", "512", "--tile-m", "128"], "tile_m = 128: does not fit; the closest is "),
+        (["--head-dim", "512", "--tile-m", "128"], "takes all 512 columns, so S has no room: S 16 + O 512 = 528"),
         (["--head-dim", "64", "--tile-m", "64"], "tile_m = 64: not implemented for sm_100a yet"),
         (["--head-dim", "64", "--arch", "sm_90a"], "arch = 'sm_90a': not implemented for sm_90a yet"),
         (["--head-dim", "64", "--p-staging", "register"], "is for Hopper (sm_90a) only"),

@@ -152,10 +152,13 @@ def test_p_staging_that_does_not_fit():
     "fields, field",
     [
         ({"arch": "sm_90a"}, "arch"),
-        ({"head_dim": 272}, "head_dim"),
-        ({"head_dim": 512}, "head_dim"),
-        ({"head_dim": 576, "head_dim_v": 512}, "head_dim"),
-        ({"head_dim_v": 32}, "head_dim_v"),
+        ({"head_dim": 272, "strategy": "tiles"}, "strategy"),
+        ({"head_dim_v": 32, "strategy": "tiles"}, "strategy"),
+        ({"head_dim": 512, "p_staging": "tmem", "strategy": "pair"}, "p_staging"),
+        ({"head_dim": 512, "tile_n": 48, "strategy": "pair"}, "tile_n"),
+        ({"head_dim": 512, "tile_m": 96}, "tile_m"),
+        ({"head_dim": 512, "kv_sources": 2}, "kv_sources"),
+        ({"head_dim": 512, "kv_shared": True}, "kv_shared"),
         ({"kv_shared": True}, "kv_shared"),
         ({"tile_m": 64}, "tile_m"),
         ({"tile_n": 256}, "tile_n"),
@@ -204,7 +207,7 @@ def test_head_dim_512_says_what_overflows_and_what_could_fit():
     assert "accumulator takes all 512 columns, so S and P have no room" in tmem.reason
     assert tmem.remedy.startswith("no tile_n helps; a CTA pair")
     assert rows[0].status == "smem over by 292864 bytes, tmem over by 192 columns"
-    assert rows[0].missing == "head_dim: not implemented for sm_100a yet"
+    assert rows[0].missing == ""
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -1,0 +1,275 @@
+"""What a CTA needs when K and V stream in chunks through one ring: alone ("chunks"), or as one of a pair ("pair").
+
+Pure arithmetic, as in budget.py. Where the two strategies agree:
+
+    Q       stays in shared memory, in chunks of k_chunk columns
+    ring    kv_stages equal buffers; each holds k_chunk columns of tile_n keys of K, or v_width of v_keys keys of V
+    O       v_groups x v_width columns, one tcgen05.mma wide each; in passes, each pass with as many columns
+
+In a pair (cta_group::2) one tcgen05.mma multiplies 128 rows of Q, 64 of each CTA, with K and V of which each CTA holds
+half, and each CTA keeps its 64 rows of the product: the left half of the columns in lanes 0 to 63, the right half in
+the same columns of lanes 64 to 127 (layout B, PTX ISA 9.1 section 9.7.16.10.5). So S and O take half as many columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .arch import Arch
+from .budget import (
+    ACCUMULATOR_BYTES,
+    ELEMENT_BYTES,
+    MBARRIER_BYTES,
+    SOFTMAX_WARPS,
+    TILE_ALIGNMENT,
+    TMEM_SLOT_BYTES,
+    Budget,
+    Buffer,
+    Mbarrier,
+    NamedBarrier,
+    Overflow,
+    Region,
+    Tiling,
+    allocated_columns,
+    compute_budget,
+    issuer_roles,
+    named_barriers,
+    output_bytes,
+    place_buffers,
+    register_overflow,
+    softmax_role,
+)
+from .spec import HEAD_DIM_STEP, KernelSpec
+
+MMA_M = 128  # rows of Q that one tcgen05.mma multiplies, alone or in a pair
+LANES = 128
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that follow from a specification and a Tiling with K and V in chunks. Columns and rows, of one CTA unless
+    they say otherwise.
+    """
+
+    ctas: int  # that share one tcgen05.mma
+    k_chunks: int  # of head_dim
+    v_groups: int  # of O's columns, a pass
+    v_width: int  # columns of O that one tcgen05.mma writes, over all CTAs
+    v_key_blocks: int  # of tile_n
+    k_rows: int  # keys of K in a buffer
+    v_columns: int  # columns of V in a buffer, and of one group of O in TMEM
+    chunk_bytes: tuple[int, int]  # what a TMA load brings: of K, of V
+
+    @property
+    def loaded_bytes(self) -> tuple[int, int]:
+        """What completes a buffer of the ring: the chunk of K or V of all CTAs."""
+        return self.chunk_bytes[0] * self.ctas, self.chunk_bytes[1] * self.ctas
+
+    @property
+    def buffer_bytes(self) -> int:
+        return -(-max(self.chunk_bytes) // TILE_ALIGNMENT) * TILE_ALIGNMENT
+
+    @property
+    def o_columns(self) -> int:
+        """TMEM columns of O."""
+        return self.v_groups * self.v_columns
+
+    @property
+    def o_width(self) -> int:
+        """Columns of O that one pass computes, the last ones past head_dim_v where it does not divide."""
+        return self.v_groups * self.v_width
+
+    @property
+    def chunks_a_tile(self) -> int:
+        return self.k_chunks + self.v_groups * self.v_key_blocks
+
+
+def geometry(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Geometry:
+    """The Geometry of a candidate whose strategy streams K and V in chunks."""
+    ctas = 2 if tiling.strategy == "pair" else 1
+    step = HEAD_DIM_STEP * ctas  # of N: a pair's tcgen05.mma takes multiples of 32 [PTX 9.7.16.2]
+    a_pass = -(-spec.v_dim // tiling.passes)
+    groups = -(-a_pass // arch.mma_n_max)
+    width = -(-a_pass // (groups * step)) * step
+    columns, k_rows = width // ctas, tiling.tile_n // ctas
+    return Geometry(
+        ctas=ctas,
+        k_chunks=-(-spec.head_dim // tiling.k_chunk),
+        v_groups=groups,
+        v_width=width,
+        v_key_blocks=tiling.tile_n // tiling.v_keys,
+        k_rows=k_rows,
+        v_columns=columns,
+        chunk_bytes=(k_rows * tiling.k_chunk * ELEMENT_BYTES, tiling.v_keys * columns * ELEMENT_BYTES),
+    )
+
+
+def budget_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
+    """The Budget of any candidate. Never raises for what does not fit: see Budget.overflows."""
+    if tiling.strategy == "tiles":
+        return compute_budget(spec, arch, tiling)
+    shape = geometry(spec, arch, tiling)
+    mbarriers, slot_offset = _mbarriers(tiling, shape)
+    buffers, smem_total = _buffers(spec, tiling, shape, slot_offset + TMEM_SLOT_BYTES)
+    regions, used = _regions(tiling, shape)
+    roles = (softmax_role(tiling.tile_n // shape.ctas, arch), *issuer_roles())
+    threads = arch.warp_size * sum(role.warps for role in roles)
+    a_thread = -(-max(role.registers for role in roles) // arch.register_granule) * arch.register_granule
+    budget = Budget(
+        buffers=buffers,
+        smem_total=smem_total,
+        smem_limit=arch.smem_per_cta,
+        regions=regions,
+        tmem_used=used,
+        tmem_columns=allocated_columns(used, arch),
+        tmem_limit=arch.tmem_columns,
+        mbarriers=mbarriers,
+        tmem_slot_offset=slot_offset,
+        named_barriers=_named_barriers(threads, shape),
+        roles=roles,
+        threads=threads,
+        registers_limit=arch.registers_per_thread,
+        registers_total=a_thread * threads,
+        overflows=(),
+    )
+    return replace(budget, overflows=(*_overflows(budget, arch, spec, tiling, shape), *register_overflow(budget, arch)))
+
+
+def _mbarriers(tiling: Tiling, shape: Geometry) -> tuple[tuple[Mbarrier, ...], int]:
+    """The barrier block from offset 0 on. In a pair, the even CTA's MMA warp waits for what both CTAs did, and its
+    commits arrive in both.
+    """
+    warps = SOFTMAX_WARPS * shape.ctas
+    both = ", in both CTAs" if shape.ctas > 1 else ""
+    of_both = " of both CTAs" if shape.ctas > 1 else ""
+    families = (
+        ("q_full", 1, 1, f"TMA: Q{of_both} has landed"),
+        ("ring_full", tiling.kv_stages, 1, f"TMA: a chunk of K or V{of_both} has landed"),
+        ("ring_empty", tiling.kv_stages, 1, f"commit{both}: QK or PV has read the chunk"),
+        ("s_full", 1, 1, f"commit{both}: QK has written S"),
+        ("s_empty", 1, warps, f"softmax{of_both}, one lane a warp: S is in registers"),
+        ("p_full", 1, warps, f"softmax{of_both}, one lane a warp: P is written and O is rescaled"),
+        ("o_full", 1, 1, f"commit{both}: PV has written O and read P"),
+    )
+    placed, offset = [], 0
+    for name, count, arrivals, reason in families:
+        placed.append(Mbarrier(name, count, arrivals, offset, reason))
+        offset += MBARRIER_BYTES * count
+    return tuple(placed), offset
+
+
+def _buffers(spec: KernelSpec, tiling: Tiling, shape: Geometry, barrier_bytes: int) -> tuple[tuple[Buffer, ...], int]:
+    rows, n, o_bytes = tiling.tile_m, tiling.tile_n, output_bytes(spec)
+    ring = f"{shape.k_rows} x {tiling.k_chunk} of K or {tiling.v_keys} x {shape.v_columns} of V a buffer"
+    q_columns = shape.k_chunks * tiling.k_chunk
+    wanted = [
+        ("barriers", barrier_bytes, 1, None, "mbarriers and the slot of the TMEM base address"),
+        ("sQ", rows * q_columns * ELEMENT_BYTES, 1, None, f"{rows} x {q_columns}, {shape.k_chunks} chunks"),
+        ("ring", tiling.kv_stages * shape.buffer_bytes, tiling.kv_stages, None, ring),
+    ]
+    if tiling.p_staging == "smem":
+        wanted.append(("sP", rows * n * ELEMENT_BYTES, 1, None, f"{rows} x {n}"))
+    if shape.ctas > 1:
+        wanted.append(("peaks", 2 * LANES * ACCUMULATOR_BYTES, 1, None, "row maxima of the two halves, two tiles"))
+    steps = shape.o_columns // tiling.o_chunk
+    staging = f"{LANES} x {tiling.o_chunk} of {o_bytes} bytes, in {steps} step{'s' if steps > 1 else ''}"
+    if tiling.o_over_q:
+        staging += ", over sQ once the last QK is done"
+    wanted.append(("sO", LANES * tiling.o_chunk * o_bytes, 1, "sQ" if tiling.o_over_q else None, staging))
+    return place_buffers(wanted)
+
+
+def _regions(tiling: Tiling, shape: Geometry) -> tuple[tuple[Region, ...], int]:
+    n, half = tiling.tile_n, ", half of its columns in each 64 lanes" if shape.ctas > 1 else ""
+    rows = tiling.tile_m
+    wanted = [("S", n // shape.ctas, f"{rows} x {n} float32{half}")]
+    if tiling.p_staging == "tmem":
+        wanted.append(("P", n // 2, f"{rows} x {n} of 16 bits, two a column"))
+    wanted.append(("O", shape.o_columns, f"{rows} x {shape.o_width} float32{half}"))
+    placed, column = [], 0
+    for name, columns, reason in wanted:
+        placed.append(Region(name, column, columns, reason))
+        column += columns
+    return tuple(placed), column
+
+
+def _named_barriers(threads: int, shape: Geometry) -> tuple[NamedBarrier, ...]:
+    if shape.ctas == 1:
+        return named_barriers(threads)
+    why = "the two warps that share rows have written their maxima, or sums"
+    return (
+        NamedBarrier(0, "cta", threads, "mbarriers initialized, TMEM base published"),
+        *(NamedBarrier(1 + i, f"rows {32 * i}", 64, f"warps {i} and {i + 2}: {why}") for i in (0, 1)),
+    )
+
+
+def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling, shape: Geometry) -> Iterator[Overflow]:
+    if budget.smem_total > budget.smem_limit:
+        parts = [b for b in budget.buffers if b.alias_of is None]
+        reason = " + ".join(f"{b.name} {b.bytes}" for b in parts) + f", aligned to {TILE_ALIGNMENT},"
+        options = ["fewer kv_stage buffers"] if tiling.kv_stages > 2 else ["a smaller tile_n"]
+        options += [] if tiling.strategy == "pair" else ["a CTA pair (strategy = pair)"]
+        options += ["P in TMEM"] if tiling.p_staging == "smem" and tiling.strategy != "pair" else []
+        options += [] if tiling.o_over_q else ["sO over sQ"]
+        yield Overflow("smem", "bytes", budget.smem_total, budget.smem_limit, reason, " or ".join(options))
+    over = budget.buffer("sO")
+    if over.alias_of is not None and over.bytes > budget.buffer(over.alias_of).bytes:
+        limit = budget.buffer(over.alias_of).bytes
+        reason = f"{over.name} cannot lie over {over.alias_of}: {over.name}"
+        yield Overflow("smem", "bytes", over.bytes, limit, reason, "a smaller o_chunk, or sO of its own")
+    if budget.tmem_used > budget.tmem_limit:
+        yield _tmem_overflow(budget, arch, spec, tiling, shape)
+
+
+def _tmem_overflow(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling, shape: Geometry) -> Overflow:
+    reason = " + ".join(f"{region.name} {region.columns}" for region in budget.regions)
+    if shape.o_columns >= arch.tmem_columns:
+        rest = [region.name for region in budget.regions if region.name != "O"]
+        reason = (
+            f"a {tiling.tile_m} x {shape.o_width} float32 accumulator takes all {arch.tmem_columns} columns, "
+            f"so {' and '.join(rest)} {'have' if len(rest) > 1 else 'has'} no room: {reason}"
+        )
+    remedy = "a CTA pair (strategy = pair), or O's columns in passes (strategy = passes)"
+    return Overflow("tmem", "columns", budget.tmem_used, arch.tmem_columns, reason, remedy)
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+K_CHUNKS = (64, 128)  # columns: one 128-byte swizzle span, or two
+RING_MIN = 2  # buffers: the next chunk is loaded while this one is multiplied
+PASSES = 2
+
+
+def chunked_tilings(
+    spec: KernelSpec, arch: Arch, strategy: str, tile_ns: tuple[int, ...], stagings: tuple[str, ...], depth_max: int
+) -> Iterator[Tiling]:
+    """Candidates of a strategy of the specification's vocabulary: "chunks", "passes" or "pair". The ring is as deep as
+    shared memory and depth_max allow unless the specification says how deep.
+    """
+    rows = MMA_M // 2 if strategy == "pair" else MMA_M
+    kind, passes = ("pair", 1) if strategy == "pair" else ("chunks", PASSES if strategy == "passes" else 1)
+    for tile_n in tile_ns:
+        for staging in stagings:
+            for k_chunk in K_CHUNKS:
+                for v_keys in (n for n in range(HEAD_DIM_STEP, tile_n + 1, HEAD_DIM_STEP) if tile_n % n == 0):
+                    plain = Tiling(rows, tile_n, RING_MIN, staging, True, 0, kind, passes, k_chunk, v_keys)
+                    chunk = _o_chunk(spec, arch, plain)
+                    depth = spec.kv_stage if spec.kv_stage != "auto" else _depth(spec, arch, plain, chunk, depth_max)
+                    yield replace(plain, kv_stages=depth, o_chunk=chunk)
+
+
+def _o_chunk(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
+    """The widest part of O that can be staged over sQ: in a pair, of one group's half of the columns."""
+    shape = geometry(spec, arch, tiling)
+    span = shape.v_columns if shape.ctas > 1 else shape.o_columns
+    q_bytes = tiling.tile_m * shape.k_chunks * tiling.k_chunk * ELEMENT_BYTES
+    fitting = q_bytes // (LANES * output_bytes(spec))
+    return max(c for c in range(HEAD_DIM_STEP, span + 1, HEAD_DIM_STEP) if span % c == 0 and c <= max(fitting, 16))
+
+
+def _depth(spec: KernelSpec, arch: Arch, tiling: Tiling, o_chunk: int, depth_max: int) -> int:
+    """Ring buffers that fit beside the rest."""
+    budget = budget_of(spec, arch, replace(tiling, kv_stages=RING_MIN, o_chunk=o_chunk))
+    buffer = budget.buffer("ring").stage_bytes
+    return max(RING_MIN, min(depth_max, RING_MIN + (budget.smem_limit - budget.smem_total) // buffer))

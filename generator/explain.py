@@ -1,0 +1,97 @@
+"""Every strategy for a specification, side by side: what it needs, what it costs, and why it was not taken.
+
+`bespoke plan --explain` and, for head dims that whole tiles do not reach, `bespoke budget` print it. The figures are
+those that the planner chooses by (cost.py); a strategy that does not fit is shown by its closest candidate, with what
+overflows and what would cure it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .arch import ARCHS, Arch
+from .budget import Budget, Tiling
+from .chunks import budget_of
+from .cost import Cost, cost_of
+from .plan import (
+    CHUNKED,
+    DoesNotFit,
+    NotImplementedYet,
+    candidates,
+    check_implemented,
+    fits_tiles,
+    plan_kernel,
+    ranking,
+    strategies,
+)
+from .spec import KernelSpec
+
+STRATEGIES = ("tiles", *CHUNKED)
+SAYS = {
+    "tiles": "whole K and V tiles, rings of their own",
+    "chunks": "K and V in chunks through one ring, Q resident",
+    "passes": "as chunks, O's columns in two passes, scores recomputed",
+    "pair": "CTA pair (cta_group::2): half of K, V and of the rows each",
+}
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One strategy. tiling, budget, cost: of its best candidate, or of its closest when none fits.
+
+    status: "chosen", "costs ... times as much" or what overflows; remedy: what to set to get it, or what would cure it.
+    """
+
+    strategy: str
+    spec: KernelSpec
+    tiling: Tiling
+    budget: Budget
+    cost: Cost
+    status: str
+    remedy: str
+
+    @property
+    def chosen(self) -> bool:
+        return self.status == "chosen"
+
+
+def explain_kernel(spec: KernelSpec) -> list[Explained]:
+    """Explained of each strategy of sm_100a, in the order of the vocabulary. Raises NotImplementedYet for another
+    architecture.
+    """
+    arch = ARCHS[spec.arch]
+    if spec.arch != "sm_100a":
+        check_implemented(spec)
+    try:
+        chosen = plan_kernel(spec)
+    except (DoesNotFit, NotImplementedYet):
+        chosen = None
+    best = cost_of(spec, arch, chosen.tiling) if chosen else None
+    return [_explained(spec, arch, name, chosen.tiling if chosen else None, best) for name in STRATEGIES]
+
+
+def _explained(spec: KernelSpec, arch: Arch, name: str, chosen: Tiling | None, best: Cost | None) -> Explained:
+    rows = {"tile_m": "auto"} if name == "pair" or spec.tile_m == 64 else {}
+    only = spec.model_copy(update={"strategy": name, **rows})
+    tried = [(tiling, budget_of(only, arch, tiling)) for tiling in candidates(only, arch)]
+    fitting = [(tiling, budget) for tiling, budget in tried if budget.fits]
+    if not fitting:
+        if not tried:
+            only = only.model_copy(update={"p_staging": "auto", "tile_n": "auto"})
+            tried = [(tiling, budget_of(only, arch, tiling)) for tiling in candidates(only, arch)]
+        tiling, budget = min(tried, key=lambda pair: (len(pair[1].overflows), *(o.over for o in pair[1].overflows)))
+        status = "; ".join(map(str, budget.overflows)) or "not with these options"
+        remedies = dict.fromkeys(over.remedy for over in budget.overflows)
+        return Explained(name, only, tiling, budget, cost_of(only, arch, tiling), status, "; ".join(remedies))
+    rank = ranking(only, arch)
+    tiling, budget = min(fitting, key=lambda pair: rank(pair[0]))
+    cost = cost_of(only, arch, tiling)
+    if tiling == chosen:
+        return Explained(name, only, tiling, budget, cost, "chosen", "")
+    if name == "tiles" and not fits_tiles(spec):
+        why = "fits, but one tcgen05.mma writes all of O: head_dim_v = head_dim, at most 256"
+        return Explained(name, only, tiling, budget, cost, why, "strategy = chunks splits O's columns")
+    status = f"costs {cost.score / best.score:.2f} times as much" if best else "fits"
+    if best and cost.score <= best.score and strategies(spec) == ("tiles",):
+        status += ", but whole tiles are taken where one MMA writes all of O"
+    return Explained(name, only, tiling, budget, cost, status, f"strategy = {name} asks for it")

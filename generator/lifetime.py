@@ -1,0 +1,104 @@
+"""Which buffers may share bytes or columns: lifetimes as events of a kernel, and who orders them.
+
+The events of one CTA and what orders each before the next, for a launch of TILES KV tiles:
+
+    load Q -> QK j             q_full
+    load K j -> QK j           k_full or ring_full         load V j -> PV j   v_full or ring_full
+    QK j -> read S j           s_full                      read S j -> QK j + 1   s_empty
+    read S j -> write P j      one thread's program
+    write P j -> PV j          p_full
+    QK j + 1 -> PV j           MMAs of one thread run in order, and so PV j -> QK j + 2
+    PV j -> write P j + 1      o_full
+    PV last -> stage O         o_full
+    stage O -> store O         a fence and the warp's program
+
+Two buffers may overlap only if, tile by tile, every use of one is ordered before every use of the other. What is not
+ordered by a chain of these is taken to happen at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+TILES = 4  # of KV in the model: a tile, its neighbours, and one that is neither
+
+Event = tuple[str, int]  # what happens, and to which KV tile (0 for what happens once)
+Use = tuple[str, tuple[Event, ...]]  # "S of tile 1", and the events that touch it
+
+
+class Overlap(ValueError):
+    """Two buffers were to share memory although both are alive at once. The message says what nothing orders."""
+
+
+def uses(name: str) -> tuple[Use, ...]:
+    """The uses of a buffer or TMEM region by its name in a Budget; KeyError for one that the model does not know."""
+    tiles = range(TILES)
+    once: dict[str, tuple[Event, ...]] = {
+        "sQ": (("load Q", 0), *(("QK", j) for j in tiles)),
+        "sO": (("stage O", 0), ("store O", 0)),
+        "O": (*(("write P", j) for j in tiles), *(("PV", j) for j in tiles), ("stage O", 0)),
+        "sK": tuple((what, j) for j in tiles for what in ("load K", "QK")),
+        "sV": tuple((what, j) for j in tiles for what in ("load V", "PV")),
+        "ring": tuple((what, j) for j in tiles for what in ("load K", "QK", "load V", "PV")),
+        "peaks": (*(("write P", j) for j in tiles), ("stage O", 0)),
+    }
+    each = {"S": ("QK", "read S"), "P": ("write P", "PV"), "sP": ("write P", "PV")}
+    if name in once:
+        return ((name, once[name]),)
+    return tuple((f"{name} of tile {j}", tuple((what, j) for what in each[name])) for j in tiles)
+
+
+def check_overlaps(pairs: Iterable[tuple[str, str]]) -> None:
+    """Raise Overlap for the first pair of buffers, by name, that are alive at once."""
+    for one, other in pairs:
+        for first in uses(one):
+            for second in uses(other):
+                if not (_before(first, second) or _before(second, first)):
+                    raise Overlap(_why(one, other, first, second))
+
+
+def _before(first: Use, second: Use) -> bool:
+    return all(a != b and b in _after(a) for a in first[1] for b in second[1])
+
+
+def _why(one: str, other: str, first: Use, second: Use) -> str:
+    """The two events whose order is missing, in the direction in which fewer are."""
+    found = [
+        ([(a, b) for a in x[1] for b in y[1] if a == b or b not in _after(a)], x, y)
+        for x, y in ((first, second), (second, first))
+    ]
+    missing, x, y = min(found, key=lambda item: len(item[0]))
+    a, b = missing[0]
+    return f"{one} cannot lie over {other}: nothing orders {_spell(a)} ({x[0]}) before {_spell(b)} ({y[0]})"
+
+
+def _spell(event: Event) -> str:
+    what, tile = event
+    return f"{what} {tile}" if what in ("QK", "PV", "read S", "write P", "load K", "load V") else what
+
+
+@cache
+def _after(event: Event) -> frozenset[Event]:
+    """Every event that is ordered after this one."""
+    following = [b for a, b in _edges() if a == event]
+    return frozenset(following).union(*(_after(b) for b in following))
+
+
+def _edges() -> Iterator[tuple[Event, Event]]:
+    last = TILES - 1
+    for j in range(TILES):
+        yield ("load Q", 0), ("QK", j)
+        yield ("load K", j), ("QK", j)
+        yield ("load V", j), ("PV", j)
+        yield ("QK", j), ("read S", j)
+        yield ("read S", j), ("write P", j)
+        yield ("write P", j), ("PV", j)
+        if j < last:
+            yield ("read S", j), ("QK", j + 1)
+            yield ("QK", j + 1), ("PV", j)
+            yield ("PV", j), ("write P", j + 1)
+        if j < last - 1:
+            yield ("PV", j), ("QK", j + 2)
+    yield ("PV", last), ("stage O", 0)
+    yield ("stage O", 0), ("store O", 0)

@@ -1,0 +1,109 @@
+"""The barrier protocol of a plan as a table: who arrives, how many arrivals a phase takes, who waits, for which phase.
+
+The counts are the Budget's, which the kernel's initialization is emitted from; j counts KV tiles, i chunks through the
+ring, in the order in which the MMA warp consumes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One barrier. arrivals: that complete a phase, and the bytes where a TMA load completes it too."""
+
+    barrier: str
+    stages: int
+    arrivals: str
+    arrives: str
+    waits: str
+    phase: str
+
+
+def protocol(plan: Plan) -> list[Exchange]:
+    """Every mbarrier of the plan, then the barriers of the hardware, in the order of first use."""
+    who = _Warps(plan)
+    told = {**_ring(plan, who), **_scores(who)}
+    rows = []
+    for bar in plan.budget.mbarriers:
+        arrives, waits, phase, size = told[bar.name]
+        arrivals = f"{bar.arrivals} and {size} bytes" if size else str(bar.arrivals)
+        rows.append(Exchange(bar.name, bar.stages, arrivals, arrives, waits, phase))
+    return rows + _hardware(plan)
+
+
+class _Warps:
+    """How the warps are called: in a pair, of which CTA."""
+
+    def __init__(self, plan: Plan) -> None:
+        pair = plan.pair
+        self.load = "load warp of the even CTA, for both, and TMA of both CTAs" if pair else "load warp and TMA"
+        self.loader = "load warp of each CTA" if pair else "load warp"
+        self.mma = "MMA warp of the even CTA" if pair else "MMA warp"
+        self.commit = "tcgen05.commit, multicast to both CTAs," if pair else "tcgen05.commit"
+        self.softmax = (
+            "8 softmax warps of both CTAs, one lane each, at the even CTA,"
+            if pair
+            else "4 softmax warps, one lane each,"
+        )
+        self.readers = "softmax warps of each CTA" if pair else "softmax warps"
+
+
+Told = dict[str, tuple[str, str, str, int | str]]  # name -> arrives, waits, phase, bytes (0: no load)
+
+
+def _ring(plan: Plan, who: _Warps) -> Told:
+    n, layouts, tma = plan.kv_stages, plan.layouts, who.load
+    parity = f"parity of i div {n}, buffer i mod {n}"
+    first = f"opposite parity of i div {n}: passes at once in the first round"
+    if plan.tiling.strategy != "tiles":
+        size = " or ".join(map(str, dict.fromkeys(plan.shape.loaded_bytes)))
+        return {
+            "q_full": (tma, f"{who.mma}, once", "0", plan.q_load_bytes),
+            "ring_full": (tma, f"{who.mma}, before the MMAs of chunk i", parity, size),
+            "ring_empty": (
+                f"{who.commit} after the MMAs of chunk i",
+                f"{who.loader}, before loading chunk i",
+                first,
+                0,
+            ),
+        }
+    parity, first = parity.replace("buffer", "stage").replace("i ", "j "), first.replace("i div", "j div")
+    found: Told = {"q_full": (tma, f"{who.mma}, once", "0", layouts["sQ"].bytes)}
+    for name, gemm in (("k", "QK"), ("v", "PV")):
+        size = layouts[f"s{name.upper()}"].bytes
+        found[f"{name}_full"] = (tma, f"{who.mma}, before {gemm} j", parity, size)
+        found[f"{name}_empty"] = (f"{who.commit} after {gemm} j", f"{who.loader}, before loading tile j", first, 0)
+    return found
+
+
+def _scores(who: _Warps) -> Told:
+    return {
+        "s_full": (f"{who.commit} after QK j", f"{who.readers}, before reading S j", "parity of j", 0),
+        "s_empty": (
+            f"{who.softmax} when S j is in registers",
+            f"{who.mma}, before QK j",
+            "opposite parity of j: of S j - 1; passes at once for tile 0",
+            0,
+        ),
+        "p_full": (f"{who.softmax} when P j is written and O rescaled", f"{who.mma}, before PV j", "parity of j", 0),
+        "o_full": (
+            f"{who.commit} after PV j",
+            f"{who.readers}, before rescaling O for tile j and before O leaves",
+            "opposite parity of j: of PV j - 1; passes at once for tile 0",
+            0,
+        ),
+    }
+
+
+def _hardware(plan: Plan) -> list[Exchange]:
+    threads, rows = plan.budget.threads, []
+    for bar in plan.budget.named_barriers:
+        rows.append(Exchange(f"bar.sync {bar.id}", 1, str(bar.threads), "its threads", "its threads", bar.reason))
+    if plan.pair:
+        why = "mbarriers of both CTAs initialized; at the end, TMEM and mbarriers of both no longer used"
+        rows.append(Exchange("barrier.cluster", 1, str(2 * threads), "every thread of the pair", "the same", why))
+    return rows
