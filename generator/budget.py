@@ -31,7 +31,8 @@ ISSUER_REGISTERS = 40  # estimate: an MMA or TMA warp holds descriptors, coordin
 class Tiling:
     """The numbers that a planner chooses. p_staging: "tmem" or "smem"; o_over_q: sO lies over sQ.
 
-    strategy: "tiles": K and V in rings of their own, a tile a stage. "chunks": both in chunks through one ring, whose
+    strategy: "tiles": K and V in rings of their own, a tile a stage. "two_tiles": so too, and two query tiles a CTA, of
+    tile_m rows each. "chunks": both in chunks through one ring, whose
     buffers kv_stages counts; passes: into how many passes it splits O's columns. "pair": as chunks, by a CTA pair.
     """
 
@@ -48,10 +49,12 @@ class Tiling:
 
     def __str__(self) -> str:
         reuse = "sO over sQ" if self.o_over_q else "own sO"
-        how = {"tiles": "", "chunks": "K and V in chunks, ", "pair": "CTA pair, "}[self.strategy]
+        how = {"tiles": "", "two_tiles": "two query tiles, ", "chunks": "K and V in chunks, ", "pair": "CTA pair, "}[
+            self.strategy
+        ]
         if self.passes > 1:
             how += f"O in {self.passes} passes, "
-        if self.strategy != "tiles":
+        if self.k_chunk:
             how += f"{self.k_chunk} columns of K or {self.v_keys} keys of V a buffer, "
         return (
             f"{how}tile {self.tile_m}x{self.tile_n}, kv_stage {self.kv_stages}, P in {self.p_staging.upper()}, "

@@ -41,6 +41,7 @@ from .budget import (
     softmax_role,
 )
 from .spec import HEAD_DIM_STEP, KernelSpec
+from .two_tiles import two_tile_budget
 
 MMA_M = 128  # rows of Q that one tcgen05.mma multiplies, alone or in a pair
 LANES = 128
@@ -109,6 +110,8 @@ def budget_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     """The Budget of any candidate. Never raises for what does not fit: see Budget.overflows."""
     if tiling.strategy == "tiles":
         return compute_budget(spec, arch, tiling)
+    if tiling.strategy == "two_tiles":
+        return two_tile_budget(spec, arch, tiling)
     shape = geometry(spec, arch, tiling)
     mbarriers, slot_offset = _mbarriers(tiling, shape)
     buffers, smem_total = _buffers(spec, tiling, shape, slot_offset + TMEM_SLOT_BYTES)

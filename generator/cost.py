@@ -19,6 +19,7 @@ from .arch import Arch
 from .budget import ELEMENT_BYTES, Tiling
 from .chunks import MMA_M, geometry
 from .spec import HEAD_DIM_STEP, KernelSpec
+from .two_tiles import POLYNOMIAL_PAIRS, QUERY_TILES
 
 TENSOR_FLOP, SMEM_BYTES, L2_BYTES, MUFU_OPS = 8192, 128, 64, 16  # a cycle and SM
 RATES = f"{TENSOR_FLOP} FLOP, {SMEM_BYTES} bytes of smem, {L2_BYTES} bytes of L2, {MUFU_OPS} ex2 (sources: cost.py)"
@@ -30,7 +31,8 @@ class Cost:
     """One KV tile of one CTA; in a pair, of each of the two. rows x keys: scores that it takes part in.
 
     mma_instructions: tcgen05.mma that a CTA (or pair) issues. Bytes: mma_read_bytes of shared memory by tcgen05.mma,
-    write_bytes into it by TMA and softmax, load_bytes from L2 or global memory.
+    write_bytes into it by TMA and softmax, load_bytes from L2 or global memory. exponentials: of the special-function
+    unit.
     """
 
     rows: int
@@ -67,7 +69,8 @@ class Cost:
 
 def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     """The Cost of a candidate, whether or not it fits."""
-    if tiling.strategy == "tiles":
+    queries, by_fma = (QUERY_TILES, len(POLYNOMIAL_PAIRS)) if tiling.strategy == "two_tiles" else (1, 0)
+    if tiling.strategy in ("tiles", "two_tiles"):
         ctas, groups = 1, -(-spec.v_dim // arch.mma_n_max)
         width, k_columns, v_columns = spec.v_dim // groups, spec.head_dim, spec.v_dim
     else:
@@ -83,13 +86,13 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     loaded = keys // ctas * spec.head_dim + keys * spec.v_dim // tiling.passes // ctas
     written = keys // ctas * k_columns + keys * v_columns + p_rows * keys
     return Cost(
-        rows=rows,
+        rows=rows * queries,
         keys=keys,
         passes=tiling.passes,
-        mma_instructions=qk_steps + pv_steps,
-        mma_flop=2 * mma_rows * HEAD_DIM_STEP * (qk_steps * keys + pv_steps * width),
-        mma_read_bytes=step_bytes * (qk_read + pv_read),
+        mma_instructions=queries * (qk_steps + pv_steps),
+        mma_flop=2 * queries * mma_rows * HEAD_DIM_STEP * (qk_steps * keys + pv_steps * width),
+        mma_read_bytes=queries * step_bytes * (qk_read + pv_read),
         write_bytes=ELEMENT_BYTES * written,
         load_bytes=ELEMENT_BYTES * loaded,
-        exponentials=rows * keys,
+        exponentials=queries * rows * keys * (8 - by_fma) // 8,
     )

@@ -15,6 +15,7 @@ from .chunks import budget_of
 from .cost import Cost, cost_of
 from .plan import (
     CHUNKED,
+    WHOLE_TILES,
     DoesNotFit,
     NotImplementedYet,
     candidates,
@@ -26,9 +27,10 @@ from .plan import (
 )
 from .spec import KernelSpec
 
-STRATEGIES = ("tiles", *CHUNKED)
+STRATEGIES = (*WHOLE_TILES, *CHUNKED)
 SAYS = {
     "tiles": "whole K and V tiles, rings of their own",
+    "two_tiles": "as tiles, two query tiles in flight, a warpgroup corrects O",
     "chunks": "K and V in chunks through one ring, Q resident",
     "passes": "as chunks, O's columns in two passes, scores recomputed",
     "pair": "CTA pair (cta_group::2): half of K, V and of the rows each",

@@ -49,23 +49,26 @@ def uses(name: str) -> tuple[Use, ...]:
     return tuple((f"{name} of tile {j}", tuple((what, j) for what in each[name])) for j in tiles)
 
 
-def check_overlaps(pairs: Iterable[tuple[str, str]]) -> None:
-    """Raise Overlap for the first pair of buffers, by name, that are alive at once."""
+def check_overlaps(pairs: Iterable[tuple[str, str]], qk_first: bool = True) -> None:
+    """Raise Overlap for the first pair of buffers, by name, that are alive at once.
+
+    qk_first: the MMA warp issues QK of a tile before PV of the one before it, as in the table; else after it.
+    """
     for one, other in pairs:
         for first in uses(one):
             for second in uses(other):
-                if not (_before(first, second) or _before(second, first)):
-                    raise Overlap(_why(one, other, first, second))
+                if not (_before(first, second, qk_first) or _before(second, first, qk_first)):
+                    raise Overlap(_why(one, other, first, second, qk_first))
 
 
-def _before(first: Use, second: Use) -> bool:
-    return all(a != b and b in _after(a) for a in first[1] for b in second[1])
+def _before(first: Use, second: Use, qk_first: bool) -> bool:
+    return all(a != b and b in _after(a, qk_first) for a in first[1] for b in second[1])
 
 
-def _why(one: str, other: str, first: Use, second: Use) -> str:
+def _why(one: str, other: str, first: Use, second: Use, qk_first: bool) -> str:
     """The two events whose order is missing, in the direction in which fewer are."""
     found = [
-        ([(a, b) for a in x[1] for b in y[1] if a == b or b not in _after(a)], x, y)
+        ([(a, b) for a in x[1] for b in y[1] if a == b or b not in _after(a, qk_first)], x, y)
         for x, y in ((first, second), (second, first))
     ]
     missing, x, y = min(found, key=lambda item: len(item[0]))
@@ -79,13 +82,13 @@ def _spell(event: Event) -> str:
 
 
 @cache
-def _after(event: Event) -> frozenset[Event]:
+def _after(event: Event, qk_first: bool) -> frozenset[Event]:
     """Every event that is ordered after this one."""
-    following = [b for a, b in _edges() if a == event]
-    return frozenset(following).union(*(_after(b) for b in following))
+    following = [b for a, b in _edges(qk_first) if a == event]
+    return frozenset(following).union(*(_after(b, qk_first) for b in following))
 
 
-def _edges() -> Iterator[tuple[Event, Event]]:
+def _edges(qk_first: bool) -> Iterator[tuple[Event, Event]]:
     last = TILES - 1
     for j in range(TILES):
         yield ("load Q", 0), ("QK", j)
@@ -96,7 +99,7 @@ def _edges() -> Iterator[tuple[Event, Event]]:
         yield ("write P", j), ("PV", j)
         if j < last:
             yield ("read S", j), ("QK", j + 1)
-            yield ("QK", j + 1), ("PV", j)
+            yield (("QK", j + 1), ("PV", j)) if qk_first else (("PV", j), ("QK", j + 1))
             yield ("PV", j), ("write P", j + 1)
         if j < last - 1:
             yield ("PV", j), ("QK", j + 2)

@@ -10,9 +10,11 @@ from .plan import Plan
 
 WIDTH, LEFT, TOP = 760, 20, 46
 BAR_HEIGHT, TMEM_HEIGHT, LINE = 54, 128, 18
+COLORS_OF_REGIONS = {"S": "#9ecae1", "P": "#dadaeb", "O": "#fc9272"}
 COLORS = {
     **{"sQ": "#9ecae1", "sK": "#a1d99b", "sV": "#fdd0a2", "ring": "#c7e9c0", "sP": "#dadaeb", "peaks": "#f7b6d2"},
-    **{"barriers": "#bdbdbd", "sO": "#fc9272", "S": "#9ecae1", "P": "#dadaeb", "O": "#fc9272"},
+    **{"barriers": "#bdbdbd", "rows": "#f7b6d2", "sO": "#fc9272"},
+    **{f"{name}{i}": color for name, color in COLORS_OF_REGIONS.items() for i in ("", 0, 1)},
 }
 
 

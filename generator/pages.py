@@ -21,6 +21,13 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
         "K and V come in whole tiles, each through a ring of its own; one `tcgen05.mma` writes all columns of O a step "
         "of K. What head_dim 16 to 256 is built with.",
     ),
+    "two_tiles": (
+        {"head_dim": 128, "strategy": "two_tiles"},
+        "Whole tiles, and two query tiles a CTA: while the softmax warps of one turn S into P, the tensor core "
+        "multiplies for the other, with the same K and V. A third warpgroup rescales O, where a row's maximum moved "
+        "by more than 2^8, and stores it. Part of the exponentials is a cubic on the FMA units. P lies over S: PV of a "
+        "tile is issued before QK of the next, and MMAs of one thread run in order.",
+    ),
     "chunks": (
         {"head_dim": 320},
         "K and V come in chunks through one ring of equal buffers: one holds some columns of a K tile or some keys "
@@ -41,11 +48,12 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
         "share a query row: they exchange row maxima once a tile, and the sums at the end, through `peaks`.",
     ),
 }
+COUNTS = {"tiles": "", "two_tiles": ", i query tiles"}
 REUSE = (
     "sO lies over sQ: the epilogue stages O only after `o_full` of the last PV, and by then every QK, the last reader "
     "of sQ, is complete, because MMAs of one thread complete in order. `generator/lifetime.py` holds the model; a "
     "buffer that is to lie over one that is alive at the same time is refused with the two events that nothing orders. "
-    "P over S is refused: QK of the next tile writes S while PV still reads P."
+    "P over S is refused where QK of the next tile is issued before PV: it writes S while PV still reads P."
 )
 
 
@@ -92,7 +100,7 @@ def _page(strategy: str, plan: Plan, what: str) -> str:
         "",
         "## Barrier protocol",
         "",
-        "j counts KV tiles" + ("" if strategy == "tiles" else ", i chunks in the order of their use") + ".",
+        "j counts KV tiles" + COUNTS.get(strategy, ", i chunks in the order of their use") + ".",
         "",
         *_table(("barrier", "stages", "arrivals a phase", "who arrives", "who waits", "phase waited for")),
         *_rows((p.barrier, p.stages, p.arrivals, p.arrives, p.waits, p.phase) for p in protocol(plan)),

@@ -1,7 +1,8 @@
 """KernelSpec -> Plan: the candidates, why each was rejected, and the choice. Pure Python, no DSL import.
 
-The rules of choice. Where one MMA writes all of O (head_dim_v = head_dim, at most 256), K and V come in whole tiles. Of
-the candidates that fit the architecture, take the first by
+The rules of choice. Where one MMA writes all of O (head_dim_v = head_dim, at most 256), K and V come in whole tiles;
+strategy = two_tiles asks for two query tiles in flight. Of the candidates that fit the
+architecture, take the first by
   1. at least two kv stages, so that the next K and V tiles are loaded while these are multiplied;
   2. the largest tile_n: fewer barriers and fewer rescales a key;
   3. P in TMEM rather than in shared memory: it leaves the shared-memory pipe to K and V;
@@ -37,11 +38,13 @@ from .cost import cost_of
 from .mask import Mask, mask_of
 from .signature import Parameter, signature
 from .spec import KV_STAGE_MAX, KernelSpec, SpecError
+from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES
 
 TILE_M = 128
 TILE_NS = (128, 64, 32, 16)
 TILE_N_MAX = 128
 CHUNKED = ("chunks", "passes", "pair")
+WHOLE_TILES = ("tiles", "two_tiles")
 KV_STAGES_AUTO = 3
 O_CHUNK_STEP = 16  # columns: 32 bytes of 16 bits, the narrowest swizzle span
 REGISTER_COLUMNS_MAX = 32
@@ -113,7 +116,11 @@ _CHUNKS = (
 PARTIALS = {
     "tiles": _partials(
         *("overview_tiles", "constants_tiles", "operands", "tiles", "mask", "load", "mma", "tmem"),
-        *("softmax", "rows", "epilogue", "stage", "kernel"),
+        *("softmax", "rows", "epilogue", "stage", "kernel", "launch"),
+    ),
+    "two_tiles": _partials(
+        *("overview_two", "constants_two", "operands", "tiles", "mask", "load", "mma_two", "tmem"),
+        *("softmax_two", "rows", "correction_two", "epilogue", "stage", "kernel_two", "launch"),
     ),
     "chunks": _partials(*_CHUNKS, "softmax", "rows", "store_columns", "stage", "kernel_chunks"),
     "pair": _partials(*_CHUNKS, "softmax_pair", "rows", "store_columns", "stage", "kernel_chunks"),
@@ -177,7 +184,7 @@ class Plan:
     @property
     def mma_m(self) -> int:
         """Query rows that one tcgen05.mma multiplies, over all CTAs that share it."""
-        return self.tile_m if self.tiling.strategy == "tiles" else MMA_M
+        return self.tile_m if self.tiling.strategy in WHOLE_TILES else MMA_M
 
     @cached_property
     def shape(self) -> Geometry:
@@ -192,19 +199,66 @@ class Plan:
     @property
     def o_tmem_columns(self) -> int:
         """TMEM columns of O."""
-        return self.budget.region("O").columns
+        return self.budget.region("O0" if self.query_tiles == 2 else "O").columns
 
     @property
     def s_width(self) -> int:
         """Columns of S that a thread holds."""
-        return self.budget.region("S").columns
+        return self.budget.region("S0" if self.query_tiles == 2 else "S").columns
 
     @property
     def partials(self) -> Partials:
         """The template's parts for this strategy."""
         found = PARTIALS[self.tiling.strategy]
-        *parts, kernel = found.parts
-        return replace(found, parts=(*parts, "_sink.py.j2", kernel)) if self.spec.sink else found
+        if not self.spec.sink:
+            return found
+        at = next(i for i, part in enumerate(found.parts) if part.startswith("_kernel"))
+        return replace(found, parts=(*found.parts[:at], "_sink.py.j2", *found.parts[at:]))
+
+    @property
+    def query_tiles(self) -> int:
+        """Query tiles that a CTA has in flight."""
+        return QUERY_TILES if self.tiling.strategy == "two_tiles" else 1
+
+    @property
+    def cta_tokens(self) -> str:
+        """Query tokens of a CTA, as the kernel's constants say it."""
+        return f"2 * {self.token_tile}" if self.query_tiles == 2 else self.token_tile
+
+    @property
+    def row_in_tile(self) -> str:
+        """A thread's row of its query tile."""
+        return "cute.arch.thread_idx()[0]" + (" % TILE_M" if self.query_tiles == 2 else "")
+
+    @property
+    def tile_warps(self) -> str:
+        """The constant that says how many warps read the rows of a query tile."""
+        return "TILE_WARPS" if self.query_tiles == 2 else "SOFTMAX_WARPS"
+
+    @property
+    def warp_in_tile(self) -> str:
+        """Which of them a warp is."""
+        return "cute.arch.warp_idx()" + (" % TILE_WARPS" if self.query_tiles == 2 else "")
+
+    @property
+    def span_name(self) -> str:
+        """What the load warp calls its KV tiles."""
+        return "tiles" if self.query_tiles == 2 else "spans" if self.spec.kv_sources == 2 else "span"
+
+    @property
+    def o_tile_bytes(self) -> int:
+        """sO of one query tile."""
+        return self.budget.buffer("sO").stage_bytes
+
+    @property
+    def polynomial(self) -> tuple[float, ...]:
+        """Coefficients of 2^x on [0, 1), from x^3 to x; the constant is 1."""
+        return EXP2_CUBIC
+
+    @property
+    def polynomial_pairs(self) -> tuple[int, ...]:
+        """Of each 8 neighbouring pairs of columns, those whose exponentials are computed by the polynomial."""
+        return POLYNOMIAL_PAIRS
 
     @property
     def s_columns(self) -> int:
@@ -306,7 +360,7 @@ class Plan:
         sO's is of one warp's slab: each softmax warp stages and stores its own 32 rows.
         """
         spec, tiling = self.spec, self.tiling
-        if tiling.strategy == "tiles":
+        if tiling.strategy in WHOLE_TILES:
             k_columns, k_rows, v_columns, v_rows = spec.head_dim, tiling.tile_n, spec.v_dim, tiling.tile_n
         else:
             shape = self.shape
@@ -388,6 +442,8 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     for strategy in strategies(spec):
         if strategy == "tiles":
             found += _whole_tiles(spec, tile_ns, stagings)
+        elif strategy == "two_tiles":
+            found += [replace(t, strategy=strategy) for t in _whole_tiles(spec, tile_ns, ("tmem",))]
         else:
             places = ("smem",) if strategy == "pair" else stagings
             wide = tuple(n for n in tile_ns if strategy != "pair" or n % 32 == 0)
@@ -415,7 +471,7 @@ def o_chunks(spec: KernelSpec) -> list[int]:
 
 def ranking(spec: KernelSpec, arch: Arch) -> Callable[[Tiling], tuple]:
     """Sort key of candidates: the smallest is taken. The rules are in the module's docstring."""
-    if strategies(spec) == ("tiles",):
+    if strategies(spec)[0] in WHOLE_TILES:
         return preference
 
     def by_cost(tiling: Tiling) -> tuple:
@@ -458,7 +514,7 @@ _COSTS = (  # one a component of `by_cost`
 
 def _second(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rejected:
     """A candidate that fits and was not taken: by the first rule on which the chosen one is better."""
-    if chosen.strategy != "tiles":
+    if chosen.strategy not in WHOLE_TILES:
         rank = ranking(spec, arch)
         for reason, better, worse in zip(_COSTS, rank(chosen), rank(tiling), strict=True):
             if better != worse:
@@ -496,6 +552,8 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield "kv_shared", "leave it out (default: false)"
     if spec.kv_sources != 1 and strategies(spec) != ("tiles",):
         yield "kv_sources", "leave it out (default: 1); a second source needs whole tiles of K and V (strategy = tiles)"
+    if spec.strategy == "two_tiles":
+        yield from _later_in_two_tiles(spec)
     if spec.strategy == "tiles" and not fits_tiles(spec):
         yield "strategy", 'one MMA writes all of O, head_dim_v = head_dim of at most 256: use "auto" or "chunks"'
     rows = {MMA_M // 2 if strategy == "pair" else TILE_M for strategy in strategies(spec)}
@@ -508,6 +566,16 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
             yield "tile_n", "a pair's tcgen05.mma takes multiples of 32 keys: use a multiple of 32"
     if spec.tile_n != "auto" and spec.tile_n > TILE_N_MAX:
         yield "tile_n", f'use "auto" or at most {TILE_N_MAX}'
+
+
+def _later_in_two_tiles(spec: KernelSpec) -> Iterator[tuple[str, str]]:
+    one = "or one query tile (strategy = tiles)"
+    if spec.v_dim > ARCHS[spec.arch].mma_n_max:
+        yield "head_dim_v", f"at most {ARCHS[spec.arch].mma_n_max}, {one}"
+    if spec.window_left is not None:
+        yield "window_left", f"leave it out, {one}"
+    if spec.p_staging == "smem":
+        yield "p_staging", f'P lies over S in tensor memory: use "auto" or "tmem", {one}'
 
 
 def _does_not_fit(spec: KernelSpec, arch: Arch) -> DoesNotFit:
@@ -532,7 +600,8 @@ def _cures(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
             if _any_fits(spec.model_copy(update={"strategy": strategy, "tile_m": "auto"}), arch):
                 yield "tile_m", f"leave it out: strategy = {strategy} fits"
                 break
-    choices = {"strategy": CHUNKED, "p_staging": arch.p_stagings, "tile_n": TILE_NS}
+    others = (*(("tiles",) if fits_tiles(spec) else ()), *CHUNKED)
+    choices = {"strategy": others, "p_staging": arch.p_stagings, "tile_n": TILE_NS}
     for field, values in choices.items():
         if getattr(spec, field) != "auto":
             fitting = (v for v in values if _any_fits(spec.model_copy(update={field: v}), arch))

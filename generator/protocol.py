@@ -26,7 +26,7 @@ class Exchange:
 def protocol(plan: Plan) -> list[Exchange]:
     """Every mbarrier of the plan, then the barriers of the hardware, in the order of first use."""
     who = _Warps(plan)
-    told = {**_ring(plan, who), **_scores(who)}
+    told = _two_tiles(plan) if plan.query_tiles == 2 else {**_ring(plan, who), **_scores(who)}
     rows = []
     for bar in plan.budget.mbarriers:
         arrives, waits, phase, size = told[bar.name]
@@ -78,6 +78,41 @@ def _ring(plan: Plan, who: _Warps) -> Told:
         found[f"{name}_full"] = (tma, f"{who.mma}, before {gemm} j", parity, size)
         found[f"{name}_empty"] = (f"{who.commit} after {gemm} j", f"{who.loader}, before loading tile j", first, 0)
     return found
+
+
+def _two_tiles(plan: Plan) -> Told:
+    """Barriers without "of tile i" serve both query tiles, i is a query tile."""
+    n, layouts = plan.kv_stages, plan.layouts
+    parity, first = f"parity of j div {n}, stage j mod {n}", f"opposite parity of j div {n}: passes at once at first"
+    told: Told = {"q_full": ("load warp and TMA, Q i", "MMA warp, once", "0", layouts["sQ"].bytes)}
+    for name, gemm in (("k", "QK"), ("v", "PV")):
+        size = layouts[f"s{name.upper()}"].bytes
+        told[f"{name}_full"] = ("load warp and TMA", f"MMA warp, before {gemm} j", parity, size)
+        told[f"{name}_empty"] = (f"tcgen05.commit after {gemm} j of both", "load warp, before loading tile j", first, 0)
+    softmax = "4 softmax warps of tile i, one lane each,"
+    told |= {
+        "s_full": (
+            "tcgen05.commit after QK j of tile i",
+            "softmax warps of tile i, before reading S j",
+            "parity of j",
+            0,
+        ),
+        "p_full": (
+            f"{softmax} when P j is written, 4 correction warps, one lane each, when O is rescaled for it",
+            "MMA warp, before PV j of tile i",
+            "parity of j",
+            0,
+        ),
+        "factor_full": (
+            f"{softmax} when the factors for tile j are stored, from j = 1 on",
+            "correction warps, before rescaling O of tile i",
+            "opposite parity of j",
+            0,
+        ),
+        "sum_full": (f"{softmax} after the last KV tile", "correction warps, before O of tile i leaves", "0", 0),
+        "o_full": ("tcgen05.commit after the last PV of tile i", "correction warps, before O of tile i leaves", "0", 0),
+    }
+    return told
 
 
 def _scores(who: _Warps) -> Told:

@@ -11,7 +11,20 @@ PACKAGE = Path(generator.resources.__file__).parent
 
 # Upstream first. A module imports only modules to its left.
 FLOW = (
-    *("resources", "spec", "signature", "mask", "arch", "lifetime", "budget", "chunks", "cost", "plan", "explain"),
+    *(
+        "resources",
+        "spec",
+        "signature",
+        "mask",
+        "arch",
+        "lifetime",
+        "budget",
+        "two_tiles",
+        "chunks",
+        "cost",
+        "plan",
+        "explain",
+    ),
     *("survey", "emit", "protocol", "maps", "pages"),
     *("dsl", "cache", "cubin", "compile", "arrays", "run", "kernel", "reference", "tiles", "verify", "mutate"),
     "matrix",

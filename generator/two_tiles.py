@@ -1,0 +1,159 @@
+"""What a CTA needs with two query tiles in flight: while the softmax warps of one turn S into P, the tensor core
+multiplies for the other.
+
+Pure arithmetic, as in budget.py. Each query tile has S and O of its own in tensor memory, P lies over S, and a
+warpgroup of softmax warps; a third warpgroup rescales O of both and stores it, so that no thread holds a row of S and
+one of O. Both tiles use the same K and V. Registers are handed out by warpgroup (setmaxnreg), so the budget of a thread
+is a choice here and no estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .arch import Arch
+from .budget import (
+    ACCUMULATOR_BYTES,
+    ELEMENT_BYTES,
+    MBARRIER_BYTES,
+    TILE_ALIGNMENT,
+    TMEM_SLOT_BYTES,
+    Budget,
+    Buffer,
+    Mbarrier,
+    Overflow,
+    Region,
+    Role,
+    Tiling,
+    allocated_columns,
+    named_barriers,
+    output_bytes,
+    place_buffers,
+)
+from .lifetime import check_overlaps
+from .spec import KernelSpec
+
+QUERY_TILES = 2
+GROUP_WARPS = 4  # of a warpgroup: warp w of one reaches TMEM lanes 32w to 32w+31 only
+SOFTMAX_REGISTERS = 192  # a row of S (128), 32 columns of P, and what the exponentials need
+CORRECTION_REGISTERS = 80  # 32 columns of O, a factor and addresses
+ISSUER_REGISTERS = 48  # descriptors, coordinates, loop state
+# 2^x on [0, 1) as 1 + c1 x + c2 x^2 + c3 x^3 with the least relative error, 8.8e-5 (found by Remez' exchange)
+EXP2_CUBIC = (0.077119089663028717, 0.22756439447402954, 0.69514614343643188)
+# Three exponentials of eight leave the special-function unit, 16 a cycle, at 5/8 of the time that the tensor core takes
+# for a tile of head_dim 128; on the timeline's model more make no difference, fewer do.
+POLYNOMIAL_PAIRS = (1, 4, 6)
+
+
+def two_tile_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
+    """The Budget of a candidate. Never raises for what does not fit: see Budget.overflows."""
+    mbarriers, slot_offset = _mbarriers(tiling)
+    buffers, smem_total = _buffers(spec, tiling, slot_offset + TMEM_SLOT_BYTES)
+    regions, used = _regions(spec, tiling)
+    roles = _roles()
+    threads = arch.warp_size * sum(role.warps for role in roles)
+    budget = Budget(
+        buffers=buffers,
+        smem_total=smem_total,
+        smem_limit=arch.smem_per_cta,
+        regions=regions,
+        tmem_used=used,
+        tmem_columns=allocated_columns(used, arch),
+        tmem_limit=arch.tmem_columns,
+        mbarriers=mbarriers,
+        tmem_slot_offset=slot_offset,
+        named_barriers=named_barriers(threads),
+        roles=roles,
+        threads=threads,
+        registers_limit=arch.registers_per_thread,
+        registers_total=arch.warp_size * sum(role.warps * role.registers for role in roles),
+        overflows=(),
+    )
+    return replace(budget, overflows=tuple(_overflows(budget, tiling)))
+
+
+def _roles() -> tuple[Role, ...]:
+    issuer = "setmaxnreg: descriptors, coordinates, loop state"
+    row = "setmaxnreg: a row of S, part of P, what the exponentials need"
+    return (
+        Role("softmax", 0, QUERY_TILES * GROUP_WARPS, SOFTMAX_REGISTERS, row),
+        Role("correction", 8, GROUP_WARPS, CORRECTION_REGISTERS, "setmaxnreg: part of a row of O, its factor"),
+        Role("mma", 12, 1, ISSUER_REGISTERS, issuer),
+        Role("tma", 13, 1, ISSUER_REGISTERS, issuer),
+        Role("idle", 14, 2, ISSUER_REGISTERS, "setmaxnreg counts whole warpgroups"),
+    )
+
+
+def _mbarriers(tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
+    stages, tiles, warps = tiling.kv_stages, QUERY_TILES, GROUP_WARPS
+    families = (
+        ("q_full", tiles, 1, "TMA: Q has landed"),
+        ("k_full", stages, 1, "TMA: a K tile has landed"),
+        ("k_empty", stages, 1, "commit: QK of both query tiles has read its K tile"),
+        ("v_full", stages, 1, "TMA: a V tile has landed"),
+        ("v_empty", stages, 1, "commit: PV of both query tiles has read its V tile"),
+        ("s_full", tiles, 1, "commit: QK has written S, and PV before it has read P and written O"),
+        ("p_full", tiles, 2 * warps, "softmax and correction, one lane a warp: P is written, O is rescaled"),
+        ("factor_full", tiles, warps, "softmax, one lane a warp: the factors of O are in shared memory"),
+        ("sum_full", tiles, warps, "softmax, one lane a warp: sums and references are in shared memory"),
+        ("o_full", tiles, 1, "commit: the last PV has written O"),
+    )
+    placed, offset = [], 0
+    for name, count, arrivals, reason in families:
+        placed.append(Mbarrier(name, count, arrivals, offset, reason))
+        offset += MBARRIER_BYTES * count
+    return tuple(placed), offset
+
+
+def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tuple[Buffer, ...], int]:
+    m, n, stages, tiles = tiling.tile_m, tiling.tile_n, tiling.kv_stages, QUERY_TILES
+    o_bytes = output_bytes(spec)
+    steps = spec.v_dim // tiling.o_chunk
+    staging = f"two tiles of {m} x {tiling.o_chunk} of {o_bytes} bytes, in {steps} step{'s' if steps > 1 else ''}"
+    if tiling.o_over_q:
+        staging += ", over sQ once the last QK is done"
+    rows_bytes = 3 * tiles * m * ACCUMULATOR_BYTES
+    return place_buffers(
+        [
+            ("barriers", barrier_bytes, 1, None, "mbarriers and the slot of the TMEM base address"),
+            ("rows", rows_bytes, 1, None, f"factor, sum and reference of {tiles} x {m} rows"),
+            ("sQ", tiles * m * spec.head_dim * ELEMENT_BYTES, tiles, None, f"two tiles of {m} x {spec.head_dim}"),
+            ("sK", stages * n * spec.head_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.head_dim} a stage"),
+            ("sV", stages * n * spec.v_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.v_dim} a stage"),
+            ("sO", tiles * m * tiling.o_chunk * o_bytes, tiles, "sQ" if tiling.o_over_q else None, staging),
+        ]
+    )
+
+
+def _regions(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Region, ...], int]:
+    """S of both tiles, P over S, O of both tiles."""
+    m, n = tiling.tile_m, tiling.tile_n
+    check_overlaps([("P", "S")], qk_first=False)
+    regions = [Region(f"S{i}", i * n, n, f"{m} x {n} float32") for i in range(QUERY_TILES)]
+    over = [
+        Region(f"P{i}", i * n, n // 2, f"{m} x {n} of 16 bits, two a column, over S{i} once that is read")
+        for i in range(QUERY_TILES)
+    ]
+    first, width = QUERY_TILES * n, spec.v_dim
+    outputs = [Region(f"O{i}", first + i * width, width, f"{m} x {width} float32") for i in range(QUERY_TILES)]
+    return (*regions, *over, *outputs), first + QUERY_TILES * width
+
+
+def _overflows(budget: Budget, tiling: Tiling) -> Iterator[Overflow]:
+    if budget.smem_total > budget.smem_limit:
+        parts = [b for b in budget.buffers if b.alias_of is None]
+        reason = " + ".join(f"{b.name} {b.bytes}" for b in parts) + f", aligned to {TILE_ALIGNMENT},"
+        options = ["a lower kv_stage"] if tiling.kv_stages > 1 else ["a smaller tile_n"]
+        options += [] if tiling.o_over_q else ["sO over sQ"]
+        remedy = " or ".join([*options, "one query tile (strategy = tiles)"])
+        yield Overflow("smem", "bytes", budget.smem_total, budget.smem_limit, reason, remedy)
+    over_q, q = budget.buffer("sO"), budget.buffer("sQ")
+    if over_q.alias_of is not None and over_q.bytes > q.bytes:
+        reason = "sO cannot lie over sQ: sO"
+        yield Overflow("smem", "bytes", over_q.bytes, q.bytes, reason, "a smaller o_chunk, or sO of its own")
+    if budget.tmem_used > budget.tmem_limit:
+        names = ("S0", "S1", "O0", "O1")
+        reason = " + ".join(f"{name} {budget.region(name).columns}" for name in names)
+        remedy = "a smaller tile_n or one query tile (strategy = tiles)"
+        yield Overflow("tmem", "columns", budget.tmem_used, budget.tmem_limit, reason, remedy)
