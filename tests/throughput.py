@@ -1,0 +1,233 @@
+"""Our Blackwell kernels beside FlashAttention-4's, without a GPU: `python tests/throughput.py [--write-docs]`.
+
+What one CTA executes for a KV tile, by unit, and how long the timeline's model (docs/timeline.md) says it takes: both
+kernels compiled here and executed by the emulator on the same model. A CTA has 256 query rows and sees all of 2048 or
+4096 keys; the difference of the two launches is 16 KV tiles of 128 keys, without beginning and end. Needs flash-attn-4
+and CPU PyTorch for its half; what is missing is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from generator.compile import compile_kernel
+from generator.cubin import read_cubin
+from generator.emulator import Tracer, attach, attached
+from generator.emulator.clock import FLOAT, INTEGER, ISSUE, MEMORY, SPECIAL, unit_of
+from generator.plan import plan_kernel
+from generator.resources import checkout_root
+from generator.run import run_observed
+from generator.spec import load_spec
+from generator.verify import random_inputs
+
+QUERIES, KEYS, TILE = 256, (2048, 4096), 128
+CASES = [(d, v, causal) for d, v in ((64, 64), (96, 96), (128, 128), (192, 128)) for causal in (False, True)]
+PAGE = checkout_root() / "docs" / "throughput.md"
+ROWS = {
+    "tensor core, cycles": "mma_cycles",
+    "tcgen05.mma": "mma",
+    "exponentials, special-function unit": "special",
+    "exponentials, FMA units": "polynomial",
+    "float instructions (f32x2 twice)": "float",
+    "integer, compare, convert": "integer",
+    "shared memory, bytes of threads": "shared",
+    "TMEM, bytes of threads": "tmem",
+    "barriers: waits and arrivals": "barriers",
+    "other instructions, moves left out": "other",
+}
+
+
+@dataclass
+class Measured:
+    """counts: of one KV tile of a CTA, by the values of ROWS; cycles: of both launches; tensor: share at the longer."""
+
+    counts: dict[str, float]
+    cycles: tuple[float, float]
+    tensor: float
+    registers: int
+    spills: int
+    name: str
+    ctas: int  # that share the work, each with a multiprocessor of its own
+
+    @property
+    def steady(self) -> float:
+        """Share of the time in which the tensor core works, between the two launches."""
+        tiles = (KEYS[1] - KEYS[0]) / TILE
+        return self.counts["mma_cycles"] * tiles / self.ctas / (self.cycles[1] - self.cycles[0])
+
+
+@dataclass
+class Launched:
+    opcodes: Counter
+    model: dict[str, Any]
+    flop: int
+    facts: Any
+    ctas: int
+
+
+def measured(launches: list[Launched], name: str) -> Measured:
+    tiles = (KEYS[1] - KEYS[0]) // TILE
+    more = Counter(launches[1].opcodes)
+    more.subtract(launches[0].opcodes)
+    counts: Counter = Counter()
+    for opcode, n in more.items():
+        for key, amount in _kinds(opcode).items():
+            counts[key] += n * amount / tiles
+    counts["mma_cycles"] = (launches[1].flop - launches[0].flop) / 8192 / tiles
+    facts = launches[1].facts
+    return Measured(
+        dict(counts),
+        tuple(launch.model["cycles"] for launch in launches),
+        launches[1].model["tensor_core"],
+        facts.registers,
+        facts.spill_store_bytes + facts.spill_load_bytes,
+        name,
+        launches[1].ctas,
+    )
+
+
+def _kinds(opcode: str) -> dict[str, float]:
+    """What a warp-instruction counts for, each thing in the unit of its row of the table."""
+    if opcode.startswith("tcgen05.mma"):
+        return {"mma": 1}
+    if opcode.startswith(("tcgen05.ld", "tcgen05.st")):
+        return {"tmem": 32 * 4 * int(re.search(r"\.x(\d+)", opcode)[1])}
+    if opcode.startswith(("mbarrier.", "bar.", "barrier.", "tcgen05.commit")):
+        return {"barriers": 1}
+    if opcode.startswith("ex2."):
+        return {"special": 32}
+    if opcode.startswith("add.rm"):  # one of each exponential by polynomial: FlashAttention-4 does it alike
+        return {"polynomial": 64 if "f32x2" in opcode else 32, "float": 2 if "f32x2" in opcode else 1}
+    unit = unit_of(opcode)
+    if unit == FLOAT:
+        return {"float": 2 if "f32x2" in opcode else 1}
+    if unit == MEMORY:
+        wide = re.search(r"\.v(\d)", opcode)
+        return {"shared": 32 * 4 * int(wide[1] if wide else 1)} if ".shared" in opcode else {"other": 1}
+    if unit == INTEGER:
+        return {"integer": 1}
+    return (
+        {} if unit == ISSUE and opcode.startswith(("mov.", "cvta.", "ld.param")) else {"other": 1 - (unit == SPECIAL)}
+    )
+
+
+def ours(d: int, v: int, causal: bool, strategy: str, folder: Path) -> Measured:
+    binary = compile_kernel(plan_kernel(load_spec(None, head_dim=d, head_dim_v=v, causal=causal, strategy=strategy)))
+    found = []
+    for keys in KEYS:
+        inputs = random_inputs("bf16", (1, 1, 1, QUERIES, keys), d, v, 0)
+        launch = run_observed(binary, *inputs, strict=False, trace=Tracer(folder / "t.json", ctas=1)).launches[0]
+        found.append(Launched(launch.opcodes, launch.model, launch.mma_flop, binary, math.prod(launch.grid)))
+    return measured(found, binary.plan.kernel_name)
+
+
+@contextlib.contextmanager
+def _cubins() -> Iterator[list[bytes]]:
+    """Those that the DSL makes meanwhile."""
+    seen: list[bytes] = []
+    real = attach.cubins_of
+
+    def noted(image: bytes) -> list[bytes]:
+        found = list(real(image))
+        seen.extend(found)
+        return found
+
+    attach.cubins_of = noted
+    try:
+        yield seen
+    finally:
+        attach.cubins_of = real
+
+
+def flash(d: int, v: int, causal: bool, folder: Path) -> Measured:
+    import foreign
+
+    module = foreign.load("foreign_fa4")
+    found = []
+    with _cubins() as cubins:
+        for keys in KEYS:
+            with attached("sm_100a", False, module.SMS, trace=Tracer(folder / "t.json", ctas=1)) as device:
+                foreign.forget_devices()
+                module.run(module.Attention("sm_100a", d, QUERIES, keys, 1, 1, v, causal=causal))
+                (launch,) = device.launches
+                facts = [read_cubin(c, launch.kernel) for c in cubins if launch.kernel.encode() in c]
+                found.append(Launched(launch.opcodes, launch.model, launch.mma_flop, facts[-1], math.prod(launch.grid)))
+    return measured(found, "FlashAttention-4")
+
+
+def table(d: int, v: int, causal: bool, columns: list[Measured]) -> list[str]:
+    title = f"head_dim {d}" + (f"/{v}" if v != d else "") + (", causal" if causal else "")
+    lines = [
+        f"## {title}",
+        "",
+        "| a KV tile of a CTA, 256 x 128 scores | " + " | ".join(m.name for m in columns) + " |",
+    ]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    for label, key in ROWS.items():
+        lines.append(f"| {label} | " + " | ".join(f"{m.counts.get(key, 0):.0f}" for m in columns) + " |")
+    for label, text in (
+        ("registers a thread at entry", [str(m.registers) for m in columns]),
+        ("spilled bytes a thread", [str(m.spills) for m in columns]),
+        ("cycles, 2048 keys", [f"{m.cycles[0]:.0f}" for m in columns]),
+        ("cycles, 4096 keys", [f"{m.cycles[1]:.0f}" for m in columns]),
+        ("tensor core busy, 4096 keys", [f"{m.tensor:.1%}" for m in columns]),
+        ("tensor core busy, without beginning and end", [f"{m.steady:.1%}" for m in columns]),
+    ):
+        lines.append(f"| {label} | " + " | ".join(text) + " |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write-docs", action="store_true", help=f"write {PAGE.name}")
+    parser.add_argument("--only", metavar="WORD", help="cases whose title holds it, as 'head_dim 128'")
+    options = parser.parse_args()
+    theirs = all(importlib.util.find_spec(name) for name in ("flash_attn", "torch"))
+    if not theirs:
+        print("flash-attn-4 and PyTorch are not installed together: our half only", file=sys.stderr)
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for d, v, causal in CASES:
+            title = f"head_dim {d}" + (f"/{v}" if v != d else "") + (", causal" if causal else "")
+            if options.only and options.only not in title:
+                continue
+            columns = [ours(d, v, causal, strategy, Path(folder)) for strategy in _strategies(d, v)]
+            columns += [flash(d, v, causal, Path(folder))] if theirs else []
+            part = table(d, v, causal, columns)
+            print("\n".join(part), flush=True)
+            lines += part
+    if options.write_docs:
+        PAGE.write_text("\n".join([*HEAD, *lines]))
+
+
+def _strategies(d: int, v: int) -> list[str]:
+    return ["tiles", "two_tiles"] if d == v else ["two_tiles"]
+
+
+HEAD = [
+    "# Throughput, predicted",
+    "",
+    "What is executed for each KV tile, and what the timeline's model makes of it ([timeline.md](timeline.md)), for",
+    "our kernels with one and with two query tiles in flight and for FlashAttention-4 (4.0.0b36), compiled by the same",
+    "CuTe DSL and executed by the emulator. Nothing here was measured on a GPU. 256 query rows: one CTA, or two of 128",
+    "with a multiprocessor each. Counts are of warp-instructions where no unit is given; exponentials are of single",
+    "elements. Written by `python tests/throughput.py --write-docs`.",
+    "",
+]
+
+if __name__ == "__main__":
+    main()
