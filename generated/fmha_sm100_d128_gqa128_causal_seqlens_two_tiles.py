@@ -81,7 +81,7 @@ CORRECTION_REGISTERS = 96
 ISSUER_REGISTERS = 48
 
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see softmax_tile
-POLYNOMIAL_PAIRS = (1, 4, 6,)  # of each 8 pairs of columns: exponentials by FMA
+POLYNOMIAL_PAIRS = (1, 4, 6)  # of each 8 pairs of columns: exponentials by FMA
 
 THREADS = 512
 WARP_ROWS = 32
@@ -451,7 +451,8 @@ def softmax_tile(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, j, seen,
         reference = m_new if m_new > -Float32.inf else Float32(0.0)  # nothing seen yet: -inf - -inf would be NaN
     factor = cute.math.exp2((m - reference) * scale_log2, fastmath=True)  # exactly 1 where m stays
     if j > 0:
-        factors[i, cute.arch.thread_idx()[0] % TILE_M] = factor if m > -Float32.inf else Float32(1.0)  # nothing seen: O is 0
+        row = cute.arch.thread_idx()[0] % TILE_M
+        factors[i, row] = factor if m > -Float32.inf else Float32(1.0)  # a row that has seen nothing: O is 0
         arrive_warp(bars + FACTOR_FULL + i)
 
     shift = -reference * scale_log2
@@ -577,12 +578,13 @@ def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, i: cutlass.C
     """O of query tile i out, by the sums and references that its softmax warps have left."""
     q_tile, head, batch = block
     seqlen_q, _ = lengths
+    row = cute.arch.thread_idx()[0] % TILE_M
     (lse,) = rows
-    token = q_tile * TILE_TOKENS + cute.arch.thread_idx()[0] % TILE_M // Q_HEADS_PER_KV
-    head = head * Q_HEADS_PER_KV + cute.arch.thread_idx()[0] % TILE_M % Q_HEADS_PER_KV  # this row's query head
+    token = q_tile * TILE_TOKENS + row // Q_HEADS_PER_KV
+    head = head * Q_HEADS_PER_KV + row % Q_HEADS_PER_KV  # this row's query head
     _, sums, references = row_stats
     cute.arch.mbarrier_wait(bars + SUM_FULL + i, 0)
-    total, m = sums[i, cute.arch.thread_idx()[0] % TILE_M], references[i, cute.arch.thread_idx()[0] % TILE_M]
+    total, m = sums[i, row], references[i, row]
     if kv_tiles == 0:
         zero_o(o_tmem)
     if kv_tiles > 0:
@@ -648,13 +650,14 @@ def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, 
     for j in cutlass.range(whole_tiles, kv_tiles, unroll=1):
         m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, j, end - j * TILE_N, scale_log2, m, total)
     _, sums, references = row_stats
-    sums[i, cute.arch.thread_idx()[0] % TILE_M], references[i, cute.arch.thread_idx()[0] % TILE_M] = total, m
+    row = cute.arch.thread_idx()[0] % TILE_M
+    sums[i, row], references[i, row] = total, m
     arrive_warp(bars + SUM_FULL + i)
 
 
 @cute.jit
 def tile_span(q_tile, lengths):
-    """KV tiles that some row of a query tile sees, and how many of them every row sees whole; none of a tile past Sq."""
+    """KV tiles that some row of a query tile sees, and how many of them every row sees; none of a tile past Sq."""
     seqlen_q, seqlen_k = lengths
     kv_tiles, whole_tiles = kv_span(q_tile, seqlen_q, seqlen_k)
     there = q_tile * TILE_TOKENS < seqlen_q

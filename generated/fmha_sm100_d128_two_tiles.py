@@ -79,7 +79,7 @@ CORRECTION_REGISTERS = 96
 ISSUER_REGISTERS = 48
 
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see softmax_tile
-POLYNOMIAL_PAIRS = (1, 4, 6,)  # of each 8 pairs of columns: exponentials by FMA
+POLYNOMIAL_PAIRS = (1, 4, 6)  # of each 8 pairs of columns: exponentials by FMA
 
 THREADS = 512
 WARP_ROWS = 32
@@ -436,7 +436,8 @@ def softmax_tile(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, j, seen,
     reference = m_new
     factor = cute.math.exp2((m - reference) * scale_log2, fastmath=True)  # exactly 1 where m stays
     if j > 0:
-        factors[i, cute.arch.thread_idx()[0] % TILE_M] = factor if m > -Float32.inf else Float32(1.0)  # nothing seen: O is 0
+        row = cute.arch.thread_idx()[0] % TILE_M
+        factors[i, row] = factor
         arrive_warp(bars + FACTOR_FULL + i)
 
     shift = -reference * scale_log2
@@ -562,11 +563,12 @@ def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, i: cutlass.C
     """O of query tile i out, by the sums and references that its softmax warps have left."""
     q_tile, head, batch = block
     seqlen_q, _ = lengths
+    row = cute.arch.thread_idx()[0] % TILE_M
     (lse,) = rows
-    token = q_tile * TILE_M + cute.arch.thread_idx()[0] % TILE_M
+    token = q_tile * TILE_M + row
     _, sums, references = row_stats
     cute.arch.mbarrier_wait(bars + SUM_FULL + i, 0)
-    total, m = sums[i, cute.arch.thread_idx()[0] % TILE_M], references[i, cute.arch.thread_idx()[0] % TILE_M]
+    total, m = sums[i, row], references[i, row]
     wait_tmem(bars + O_FULL + i, 0)  # the last PV
     store_o(o_tmem, o_smem, tma_o, mo, cute.arch.rcp_approx(total), block)
     if token < seqlen_q:
@@ -617,13 +619,14 @@ def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, 
     for j in cutlass.range(whole_tiles, kv_tiles, unroll=1):
         m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, j, end - j * TILE_N, scale_log2, m, total)
     _, sums, references = row_stats
-    sums[i, cute.arch.thread_idx()[0] % TILE_M], references[i, cute.arch.thread_idx()[0] % TILE_M] = total, m
+    row = cute.arch.thread_idx()[0] % TILE_M
+    sums[i, row], references[i, row] = total, m
     arrive_warp(bars + SUM_FULL + i)
 
 
 @cute.jit
 def tile_span(q_tile, lengths):
-    """KV tiles that some row of a query tile sees, and how many of them every row sees whole; none of a tile past Sq."""
+    """KV tiles that some row of a query tile sees, and how many of them every row sees; none of a tile past Sq."""
     seqlen_q, seqlen_k = lengths
     kv_tiles, whole_tiles = kv_span(seqlen_k)
     there = q_tile * TILE_M < seqlen_q

@@ -211,23 +211,21 @@ def main() -> None:
             print("\n".join(part), flush=True)
             lines += part
     if options.write_docs:
-        PAGE.write_text("\n".join([*HEAD, *lines]))
+        PAGE.write_text("\n".join([HEAD, *lines]))
 
 
 def _strategies(d: int, v: int) -> list[str]:
     return ["tiles", "two_tiles"] if d == v else ["two_tiles"]
 
 
-HEAD = [
-    "# Throughput, predicted",
-    "",
-    "What is executed for each KV tile, and what the timeline's model makes of it ([timeline.md](timeline.md)), for",
-    "our kernels with one and with two query tiles in flight and for FlashAttention-4 (4.0.0b36), compiled by the same",
-    "CuTe DSL and executed by the emulator. Nothing here was measured on a GPU. 256 query rows: one CTA, or two of 128",
-    "with a multiprocessor each. Counts are of warp-instructions where no unit is given; exponentials are of single",
-    "elements. Written by `python tests/throughput.py --write-docs`.",
-    "",
-]
+HEAD = """# Throughput, predicted
+
+What is executed for each KV tile, and what the timeline's model makes of it ([timeline.md](timeline.md)), for our kernels
+with one and with two query tiles in flight and for FlashAttention-4 (4.0.0b36), compiled by the same CuTe DSL and
+executed by the emulator. Nothing here was measured on a GPU. 256 query rows: one CTA, or two of 128 with a multiprocessor
+each. Counts are of warp-instructions where no unit is given, exponentials of single elements. Written by
+`python tests/throughput.py --write-docs`.
+"""
 
 if __name__ == "__main__":
     main()
