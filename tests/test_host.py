@@ -1,8 +1,10 @@
 """emulator/host: the DSL's host function reaches the emulator, and nothing that it asks succeeds silently."""
 
 import ctypes
+import hashlib
 import importlib.machinery
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -244,6 +246,28 @@ def test_missing_library_says_how_to_build_it(monkeypatch):
     monkeypatch.setattr(importlib.machinery, "EXTENSION_SUFFIXES", [".nowhere.so"])
     with pytest.raises(EmulatorError, match=r"_host.nowhere.so is missing .*\(pip install -e \.\)"):
         host.library_path()
+
+
+HOST_TEXTS = {1: "117ebcb9d557278b"}
+
+
+def test_a_changed_host_library_has_another_version():
+    """A library that was not built again is found out by its version, so each text of host.c has one of its own."""
+    text = Path(host.__file__).with_name("host.c").read_text()
+    assert f"#define HOST_VERSION {host.HOST_VERSION} " in text
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert HOST_TEXTS.get(host.HOST_VERSION) == digest, "raise HOST_VERSION in host.c and host.py, and add its digest"
+
+
+@pytest.mark.parametrize("library, found", [
+    (SimpleNamespace(), "is of an earlier version"),
+    (SimpleNamespace(bespoke_host_version=lambda: 99), "is of version 99"),
+])  # fmt: skip
+def test_a_stale_library_is_refused(monkeypatch, library, found):
+    monkeypatch.setattr(host, "_symbols", [])
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda path: library)
+    with pytest.raises(host.HostError, match=rf"_host.* {found}, this package needs version 1: build it again .pip"):
+        host.runtime_symbols()
 
 
 def test_redirect_changes_names_only(binary):

@@ -9,6 +9,7 @@ import pytest
 
 from generator.emulator import ops  # noqa: F401  (fills the table)
 from generator.emulator.table import FAMILIES, RESULT, TABLE, expand
+from generator.emulator.targets import NEEDS_SM_100
 
 PTXAS = os.environ.get("PTXAS") or shutil.which("ptxas")
 REGISTERS = {"p": "%p", **dict.fromkeys("hie", "%h"), **dict.fromkeys("usf", "%r"), **dict.fromkeys("USd2", "%d")}
@@ -59,18 +60,38 @@ def release() -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-@pytest.mark.skipif(release() < (13, 1), reason="no ptxas of CUDA 13.1 or later, which knows PTX ISA 9.1")
-def test_ptxas_takes_every_spelling(tmp_path):
-    entries = TABLE | {name: entry for family in FAMILIES.values() for entry in family for name in expand(entry.name)}
-    names = [n for n in entries if n.split(".")[0] not in ELSEWHERE and n not in PROVIDED and RESULT not in n]
+def refused(names: list[str], entries: dict, arch: str, folder) -> dict[str, str]:
+    """What ptxas says against instructions, by name; nothing is compiled."""
     lines = [f"{name} {operands(name, entries[name])};" for name in names]
-    (tmp_path / "all.ptx").write_text(
-        HEAD + "\n".join(lines) + "\nnot.an.instruction;\nret;\n}\n"
-    )  # nothing is compiled
-    command = [PTXAS, "-arch=sm_100a", "-o", os.devnull, str(tmp_path / "all.ptx")]
+    path = folder / f"{arch}.ptx"
+    path.write_text(HEAD.replace("sm_100a", arch) + "\n".join(lines) + "\nnot.an.instruction;\nret;\n}\n")
+    command = [PTXAS, f"-arch={arch}", "-o", os.devnull, str(path)]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     found = dict(re.findall(r"line (\d+); error\s*: (.*)", said))
     first = HEAD.count("\n") + 1
     assert str(first + len(lines)) in found, said[:500]  # it did read to the end
-    refused = [f"{lines[int(at) - first]} {why}" for at, why in found.items() if int(at) - first < len(lines)]
-    assert not refused, f"{len(refused)} spellings are refused: " + "\n".join(refused[:20])
+    return {names[int(at) - first]: why for at, why in found.items() if int(at) - first < len(lines)}
+
+
+def spellings() -> tuple[list[str], dict]:
+    entries = TABLE | {name: entry for family in FAMILIES.values() for entry in family for name in expand(entry.name)}
+    skipped = (name.split(".")[0] in ELSEWHERE or name in PROVIDED or RESULT in name for name in entries)
+    return [name for name, skip in zip(entries, skipped, strict=True) if not skip], entries
+
+
+@pytest.mark.skipif(release() < (13, 1), reason="no ptxas of CUDA 13.1 or later, which knows PTX ISA 9.1")
+def test_ptxas_takes_every_spelling(tmp_path):
+    names, entries = spellings()
+    found = refused(names, entries, "sm_100a", tmp_path)
+    said = [f"{name} {operands(name, entries[name])} {why}" for name, why in found.items()]
+    assert not said, f"{len(said)} spellings are refused: " + "\n".join(said[:20])
+
+
+@pytest.mark.skipif(release() < (13, 1), reason="no ptxas of CUDA 13.1 or later, which knows PTX ISA 9.1")
+def test_what_sm_90a_does_not_have(tmp_path):
+    """`targets` refuses what ptxas refuses for sm_90a, and nothing else."""
+    names, entries = spellings()
+    found = refused(names, entries, "sm_90a", tmp_path)
+    wrong = [name for name in names if bool(NEEDS_SM_100.match(name)) != (name in found)]
+    assert not wrong, f"{len(wrong)} spellings are judged differently: {wrong[:20]}"
+    assert len(found) > 40_000 and all(NEEDS_SM_100.match(n) for n in TABLE if n.startswith("tcgen05"))

@@ -27,6 +27,7 @@ from .parse import parse_ptx
 from .repeat import check_schedules, repeat
 from .schedule import Schedule
 from .syntax import Module
+from .targets import check as check_target
 from .trace import Tracer
 from .translate import Program, Translator
 from .variables import ModuleVariables
@@ -280,6 +281,8 @@ class Gpu:
             module = _parse(text)
         if module.target != self.arch:
             raise LaunchError(f"the PTX targets {module.target}, this GPU is {self.arch}")
+        with naming_sources(text):
+            check_target(module)
         self._texts[id(module)] = text
         return module
 

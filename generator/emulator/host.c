@@ -13,6 +13,7 @@
 #include <stdio.h>
 
 #define CUDA_ERROR_NOT_SUPPORTED 801
+#define HOST_VERSION 1 /* raised with every change of this file, here and in host.py: test_host.py knows the text of each */
 
 /* Functions of which every argument fits an integer register or an eight-byte stack slot. Twelve covers the longest
  * signature (cuTensorMapEncodeTiled); reading past the arguments that a caller passed yields arbitrary values, which
@@ -110,6 +111,7 @@ EXPORT int64_t emulated_cuda_dialect_init_library_once(uint64_t library, uint64_
 
 /* The interface to host.py. */
 EXPORT void bespoke_host_install(dispatcher_t function) { dispatcher = function; }
+EXPORT int32_t bespoke_host_version(void) { return HOST_VERSION; }
 EXPORT int32_t bespoke_host_symbol_count(void) { return SYMBOL_COUNT; }
 EXPORT const char *bespoke_host_symbol_name(int32_t symbol) {
     return symbol >= 0 && symbol < SYMBOL_COUNT ? symbol_names[symbol] : NULL;

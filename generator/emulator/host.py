@@ -40,6 +40,7 @@ from .errors import EmulatorError, LaunchError
 from .gpu import SMEM_LIMIT
 from .libraries import find_library
 
+HOST_VERSION = 1  # of host.c
 CUDA_SUCCESS = 0
 CUDA_ERROR_UNKNOWN = 999
 ENCODE_LIMITS = "cuTensorMapEncodeTiled: element strides, interleaving and fill values are not emulated"
@@ -270,6 +271,7 @@ def _install() -> None:
         if _symbols:
             return
         library = ctypes.CDLL(str(library_path()))
+        _check_version(library)
         library.bespoke_host_symbol_name.restype = ctypes.c_char_p
         names = [library.bespoke_host_symbol_name(i).decode() for i in range(library.bespoke_host_symbol_count())]
         unknown = sorted(set(_HANDLERS) - set(names))
@@ -278,6 +280,17 @@ def _install() -> None:
         library.bespoke_host_install(_dispatch)
         _symbols.extend(names)
         _exported.update(names)
+
+
+def _check_version(library: Any) -> None:
+    """A library of another version would be called with arguments that it does not expect. Raises HostError."""
+    version = getattr(library, "bespoke_host_version", None)
+    found = "of an earlier version" if version is None else f"of version {version()}"
+    if version is None or version() != HOST_VERSION:
+        raise HostError(
+            f"{library_path()} is {found}, this package needs version {HOST_VERSION}: build it again "
+            "(pip install -e .), which compiles emulator/host.c"
+        )
 
 
 def _write(address: int, kind: Any, value: int) -> None:
