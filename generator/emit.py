@@ -70,6 +70,20 @@ def write_text(path: Path, text: str) -> Path:
     return write_bytes(path, text.encode())
 
 
+def require_writable(path: Path) -> None:
+    """Whether `write_bytes` can write this file, asked before the work that it is to hold. Raises OutputError."""
+    if path.is_dir():
+        raise OutputError("out", path, "is a folder, a file is wanted", "name a file in it")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(b"")
+        part.unlink()
+    except OSError as error:
+        limit = f"cannot be written: {error.strerror}"
+        raise OutputError("out", path, limit, "choose a folder that you can write to") from None
+
+
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file whole or not at all: readers and an interrupted run never see half of it. Raises OutputError."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

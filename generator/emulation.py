@@ -25,7 +25,7 @@ from .command import (
     say_proofs,
     tracer_of,
 )
-from .emit import write_bytes, write_text
+from .emit import require_writable, write_bytes, write_text
 from .matrix import SHAPE_FORMAT, parse_shape
 from .options import kernel_spec, spec_options
 from .plan import plan_kernel
@@ -83,6 +83,8 @@ def emulate(
     """
     from .emulator.script import run_script
 
+    for file in filter(None, (capture, json_file)):
+        require_writable(file)
     tracer = tracer_of(trace, trace_ctas)
     options = {"strict": not fast, "accumulation": accumulation, "trace": tracer}
     options |= {"allow_uninitialized": allow_uninitialized, "warnings": warnings}
@@ -131,6 +133,8 @@ def mutate(
     from . import mutate as mutation
 
     words = target or []
+    if json_file is not None:
+        require_writable(json_file)
     step = present.counted("mutants", lambda outcome: f"line {outcome.line} {outcome.kind}: {outcome.result}")
     if words and words[0].endswith(".py"):
         arch = fields.get("arch", "sm_100a")
@@ -140,8 +144,9 @@ def mutate(
             raise typer.Exit(BAD_INPUT)
     else:
         chosen = plan_kernel(kernel_spec(words[0] if words else None, fields))
+        extents = parse_shape(shape, chosen.spec) if shape else None
         binary = compiled(chosen, None)
-        extents = parse_shape(shape, chosen.spec) if shape else mutation.shape_for(binary)
+        extents = extents or mutation.shape_for(binary)
         outcomes = mutation.mutate_kernel(binary, extents, seed=seed, jobs=jobs, done=step)
     if title is not None and len({outcome.kernel for outcome in outcomes}) == 1:
         outcomes = [mutation.named(outcome, title) for outcome in outcomes]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import generator.emulation
 from generator import cli
 from generator.emit import command_options, emit_kernel
 from generator.explain import STRATEGIES
@@ -170,7 +171,20 @@ def test_unwritable_output_folder(tmp_path):
     assert "choose a folder that you can write to (--out DIR)" in text
 
 
-def test_malformed_shape_is_refused_before_anything_is_compiled():
+def test_files_that_cannot_be_written_are_refused_before_the_program_runs(tmp_path):
+    """The program is not there: had it been looked for, that would be the message."""
+    (tmp_path / "file").write_text("")
+    for option in ("--capture", "--json"):
+        text = refusal("emulate", option, tmp_path / "file" / "out", "nowhere.py")
+        assert "out = " in text and "cannot be written: " in text and "nowhere.py" not in text
+        assert "is a folder, a file is wanted; name a file in it" in refusal("emulate", option, tmp_path, "nowhere.py")
+    assert "cannot be written" in refusal("mutate", "--json", tmp_path / "file" / "out", "nowhere.py")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_malformed_shape_is_refused_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setattr(generator.emulation, "compiled", None)
+    assert "a shape is B,Hq,Hkv,Sq,Skv" in refusal("mutate", "--head-dim", "64", "--shape", "1,1,1,128")
     assert "a shape is B,Hq,Hkv,Sq,Skv" in refusal("verify", "--head-dim", "64", "--shape", "1,1,1,128")
     assert "Hq must be Hkv x q_heads_per_kv" in refusal("verify", "--head-dim", "64", "--shape", "1,2,1,128,128")
 
