@@ -124,12 +124,12 @@ def summary(outcomes: Sequence[Outcome], command: str = "") -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command under way, without the options that say where things are written."""
+    """The command under way, without the options that say where things are written, or by how many processes."""
     words, skip = ["bespoke"], False
     for word in sys.argv[1:]:
-        if not skip and word not in ("--json", "--write-docs", "--title"):
+        if not skip and word not in ("--json", "--write-docs", "--title", "--jobs"):
             words.append(Path(word).name if word.endswith(".py") else word)
-        skip = word in ("--json", "--title")
+        skip = word in ("--json", "--title", "--jobs")
     return shlex.join(words)
 
 
@@ -157,24 +157,6 @@ absence: `generator/emulator/formal.py`), leaves *wrong numbers*, is *deadlocked
 is left. *Not run*: the launch does not reach the instruction. Written by `bespoke mutate --write-docs`; do not edit.
 """
 
-# Why the mutants of foreign kernels are missed: what nobody has proven yet, though the race checker lets them pass.
-OPEN = """
-## What is missed in FlashAttention-4
-
-Each of these ran clean: no race, no fault, the original's numbers. No entry of the list proves it equivalent.
-
-- sm_90a, the bar.sync before the epilogue's stores to shared memory: the epilogue overwrites Q; it is spare if each
-  warp overwrites only the rows of Q that its own wgmma read, which needs the accesses of every warp.
-- sm_100a, barrier.sync after tcgen05.alloc, which then only arrives: the mbarriers that follow order the same work.
-- sm_100a, bar.warp.sync before elect.sync and an arrival: the lanes' stores to shared memory since the warp's last one
-  are handed over by a bar.arrive; clocks are kept a warp, not a lane, so that nobody knows what the elected lane hands
-  on.
-- sm_100a, waits at the end of the softmax and correction warps before barrier.arrive: those waited for come to the same
-  barrier themselves, or never touch the tensor memory that is freed after it.
-- sm_100a, the correction warps' last mbarrier.arrive: it counts for a phase that nobody waits for, but other warps
-  arrive there too, and no entry shows in which phase it counts.
-"""
-
 
 def markdown(kernels: dict[str, Any]) -> str:
     """docs/mutation.md."""
@@ -190,8 +172,6 @@ def markdown(kernels: dict[str, Any]) -> str:
         lines += [line for kind, n in entry["kinds"].items() for line in _row(kind, *(n.get(r, 0) for r in RESULTS))]
         lines += ["", *(f"- missed: {text}" for text in entry["missed"])] if entry.get("missed") else []
     reasons = sorted({(kind, r) for entry in kernels.values() for kind, rs in entry["reasons"].items() for r in rs})
-    if any(name.startswith("FlashAttention-4") and entry.get("missed") for name, entry in kernels.items()):
-        lines += OPEN.rstrip().split("\n")
     lines += ["", "## Why mutants are equivalent", ""]
     lines += [f"- {kind}: {reason}." for kind, reason in reasons]
     return "\n".join(lines) + "\n"
