@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from generator.emulator import EmulatorError, Hazard, attached
 
 os.environ["QUACK_CACHE_ENABLED"] = "0"  # what it keeps on the disk was compiled for a GPU
 
+ARCHS = ("sm_90a", "sm_100a")
 MODULES = ("foreign_fa4", "foreign_quack")
 HEADER = "| source | arch | case | error against float64 | hazards | launches | seconds | M warp-instructions |"
 
@@ -104,13 +106,22 @@ def chosen(words: list[str]) -> Iterator[tuple[ModuleType, Any]]:
                 yield module, case
 
 
+def _in_a_process(arch: str, words: list[str]) -> int:
+    """The cases of one architecture: what libraries compile, they keep a process, whatever device there is later."""
+    only = [argument for word in (arch, *words) for argument in ("--only", word)]
+    return subprocess.run([sys.executable, __file__, "--rows", *only], check=False).returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", default=[], help="cases whose description has this word")
+    parser.add_argument("--rows", action="store_true", help="print no heading")
     parser.add_argument("--list", action="store_true", help="name the cases only")
     arguments = parser.parse_args()
-    if not arguments.list:
-        print(HEADER + "\n" + "|---" * HEADER.count(" | ") + "|---|")
+    if not arguments.list and not arguments.rows:
+        print(HEADER + "\n" + "|---" * HEADER.count(" | ") + "|---|", flush=True)
+    if not arguments.list and not any(word.startswith("sm_") for word in arguments.only):
+        return max(_in_a_process(arch, arguments.only) for arch in ARCHS)
     failed = 0
     for module, case in chosen(arguments.only):
         if arguments.list:
