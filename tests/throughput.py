@@ -220,10 +220,10 @@ def _strategies(d: int, v: int) -> list[str]:
 
 HEAD = """# Throughput, predicted
 
-What is executed for each KV tile, and what the timeline's model makes of it ([timeline.md](timeline.md)), for our kernels
-with one and with two query tiles in flight and for FlashAttention-4 (4.0.0b36), compiled by the same CuTe DSL and
-executed by the emulator. Nothing here was measured on a GPU. 256 query rows: one CTA, or two of 128 with a multiprocessor
-each. Counts are of warp-instructions where no unit is given, exponentials of single elements. Written by
+What is executed for each KV tile, and what the timeline's model makes of it ([timeline.md](timeline.md)), for our
+kernels with one and with two query tiles in flight and for FlashAttention-4 (4.0.0b36), compiled by the same CuTe DSL
+and executed by the emulator. Nothing here was measured on a GPU. 256 query rows: one CTA, or two of 128 with a
+multiprocessor each. Counts are of warp-instructions where no unit is given, exponentials of single elements. Written by
 `python tests/throughput.py --write-docs`.
 """
 
