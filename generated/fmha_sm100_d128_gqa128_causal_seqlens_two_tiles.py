@@ -804,7 +804,8 @@ def launch(
     tma_o, mo = cpasync.make_tiled_tma_atom(store, mo, slab, (WARP_ROWS, O_CHUNK))
 
     grid = (cute.ceil_div(q.shape[1], 2 * TILE_TOKENS), k.shape[2], q.shape[0])
-    arguments = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo, seqlens, lse, scale)
+    matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo)
+    arguments = (*matrices, seqlens, lse, scale)
     kernel = fmha_sm100_d128_gqa128_causal_seqlens_two_tiles(*arguments)
     # One CTA an SM is enough: without the hint ptxas trades spills for residency that TMEM may not allow.
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

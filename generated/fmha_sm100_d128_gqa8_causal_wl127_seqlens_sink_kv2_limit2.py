@@ -695,11 +695,11 @@ def launch(
 
     grid = (cute.ceil_div(q.shape[1], TILE_TOKENS), k.shape[2], q.shape[0])
     mk2 = cute.make_tensor(k2.iterator, cute.select(k2.layout, mode=[1, 3, 2, 0]))
-    mv2 = cute.make_tensor(v2.iterator, cute.select(v2.layout, mode=[3, 1, 2, 0]))
     tma_k2, mk2 = cute.nvgpu.make_tiled_tma_atom_B(load, mk2, one_stage(k_layout()), qk_tile, qk_mma())
+    mv2 = cute.make_tensor(v2.iterator, cute.select(v2.layout, mode=[3, 1, 2, 0]))
     tma_v2, mv2 = cute.nvgpu.make_tiled_tma_atom_B(load, mv2, one_stage(v_layout()), pv_tile, pv_mma())
-    sources = (tma_k, mk, tma_v, mv, tma_k2, mk2, tma_v2, mv2)
-    arguments = (tma_q, mq, *sources, tma_o, mo, seqlens, seqlens2, limit2, sink, lse, scale)
+    matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_k2, mk2, tma_v2, mv2, tma_o, mo)
+    arguments = (*matrices, seqlens, seqlens2, limit2, sink, lse, scale)
     kernel = fmha_sm100_d128_gqa8_causal_wl127_seqlens_sink_kv2_limit2(*arguments)
     # One CTA an SM is enough: without the hint ptxas trades spills for residency that TMEM may not allow.
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

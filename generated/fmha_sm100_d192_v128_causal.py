@@ -3,12 +3,13 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 313fe39b8200f2da0e9c1e4f5e33e39d1dddc5a58a361bcb4fad464c1f717a1f
 #
-# Shared memory: 230400 of 232448 bytes
-#   buffer    offset   bytes  stages  holds
-#   barriers       0     220       1  mbarriers and the slot of the TMEM base address
-#   sQ          1024   49152       1  128 x 192, 3 chunks
-#   ring       50176  180224      11  128 x 64 of K or 64 x 128 of V a buffer
-#   sO          1024   32768       1  128 x 128 of 2 bytes, in 1 step, over sQ once the last QK is done
+# Shared memory: 214016 of 232448 bytes
+#   buffer    offset  bytes  stages  holds
+#   barriers       0    108       1  mbarriers and the slot of the TMEM base address
+#   sQ          1024  49152       1  128 x 192
+#   sK         50176  98304       2  128 x 192 a stage
+#   sV        148480  65536       2  128 x 128 a stage
+#   sO          1024  32768       1  128 x 128 of 2 bytes, in 1 step, over sQ once the last QK is done
 #
 # TMEM: 320 of 512 columns, 512 allocated
 #   region  column  columns  holds
@@ -17,27 +18,29 @@
 #   O          192      128  128 x 128 float32
 #
 # mbarriers
-#   name        offset  stages  arrivals  a phase completes when
-#   q_full           0       1         1  TMA: Q has landed
-#   ring_full        8      11         1  TMA: a chunk of K or V has landed
-#   ring_empty      96      11         1  commit: QK or PV has read the chunk
-#   s_full         184       1         1  commit: QK has written S
-#   s_empty        192       1         4  softmax, one lane a warp: S is in registers
-#   p_full         200       1         4  softmax, one lane a warp: P is written and O is rescaled
-#   o_full         208       1         1  commit: PV has written O and read P
+#   name     offset  stages  arrivals  a phase completes when
+#   q_full        0       1         1  TMA: Q has landed
+#   k_full        8       2         1  TMA: a K tile has landed
+#   k_empty      24       2         1  commit: QK has read its K tile
+#   v_full       40       2         1  TMA: a V tile has landed
+#   v_empty      56       2         1  commit: PV has read its V tile
+#   s_full       72       1         1  commit: QK has written S
+#   s_empty      80       1         4  softmax, one lane a warp: S is in registers
+#   p_full       88       1         4  softmax, one lane a warp: P is written and O is rescaled
+#   o_full       96       1         1  commit: PV has written O and read P
 #
 # Warps: 192 threads, 46080 registers by estimate
 #   role     first warp  warps  registers  why
 #   softmax           0      4        240  estimate: a row of S (128) and P (64), 48 else
 #   mma               4      1         40  estimate: descriptors, coordinates, loop state
 #   tma               5      1         40  estimate: descriptors, coordinates, loop state
-"""Fused attention forward: one CTA a tile of 128 query rows of a query head and a batch entry.
+"""Fused attention forward: one CTA a tile of 128 query rows, a query head and a batch entry.
 
-Grid (ceil(Sq / 128), Hq, B), 192 threads a CTA.
+Grid (ceil(Sq / 128), Hq, B), 192 threads:
 
     warps 0-3  softmax, correction and epilogue, one thread a query row
     warp  4    MMA: S = Q K^T and O += P V by tcgen05.mma, QK of a tile before PV of the one before it
-    warp  5    load: Q once, then K and V by TMA, in chunks through one ring of KV_STAGES buffers
+    warp  5    load: Q, K and V by TMA, K and V through rings of KV_STAGES tiles
 """
 
 import cutlass
@@ -53,24 +56,11 @@ HEAD_DIM = 192
 HEAD_DIM_V = 128
 TILE_M = 128
 TILE_N = 128
-CTA_ROWS = 128  # rows of Q, S, P and O that a CTA holds
 MMA_K = 16  # columns of A that one tcgen05.mma of 16-bit operands multiplies
-KV_STAGES = 11  # buffers of the ring that K and V share
-RING_BUFFER_BYTES = 16384
-K_CHUNK = 64  # columns of K in a buffer
-K_CHUNKS = 3
-K_ROWS = 128  # keys of K in a CTA's buffer
-V_WIDTH = 128  # columns of O that one tcgen05.mma writes
-V_GROUPS = 1
-V_COLUMNS = 128  # columns of V in a CTA's buffer
-V_KEYS = 64  # keys of V in a buffer
-V_KEY_BLOCKS = 2
-S_WIDTH = 128  # TMEM columns of S
-O_WIDTH = 128  # TMEM columns of O: V_GROUPS times V_COLUMNS
-Q_BYTES = 49152
-K_CHUNK_BYTES = 16384
-V_CHUNK_BYTES = 16384
-TMEM_LANE = 65536  # from a lane's address to the next one's
+KV_STAGES = 2
+Q_TILE_BYTES = 49152
+K_TILE_BYTES = 49152
+V_TILE_BYTES = 32768
 
 THREADS = 192
 WARP_ROWS = 32
@@ -79,12 +69,13 @@ MMA_WARP = 4
 LOAD_WARP = 5
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 230400
+SMEM_BYTES = 214016
 BARRIERS_OFFSET = 0
 SQ_OFFSET = 1024
-RING_OFFSET = 50176
+SK_OFFSET = 50176
+SV_OFFSET = 148480
 SO_OFFSET = 1024
-TMEM_SLOT_OFFSET = 216
+TMEM_SLOT_OFFSET = 104
 
 # Tensor memory: 32-bit columns from the start of the allocation.
 TMEM_COLUMNS = 512
@@ -94,16 +85,20 @@ O_COLUMN = 192
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-RING_FULL = 1
-RING_EMPTY = 12
-S_FULL = 23
-S_EMPTY = 24
-P_FULL = 25
-O_FULL = 26
+K_FULL = 1
+K_EMPTY = 3
+V_FULL = 5
+V_EMPTY = 7
+S_FULL = 9
+S_EMPTY = 10
+P_FULL = 11
+O_FULL = 12
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 1, 1),
-    (RING_FULL, 11, 1),
-    (RING_EMPTY, 11, 1),
+    (K_FULL, 2, 1),
+    (K_EMPTY, 2, 1),
+    (V_FULL, 2, 1),
+    (V_EMPTY, 2, 1),
     (S_FULL, 1, 1),
     (S_EMPTY, 1, 4),
     (P_FULL, 1, 4),
@@ -133,44 +128,38 @@ def qk_mma():
 
 
 def pv_mma():
-    """V_WIDTH columns of O += P V, P from TMEM. V's head_dim is contiguous, which makes B MN-major."""
-    return make_mma(V_WIDTH, OperandSource.TMEM, OperandMajorMode.MN)
+    """O += P V, P from TMEM. V's head_dim is contiguous, which makes B MN-major."""
+    return make_mma(HEAD_DIM_V, OperandSource.TMEM, OperandMajorMode.MN)
 
 
 def operand_layout(kind, shape, order):
-    """An operand tile in shared memory: swizzle atoms tiled to ((rows, MMA_K), 1, MMA_K blocks[, chunks])."""
+    """An operand tile in shared memory: swizzle atoms tiled to ((rows, MMA_K), 1, MMA_K blocks[, stages])."""
     return tcgen05.tile_to_mma_shape(tcgen05.make_smem_layout_atom(kind, DTYPE), shape, order=order)
 
 
 def q_layout():
-    """Q, chunk by chunk: the columns past HEAD_DIM arrive as zeros and are never multiplied."""
-    shape = ((CTA_ROWS, MMA_K), 1, K_CHUNK // MMA_K, K_CHUNKS)
-    return operand_layout(SmemLayoutAtomKind.K_SW128, shape, (1, 2, 3))
-
-
-def k_layout():
-    """A chunk of K in a ring buffer."""
-    shape = ((K_ROWS, MMA_K), 1, K_CHUNK // MMA_K)
+    shape = ((TILE_M, MMA_K), 1, HEAD_DIM // MMA_K)
     return operand_layout(SmemLayoutAtomKind.K_SW128, shape, (1, 2))
 
 
+def k_layout():
+    shape = ((TILE_N, MMA_K), 1, HEAD_DIM // MMA_K, KV_STAGES)
+    return operand_layout(SmemLayoutAtomKind.K_SW128, shape, (1, 2, 3))
+
+
 def v_layout():
-    """A chunk of V in a ring buffer."""
-    shape = ((V_COLUMNS, MMA_K), 1, V_KEYS // MMA_K)
-    return operand_layout(SmemLayoutAtomKind.MN_SW128, shape, (2, 1))
-
-
-def ring_buffers(smem, layout):
-    """Every buffer of the ring, seen as chunks of this layout: mode 3 is the stage."""
-    stages = cute.make_layout(KV_STAGES, stride=RING_BUFFER_BYTES // 2)
-    pointer = cute.recast_ptr(smem + RING_OFFSET, layout.inner, dtype=DTYPE)
-    return cute.make_tensor(pointer, cute.append(layout.outer, stages))
+    shape = ((HEAD_DIM_V, MMA_K), 1, TILE_N // MMA_K, KV_STAGES)
+    return operand_layout(SmemLayoutAtomKind.MN_SW128, shape, (2, 1, 3))
 
 
 def o_layout():
     """sO: a slab of its own for each softmax warp, so that the epilogue needs no barrier between warps."""
     atom = tcgen05.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, OUT_DTYPE)
     return cute.tile_to_shape(atom, (WARP_ROWS, O_CHUNK, SOFTMAX_WARPS), order=(0, 1, 2))
+
+
+def one_stage(layout):
+    return cute.select(layout, mode=[0, 1, 2])
 
 
 def ring(i):
@@ -202,134 +191,113 @@ def hide_columns(s, end):
 
 
 def tma_views(atom, smem, gmem):
-    """Both sides of a TMA load: mode 0 is one chunk, the others count stages or chunks."""
+    """Both sides of a TMA load: mode 0 is one tile, mode 1 the stage or the tile number."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 
 
+def source_views(source, k_smem, v_smem, kv_head, batch):
+    """K and V of a KV source, each with its TMA atom: what load_k and load_v take."""
+    tma_k, mk, tma_v, mv = source
+    gk = cute.local_tile(mk[None, None, kv_head, batch], (TILE_N, HEAD_DIM), (None, 0))
+    gv = cute.local_tile(mv[None, None, kv_head, batch], (HEAD_DIM_V, TILE_N), (0, None))
+    k = tma_views(tma_k, k_smem, qk_mma().get_slice(0).partition_B(gk))
+    v = tma_views(tma_v, v_smem, pv_mma().get_slice(0).partition_B(gv))
+    return (tma_k, *k), (tma_v, *v)
+
+
 @cute.jit
-def load_warp(tma_q, mq, q_smem, source, k_ring, v_ring, bars, block, span):
-    """Warp 5: Q once, then K and V, chunk by chunk as the MMA warp consumes them, K a tile ahead."""
+def load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, span):
+    """Warp 5: Q once, then K and V in the order in which the MMA warp consumes them, K a tile ahead."""
     q_tile, head, batch = block
     kv_head = head
-    tma_k, mk, tma_v, mv = source
-    gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, K_CHUNK), (q_tile, None))
-    gk = cute.local_tile(mk[None, None, kv_head, batch], (TILE_N, K_CHUNK), (None, None))
-    gv = cute.local_tile(mv[None, None, kv_head, batch], (V_WIDTH, V_KEYS), (None, None))
-    qk, pv = qk_mma().get_slice(0), pv_mma().get_slice(0)
-    q = tma_views(tma_q, q_smem, qk.partition_A(gq))
-    k = tma_views(tma_k, k_ring, qk.partition_B(gk))
-    v = tma_views(tma_v, v_ring, pv.partition_B(gv))
+    gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
+    q_smem, q_gmem = tma_views(tma_q, q_smem, qk_mma().get_slice(0).partition_A(gq))
+    k, v = source_views(source, k_smem, v_smem, kv_head, batch)
 
     kv_tiles = span[0]
     if kv_tiles > 0:  # a query tile that sees no key loads nothing, not even Q
-        load_q(tma_q, q, bars)
-        step = load_k_tile(tma_k, k, bars, Int32(0), 0, span)
+        load_q(tma_q, q_smem, q_gmem, bars)
+        load_k(k, bars, 0, span)
         for j in cutlass.range(1, kv_tiles, unroll=1):
-            step = load_k_tile(tma_k, k, bars, step, j, span)
-            step = load_v_tile(tma_v, v, bars, step, j - 1, span)
-        load_v_tile(tma_v, v, bars, step, kv_tiles - 1, span)
+            load_k(k, bars, j, span)
+            load_v(v, bars, j - 1, span)
+        load_v(v, bars, kv_tiles - 1, span)
 
 
 @cute.jit
-def load_q(tma, views, bars):
-    smem, gmem = views
+def load_q(tma, smem, gmem, bars):
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(bars + Q_FULL, Q_BYTES)
-    for c in cutlass.range_constexpr(K_CHUNKS):
-        cute.copy(tma, gmem[None, c], smem[None, c], tma_bar_ptr=bars + Q_FULL)
+        cute.arch.mbarrier_arrive_and_expect_tx(bars + Q_FULL, Q_TILE_BYTES)
+    cute.copy(tma, gmem, smem, tma_bar_ptr=bars + Q_FULL)
 
 
 @cute.jit
-def load_k_tile(tma, views, bars, step, j, span):
-    """The j-th K tile, in K_CHUNKS buffers of the ring from step on; returns the step after it."""
-    smem, gmem = views
-    tile = j
-    for c in cutlass.range_constexpr(K_CHUNKS):
-        stage = free_buffer(bars, step + c, K_CHUNK_BYTES)
-        cute.copy(tma, gmem[None, tile, c], smem[None, stage], tma_bar_ptr=bars + RING_FULL + stage)
-    return step + K_CHUNKS
+def load_k(k, bars, j, span):
+    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, span)
 
 
 @cute.jit
-def load_v_tile(tma, views, bars, step, j, span):
-    """The j-th V tile: V_KEYS keys of V_WIDTH columns a buffer; returns the step after it."""
-    smem, gmem = views
-    tile = j
-    for c in cutlass.range_constexpr(V_GROUPS * V_KEY_BLOCKS):
-        group, block = c // V_KEY_BLOCKS, c % V_KEY_BLOCKS
-        stage = free_buffer(bars, step + c, V_CHUNK_BYTES)
-        source = gmem[None, group, tile * V_KEY_BLOCKS + block]
-        cute.copy(tma, source, smem[None, stage], tma_bar_ptr=bars + RING_FULL + stage)
-    return step + V_GROUPS * V_KEY_BLOCKS
+def load_v(v, bars, j, span):
+    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, span)
 
 
 @cute.jit
-def free_buffer(bars, step, chunk_bytes: cutlass.Constexpr):
-    """The buffer of a step, once what it held is multiplied. Elements out of bounds count in chunk_bytes."""
-    stage, phase = ring(step)
-    cute.arch.mbarrier_wait(bars + RING_EMPTY + stage, phase ^ 1)  # passes at once in the ring's first round
+def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, span):
+    """The j-th K or V tile into its stage. Rows past the sequence arrive as zeros and count in tile_bytes."""
+    stage, phase = ring(j)
+    cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(bars + RING_FULL + stage, chunk_bytes)
-    return stage
+        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, tile_bytes)
+    tma, smem, gmem = views
+    cute.copy(tma, gmem[None, j], smem[None, stage], tma_bar_ptr=full + stage)
 
 
 @cute.jit
-def mma_warp(s_acc, p, o_acc, q_smem, k_ring, v_ring, bars, kv_tiles):
+def mma_warp(s_tmem, p, o_tmem, q_smem, k_smem, v_smem, bars, kv_tiles):
     """Warp 4: QK of tile j + 1 goes out before PV of tile j, so that it runs while the softmax warps turn S into P."""
     qk, pv = qk_mma(), pv_mma()
-    q, k = qk.make_fragment_A(q_smem), qk.make_fragment_B(k_ring)
-    v = pv.make_fragment_B(v_ring)
+    q, k = qk.make_fragment_A(q_smem), qk.make_fragment_B(k_smem)
+    v = pv.make_fragment_B(v_smem)
     if kv_tiles > 0:
         cute.arch.mbarrier_wait(bars + Q_FULL, 0)
-        step = issue_qk(s_acc, q, k, bars, Int32(0), 0)
+        issue_qk(s_tmem, q, k, bars, 0)
         for j in cutlass.range(1, kv_tiles, unroll=1):
-            step = issue_qk(s_acc, q, k, bars, step, j)
-            step = issue_pv(o_acc, p, v, bars, step, j - 1)
-        issue_pv(o_acc, p, v, bars, step, kv_tiles - 1)
+            issue_qk(s_tmem, q, k, bars, j)
+            issue_pv(o_tmem, p, v, bars, j - 1)
+        issue_pv(o_tmem, p, v, bars, kv_tiles - 1)
 
 
 @cute.jit
-def issue_qk(s_acc, q, k, bars, step, j):
-    """S = Q K_j^T, a chunk of head_dim at a time as it lands, once S of tile j - 1 is in registers."""
+def issue_qk(s_tmem, q, k, bars, j):
+    """S = Q K_j^T over all of head_dim, once K_j has landed and S of tile j - 1 is in registers."""
+    stage, phase = ring(j)
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
     wait_tmem(bars + S_EMPTY, (j + 1) & 1)  # passes at once for tile 0
     mma = qk_mma()
     mma.set(Field.ACCUMULATE, False)
-    for c in cutlass.range_constexpr(K_CHUNKS):
-        stage, phase = ring(step + c)
-        cute.arch.mbarrier_wait(bars + RING_FULL + stage, phase)
-        for i in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - c * K_CHUNK) // MMA_K):
-            cute.gemm(mma, s_acc, q[None, None, i, c], k[None, None, i, stage], s_acc)
-            mma.set(Field.ACCUMULATE, True)
-        signal(bars + RING_EMPTY + stage)
-    signal(bars + S_FULL)
-    return step + K_CHUNKS
+    for i in cutlass.range_constexpr(HEAD_DIM // MMA_K):
+        cute.gemm(mma, s_tmem, q[None, None, i], k[None, None, i, stage], s_tmem)
+        mma.set(Field.ACCUMULATE, True)
+    with cute.arch.elect_one():
+        tcgen05.commit(bars + K_EMPTY + stage)
+        tcgen05.commit(bars + S_FULL)
 
 
 @cute.jit
-def issue_pv(o_acc, p, v, bars, step, j):
-    """O += P_j V_j, a chunk of V at a time as it lands, once P_j is written and O is rescaled to P_j's reference."""
+def issue_pv(o_tmem, p, v, bars, j):
+    """O += P_j V_j, once V_j has landed, P_j is written and O is rescaled to P_j's reference."""
+    stage, phase = ring(j)
+    cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
     wait_tmem(bars + P_FULL, j & 1)
     mma = pv_mma()
-    for g in cutlass.range_constexpr(V_GROUPS):
-        o_group = cute.make_tensor(o_acc.iterator + g * V_COLUMNS, o_acc.layout)
-        mma.set(Field.ACCUMULATE, j > 0)  # tile 0 overwrites what TMEM held before
-        for h in cutlass.range_constexpr(V_KEY_BLOCKS):
-            stage, phase = ring(step + g * V_KEY_BLOCKS + h)
-            cute.arch.mbarrier_wait(bars + RING_FULL + stage, phase)
-            for i in cutlass.range_constexpr(V_KEYS // MMA_K):
-                cute.gemm(mma, o_group, p[None, None, h * V_KEYS // MMA_K + i], v[None, None, i, stage], o_group)
-                mma.set(Field.ACCUMULATE, True)
-            signal(bars + RING_EMPTY + stage)
-    signal(bars + O_FULL)
-    return step + V_GROUPS * V_KEY_BLOCKS
-
-
-@cute.jit
-def signal(bar):
-    """One arrival once every MMA issued so far is complete."""
+    mma.set(Field.ACCUMULATE, j > 0)  # tile 0 overwrites what TMEM held before
+    for i in cutlass.range_constexpr(TILE_N // MMA_K):
+        cute.gemm(mma, o_tmem, p[None, None, i], v[None, None, i, stage], o_tmem)
+        mma.set(Field.ACCUMULATE, True)
     with cute.arch.elect_one():
-        tcgen05.commit(bar)
+        tcgen05.commit(bars + V_EMPTY + stage)
+        tcgen05.commit(bars + O_FULL)
 
 
 @cute.jit
@@ -451,26 +419,18 @@ def rescale(o_tmem, factor):
 
 @cute.jit
 def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
-    """O from TMEM through registers and this warp's slab of sO to global memory; TMA drops rows past Sq and columns
-    past HEAD_DIM_V.
-    """
+    """O from TMEM through registers and this warp's slab of sO to global memory; TMA drops rows past Sq."""
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     q_tile, head, batch = block
-    rows = q_tile * SOFTMAX_WARPS + warp
     slab = o_smem[None, None, warp]
+    rows = q_tile * SOFTMAX_WARPS + warp
     tiles = cute.local_tile(mo[None, None, head, batch], (WARP_ROWS, O_CHUNK), (rows, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
-    for chunk in cutlass.range_constexpr(O_WIDTH // O_CHUNK):
-        if cutlass.const_expr(chunk > 0):
-            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has read the slab
-            cute.arch.sync_warp()
-        part = columns_of(o_tmem, chunk * O_CHUNK, O_CHUNK)
-        stage_o(part, slab, factor)
-        tile = chunk
-        with cute.arch.elect_one():
-            cute.copy(tma_o, source, target[None, tile])
-            cute.arch.cp_async_bulk_commit_group()
+    stage_o(o_tmem, slab, factor)
+    with cute.arch.elect_one():
+        cute.copy(tma_o, source, target[None, 0])
+        cute.arch.cp_async_bulk_commit_group()
     cute.arch.cp_async_bulk_wait_group(0)
 
 
@@ -504,8 +464,7 @@ def softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, 
     seqlen_q, seqlen_k = lengths
     (lse,) = rows
     kv_tiles, whole_tiles = span
-    row = cute.arch.thread_idx()[0]
-    token = q_tile * TILE_M + row
+    token = q_tile * TILE_M + cute.arch.thread_idx()[0]
     end = end_key(token, seqlen_q, seqlen_k)
     scale_log2 = scale * LOG2_E
     m, total = -Float32.inf, Float32(0.0)
@@ -549,13 +508,13 @@ def fmha_sm100_d192_v128_causal(
     scale: Float32,
 ):
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    place, head, batch = cute.arch.block_idx()
-    place = cute.arch.grid_dim()[0] - 1 - place  # the last tile sees the most keys: start it first
-    q_tile = place
+    q_tile, head, batch = cute.arch.block_idx()
+    q_tile = cute.arch.grid_dim()[0] - 1 - q_tile  # the last tile sees the most keys: start it first
     block = q_tile, head, batch
     seqlen_q = mq.shape[0]
-    lengths = seqlen_q, mk.shape[0]
-    span = kv_span(q_tile, *lengths)
+    seqlen_k = mk.shape[0]
+    span = kv_span(q_tile, seqlen_q, seqlen_k)
+    lengths = seqlen_q, seqlen_k
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)
     bars = cute.recast_ptr(smem + BARRIERS_OFFSET, dtype=Int64)
@@ -574,24 +533,23 @@ def fmha_sm100_d192_v128_causal(
 
     qk, pv = qk_mma(), pv_mma()
     q_smem = smem_tile(smem, SQ_OFFSET, q_layout(), DTYPE)
-    k_ring, v_ring = ring_buffers(smem, k_layout()), ring_buffers(smem, v_layout())
+    k_smem = smem_tile(smem, SK_OFFSET, k_layout(), DTYPE)
+    v_smem = smem_tile(smem, SV_OFFSET, v_layout(), DTYPE)
     o_smem = smem_tile(smem, SO_OFFSET, o_layout(), OUT_DTYPE)
     s_acc = qk.make_fragment_C(qk.partition_shape_C((TILE_M, TILE_N)))
-    o_acc = pv.make_fragment_C(pv.partition_shape_C((TILE_M, V_WIDTH)))
+    o_acc = pv.make_fragment_C(pv.partition_shape_C((TILE_M, HEAD_DIM_V)))
     s_acc = cute.make_tensor(tmem + S_COLUMN, s_acc.layout)
     o_acc = cute.make_tensor(tmem + O_COLUMN, o_acc.layout)
-    # S and O as the softmax warps see them: a lane a thread, all columns side by side.
-    s_tmem = cute.make_tensor(tmem + S_COLUMN, cute.make_layout((TILE_M, S_WIDTH), stride=(TMEM_LANE, 1)))
-    o_tmem = cute.make_tensor(tmem + O_COLUMN, cute.make_layout((TILE_M, O_WIDTH), stride=(TMEM_LANE, 1)))
+    s_tmem, o_tmem = s_acc[(None, None), 0, 0], o_acc[(None, None), 0, 0]
     # P twice: as A of PV, 16-bit elements, and as the 32-bit columns that the softmax warps store.
     p_operand = pv.make_fragment_A(pv.partition_shape_A((TILE_M, TILE_N)))
     p_operand = cute.make_tensor(cute.recast_ptr(tmem + P_COLUMN, dtype=DTYPE), p_operand.layout)
     p_tile = columns_of(cute.make_tensor(tmem + P_COLUMN, s_tmem.layout), 0, TILE_N // 2)
 
     if warp == LOAD_WARP:
-        load_warp(tma_q, mq, q_smem, (tma_k, mk, tma_v, mv), k_ring, v_ring, bars, block, span)
+        load_warp(tma_q, mq, q_smem, (tma_k, mk, tma_v, mv), k_smem, v_smem, bars, block, span)
     if warp == MMA_WARP:
-        mma_warp(s_acc, p_operand, o_acc, q_smem, k_ring, v_ring, bars, span[0])
+        mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, span[0])
     if warp < SOFTMAX_WARPS:
         rows = (lse,)
         softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, block, lengths, span)
@@ -622,17 +580,16 @@ def launch(
     mq, mk, mo = (cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, o))
     mv = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[3, 1, 2, 0]))
     load, store = cpasync.CopyBulkTensorTileG2SOp(CtaGroup.ONE), cpasync.CopyBulkTensorTileS2GOp()
-    qk_tile, pv_tile = (TILE_M, TILE_N, K_CHUNK), (TILE_M, V_WIDTH, V_KEYS)
-    q_chunk = cute.select(q_layout(), mode=[0, 1, 2])
-    tma_q, mq = cute.nvgpu.make_tiled_tma_atom_A(load, mq, q_chunk, qk_tile, qk_mma())
-    tma_k, mk = cute.nvgpu.make_tiled_tma_atom_B(load, mk, k_layout(), qk_tile, qk_mma())
-    tma_v, mv = cute.nvgpu.make_tiled_tma_atom_B(load, mv, v_layout(), pv_tile, pv_mma())
+    qk_tile, pv_tile = (TILE_M, TILE_N, HEAD_DIM), (TILE_M, HEAD_DIM_V, TILE_N)
+    tma_q, mq = cute.nvgpu.make_tiled_tma_atom_A(load, mq, q_layout(), qk_tile, qk_mma())
+    tma_k, mk = cute.nvgpu.make_tiled_tma_atom_B(load, mk, one_stage(k_layout()), qk_tile, qk_mma())
+    tma_v, mv = cute.nvgpu.make_tiled_tma_atom_B(load, mv, one_stage(v_layout()), pv_tile, pv_mma())
     slab = cute.select(o_layout(), mode=[0, 1])
     tma_o, mo = cpasync.make_tiled_tma_atom(store, mo, slab, (WARP_ROWS, O_CHUNK))
 
-    tiles, heads = cute.ceil_div(q.shape[1], TILE_M), q.shape[2]
-    grid = (tiles, heads, q.shape[0])
-    arguments = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo, lse, scale)
+    grid = (cute.ceil_div(q.shape[1], TILE_M), q.shape[2], q.shape[0])
+    matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo)
+    arguments = (*matrices, lse, scale)
     kernel = fmha_sm100_d192_v128_causal(*arguments)
     # One CTA an SM is enough: without the hint ptxas trades spills for residency that TMEM may not allow.
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

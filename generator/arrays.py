@@ -153,6 +153,9 @@ def _check_presence(spec: KernelSpec, given: set[str]) -> None:
 def _checked(spec: KernelSpec, parameter: Parameter, array: Any) -> View:
     view = view_of(parameter.name, array)
     _check_dtype(view, parameter.dtype)
+    if spec.kv_shared and parameter.name == "k2" and view.shape[-1] != spec.head_dim:
+        limit = f"must be as wide as k, {spec.head_dim} columns: V is a prefix of both (kv_shared)"
+        raise CallError("k2.shape", view.shape, limit, "pad it, or use kernels of one source each")
     _check_shape(view, parameter, fixed_sizes(spec))
     return view
 

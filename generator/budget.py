@@ -208,7 +208,7 @@ def output_bytes(spec: KernelSpec) -> int:
 
 def compute_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     """The Budget of one candidate. Never raises for what does not fit: see Budget.overflows."""
-    mbarriers, slot_offset = _mbarriers(tiling)
+    mbarriers, slot_offset = _mbarriers(spec, tiling)
     buffers, smem_total = _buffers(spec, tiling, slot_offset + TMEM_SLOT_BYTES)
     regions, used = _regions(spec, tiling)
     roles = (softmax_role(tiling.tile_n, arch), *issuer_roles())
@@ -234,15 +234,20 @@ def compute_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     return replace(budget, overflows=tuple(_overflows(budget, arch, spec, tiling)))
 
 
-def _mbarriers(tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
+def _mbarriers(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
     """The barrier block from offset 0 on: 8 bytes an mbarrier, then the slot for the TMEM base address."""
     stages, warps = tiling.kv_stages, SOFTMAX_WARPS
-    families = (
-        ("q_full", 1, 1, "TMA: Q has landed"),
+    rings = [
         ("k_full", stages, 1, "TMA: a K tile has landed"),
         ("k_empty", stages, 1, "commit: QK has read its K tile"),
         ("v_full", stages, 1, "TMA: a V tile has landed"),
         ("v_empty", stages, 1, "commit: PV has read its V tile"),
+    ]
+    if spec.kv_shared:
+        rings = [rings[0], ("k_empty", stages, 1, "commit: PV, and QK before it, have read the K tile")]
+    families = (
+        ("q_full", 1, 1, "TMA: Q has landed"),
+        *rings,
         ("s_full", 1, 1, "commit: QK has written S"),
         ("s_empty", 1, warps, "softmax, one lane a warp: S is in registers"),
         ("p_full", 1, warps, "softmax, one lane a warp: P is written and O is rescaled"),
@@ -265,6 +270,10 @@ def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tupl
         ("sK", stages * n * spec.head_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.head_dim} a stage"),
         ("sV", stages * n * spec.v_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.v_dim} a stage"),
     ]
+    if spec.kv_shared:
+        _, saved, *_ = wanted.pop()
+        name, size, *rest, reason = wanted.pop()
+        wanted.append((name, size, *rest, f"{reason}, V its first {spec.v_dim} columns, which saves {saved}"))
     if tiling.p_staging == "smem":
         wanted.append(("sP", m * n * ELEMENT_BYTES, 1, None, f"{m} x {n}"))
     steps = spec.v_dim // tiling.o_chunk
@@ -345,6 +354,9 @@ def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> 
         limit = budget.buffer(over_q.alias_of).bytes
         reason = f"{over_q.name} cannot lie over {over_q.alias_of}: {over_q.name}"
         yield Overflow("smem", "bytes", over_q.bytes, limit, reason, "a smaller o_chunk, or sO of its own")
+    if spec.kv_shared and tiling.kv_stages < 2:
+        reason = "QK of the next tile is issued before PV of this one, which reads the same stage"
+        yield Overflow("kv_stage", "stages", 2, tiling.kv_stages, reason, "at least two kv stages")
     if budget.tmem_columns > budget.tmem_limit:
         yield _tmem_overflow(budget, arch, spec, tiling)
     yield from register_overflow(budget, arch)

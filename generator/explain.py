@@ -91,7 +91,7 @@ def _explained(spec: KernelSpec, arch: Arch, name: str, chosen: Tiling | None, b
     if tiling == chosen:
         return Explained(name, only, tiling, budget, cost, "chosen", "")
     if name == "tiles" and not fits_tiles(spec):
-        why = "fits, but one tcgen05.mma writes all of O: head_dim_v = head_dim, at most 256"
+        why = "fits, but one tcgen05.mma writes all of O: head_dim and head_dim_v at most 256"
         return Explained(name, only, tiling, budget, cost, why, "strategy = chunks splits O's columns")
     status = f"costs {cost.score / best.score:.2f} times as much" if best else "fits"
     if best and cost.score <= best.score and strategies(spec) == ("tiles",):

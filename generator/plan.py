@@ -1,6 +1,6 @@
 """KernelSpec -> Plan: the candidates, why each was rejected, and the choice. Pure Python, no DSL import.
 
-The rules of choice. Where one MMA writes all of O (head_dim_v = head_dim, at most 256), K and V come in whole tiles;
+The rules of choice. Where one MMA writes all of O (head_dim and head_dim_v at most 256), K and V come in whole tiles;
 strategy = two_tiles asks for two query tiles in flight. Of the candidates that fit the
 architecture, take the first by
   1. at least two kv stages, so that the next K and V tiles are loaded while these are multiplied;
@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import gcd
 
 from .arch import ARCHS, Arch
 from .budget import (
@@ -336,6 +337,16 @@ class Plan:
         return f"{names[0]}," if len(names) == 1 else ", ".join(names)
 
     @property
+    def tma_operands(self) -> str:
+        """TMA atoms and tensors of Q, of each source's K and V, and of O, as the kernel takes them."""
+        names = [parameter.name for parameter in self.parameters if parameter.matrix]
+        return ", ".join(f"tma_{name}, m{name}" for name in names)
+
+    @property
+    def tma_atoms(self) -> str:
+        return ", ".join(f"tma_{parameter.name}" for parameter in self.parameters if parameter.matrix)
+
+    @property
     def rotated(self) -> bool:
         """Tiles of some source are not visited from the left."""
         return self.mask.left is not None or self.mask.sources == 2
@@ -373,8 +384,11 @@ class Plan:
         ]
         if tiling.p_staging == "smem":
             shapes.append(("sP", tiling.tile_m, tiling.tile_n, ELEMENT_BYTES, "K"))
+        spans = {name: swizzle_bytes(columns * size) for name, _, columns, size, _ in shapes}
+        if spec.kv_shared:  # K and V are the same bytes, so one span must divide the rows of both
+            spans["sK"] = spans["sV"] = swizzle_bytes(gcd(spec.head_dim, spec.v_dim) * ELEMENT_BYTES)
         return {
-            name: TileLayout(name, rows, columns, size, swizzle_bytes(columns * size), major)
+            name: TileLayout(name, rows, columns, size, spans[name], major)
             for name, rows, columns, size, major in shapes
         }
 
@@ -431,7 +445,7 @@ def strategies(spec: KernelSpec) -> tuple[str, ...]:
 
 def fits_tiles(spec: KernelSpec) -> bool:
     """Whole tiles of K and V: O's columns are written by one MMA instruction a step of K."""
-    return spec.head_dim <= ARCHS[spec.arch].mma_n_max and spec.v_dim == spec.head_dim
+    return max(spec.head_dim, spec.v_dim) <= ARCHS[spec.arch].mma_n_max
 
 
 def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
@@ -548,14 +562,14 @@ def check_implemented(spec: KernelSpec) -> None:
 
 def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
-    if spec.kv_shared:
-        yield "kv_shared", "leave it out (default: false)"
+    if spec.kv_shared and strategies(spec) != ("tiles",):
+        yield "kv_shared", "leave it out (default: false); sharing needs whole tiles of K and V (strategy = tiles)"
     if spec.kv_sources != 1 and strategies(spec) != ("tiles",):
         yield "kv_sources", "leave it out (default: 1); a second source needs whole tiles of K and V (strategy = tiles)"
     if spec.strategy == "two_tiles":
         yield from _later_in_two_tiles(spec)
     if spec.strategy == "tiles" and not fits_tiles(spec):
-        yield "strategy", 'one MMA writes all of O, head_dim_v = head_dim of at most 256: use "auto" or "chunks"'
+        yield "strategy", 'one MMA writes all of O, head_dim and head_dim_v of at most 256: use "auto" or "chunks"'
     rows = {MMA_M // 2 if strategy == "pair" else TILE_M for strategy in strategies(spec)}
     if spec.tile_m != "auto" and spec.tile_m not in rows:
         yield "tile_m", f'use "auto" or {" or ".join(map(str, sorted(rows)))}'

@@ -153,8 +153,9 @@ def random_operands(spec: KernelSpec, shape: Sequence[int], seed: int) -> dict[s
     """Every input of a kernel by name, of a shape (B, Hq, Hkv, Sq, Skv) and Skv2 where there is a second source.
 
     Q, K, V are random_inputs. Of several batch entries the last has no keys, the others have lengths from 1 on. Past a
-    length K is NaN, which must not show, and V is large but finite: it meets P = 0. limit2 rises with the query in even
-    batch entries and is random in odd ones. Sinks are normal with twice the deviation of a score.
+    length K is NaN, which must not show, and V is large but finite: it meets P = 0. (K that is V as well is finite.)
+    limit2 rises with the query in even batch entries and is random in odd ones. Sinks are normal with twice the
+    deviation of a score.
     """
     batch, q_heads, _, queries, *keys = shape = tuple(shape)[: 4 + spec.kv_sources]
     rng = np.random.default_rng([seed, *shape, spec.head_dim, spec.v_dim, 1])
@@ -171,9 +172,8 @@ def random_operands(spec: KernelSpec, shape: Sequence[int], seed: int) -> dict[s
         given[name] = lengths.astype(np.int32)
         if spec.seqlens:
             for b, length in enumerate(lengths):
-                given["k" + name[7:]][b, length:] = np.nan
-                if not spec.kv_shared:
-                    given["v" + name[7:]][b, length:] = 1e4
+                given["k" + name[7:]][b, length:] = 100 if spec.kv_shared else np.nan
+                given["v" + name[7:]][b, length:] = 1e4
     given["sink"] = 2 * rng.standard_normal(q_heads, dtype=np.float32)
     return {parameter.name: given[parameter.name] for parameter in inputs(spec)}
 

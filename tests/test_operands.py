@@ -40,7 +40,24 @@ def arrays_of(spec, **changed):
 
 ROW = np.zeros(2, np.int32)
 TWO = {"kv_sources": 2}
+SHARED = {"kv_shared": True}
 REFUSED = [
+    (
+        SHARED,
+        {"v": zeros(2, 150, 2, 32)},
+        r"v = 'given': V is K's first 32 columns \(kv_shared\); leave v out, or build",
+    ),
+    (
+        {},
+        {"v": None},
+        r"v = None: the kernel needs it: v is V .B, Skv, Hkv, 32.; pass it, or build a kernel with kv_sha",
+    ),
+    (
+        SHARED | TWO,
+        {"k2": zeros(2, 40, 2, 64)},
+        r"k2.shape = .*: must be as wide as k, 32 columns: V is a prefix of bo",
+    ),
+    (SHARED | TWO, {"v2": zeros(2, 40, 2, 32)}, r"v2 = 'given': V is K's first 32 columns \(kv_shared\); leave v out"),
     (
         {},
         {"k2": zeros(2, 40, 2, 32)},
@@ -255,3 +272,14 @@ def test_packed_heads_meet_fewer_tiles_of_a_mask():
     packed, apart = (generator.plan_kernel(load_spec(pack_heads=pack, **fields)) for pack in (True, False))
     assert count_tiles(apart, {"q": q, "k": k}) == (144, 144, 256)
     assert count_tiles(packed, {"q": q, "k": k}).visited == 46
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (96, 64), (64, 48), (192, 128)])
+def test_shared_kv_gives_the_bits_of_v_passed_apart(head_dim, head_dim_v):
+    """K-major for QK and MN-major for PV from the same bytes, swizzled by 128, 64 and 32 bytes; several stages."""
+    fields = {"head_dim": head_dim, "head_dim_v": head_dim_v, "causal": True, "tile_n": 32}
+    q, k, _ = random_inputs("bf16", (1, 2, 2, 130, 200), head_dim, head_dim_v, seed=0)
+    shared, apart = generator.build(kv_shared=True, **fields), generator.build(**fields)
+    expected = apart(q, k, np.ascontiguousarray(k[..., :head_dim_v]))
+    for ours, theirs in zip(shared(q, k), expected, strict=True):
+        assert ours.tobytes() == theirs.tobytes()

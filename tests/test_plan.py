@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generator.arch import ARCHS
 from generator.plan import DoesNotFit, NotImplementedYet, candidates, plan_kernel, preference
 from generator.spec import load_spec
 from generator.survey import survey_kernel
@@ -153,13 +154,13 @@ def test_p_staging_that_does_not_fit():
     [
         ({"arch": "sm_90a"}, "arch"),
         ({"head_dim": 272, "strategy": "tiles"}, "strategy"),
-        ({"head_dim_v": 32, "strategy": "tiles"}, "strategy"),
+        ({"head_dim": 64, "head_dim_v": 272, "strategy": "tiles"}, "strategy"),
         ({"head_dim": 512, "p_staging": "tmem", "strategy": "pair"}, "p_staging"),
         ({"head_dim": 512, "tile_n": 48, "strategy": "pair"}, "tile_n"),
         ({"head_dim": 512, "tile_m": 96}, "tile_m"),
         ({"head_dim": 512, "kv_sources": 2}, "kv_sources"),
         ({"head_dim": 512, "kv_shared": True}, "kv_shared"),
-        ({"kv_shared": True}, "kv_shared"),
+        ({"head_dim": 128, "kv_shared": True, "strategy": "two_tiles"}, "kv_shared"),
         ({"tile_m": 64}, "tile_m"),
         ({"tile_n": 256}, "tile_n"),
     ],
@@ -195,6 +196,39 @@ def test_packing_a_group_that_does_not_divide_the_tile_is_refused(group):
         f"pack_heads = True: a group of {group} query heads does not divide the 128 rows of a tile; "
         'use "auto" or false, or a group that is a power of two up to 128'
     )
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v, span", [(64, 64, 128), (192, 128, 128), (64, 48, 32), (96, 64, 64)])
+def test_shared_kv_is_one_buffer_with_one_swizzle(head_dim, head_dim_v, span):
+    apart, shared = (plan_of(head_dim=head_dim, head_dim_v=head_dim_v, kv_stage=2, kv_shared=x) for x in (False, True))
+    assert {name: shared.layouts[name].swizzle_bytes for name in ("sK", "sV")} == {"sK": span, "sV": span}
+    assert shared.budget.bytes_of("sV") == 0 and {bar.name for bar in apart.budget.mbarriers} - {
+        bar.name for bar in shared.budget.mbarriers
+    } == {"v_full", "v_empty"}
+    saved = apart.budget.bytes_of("sV")
+    assert shared.budget.buffer("sK").reason.endswith(f"V its first {head_dim_v} columns, which saves {saved}")
+    if apart.o_over_q == shared.o_over_q:
+        assert apart.budget.smem_total - shared.budget.smem_total == saved
+
+
+def test_shared_kv_makes_room_for_larger_tiles():
+    assert str(plan_of(head_dim=256).tiling) == "tile 128x64, kv_stage 2, P in TMEM, sO over sQ by 256 columns"
+    shared = plan_of(head_dim=256, kv_shared=True)
+    assert str(shared.tiling) == "tile 128x128, kv_stage 2, P in TMEM, sO over sQ by 256 columns"
+
+
+def test_shared_kv_needs_two_stages():
+    error = refusal(DoesNotFit, head_dim=64, kv_shared=True, kv_stage=1)
+    assert str(error).startswith("kv_stage = 1: does not fit; the closest is tile 128x128, kv_stage 1, ")
+    assert (
+        "kv_stage: QK of the next tile is issued before PV of this one, which reads the same stage = 2 stages of 1, "
+        "over by 1; the deepest that fits is 16"
+    ) in str(error)
+    assert {tiling.kv_stages for tiling in candidates(load_spec(head_dim=64, kv_shared=True), ARCHS["sm_100a"])} == {
+        1,
+        2,
+        3,
+    }
 
 
 def test_head_dim_512_says_what_overflows_and_what_could_fit():

@@ -98,7 +98,7 @@ def test_selection_is_a_glob():
     "text", ["", "1,1,1,1", "1,1,1,1,0", "1,1,1,1,-1", "1,1,1,1,x", "1,1,1,1,1,1,1", "1.5,1,1,1,1"]
 )
 def test_malformed_shape(text):
-    with pytest.raises(SpecError, match="a shape is B,Hq,Hkv,Sq,Skv\[,Skv2\], whole numbers of at least 1"):
+    with pytest.raises(SpecError, match=r"a shape is B,Hq,Hkv,Sq,Skv\[,Skv2\], whole numbers of at least 1"):
         parse_shape(text, load_spec(head_dim=64))
 
 
