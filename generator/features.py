@@ -1,0 +1,113 @@
+"""What a kernel exercises, as factors with few values: the rows that specs/ covers pair by pair.
+
+`python -m generator.features` says which specifications would complete the cover of specs/, and which can go.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .covering import cover, prune
+from .plan import plan_kernel
+from .spec import KernelSpec, SpecError, load_spec, spec_names
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "head_dim": (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256),
+    "V": ("as wide", "narrower", "wider"),
+    "heads": ("one", "packed", "apart"),  # of a group: none, in one tile, a tile each
+    "P in": ("tmem", "smem"),
+    "causal": (False, True),
+    "left": (False, True),
+    "right": (False, True),
+    "lengths": (False, True),
+    "sink": (False, True),
+    "sources": ("one", "two", "two, limits"),
+    "shared": (False, True),
+    "output": ("normalized", "unnormalized"),
+    "dtype": ("bf16", "fp16"),
+    "lse": (True, False),
+    "one kv stage": (False, True),
+    "narrow tile": (False, True),
+}
+
+IMPOSSIBLE = {  # pair -> why no specification has it
+    ("head_dim", 16, "V", "narrower"): "16 columns are the least",
+    ("head_dim", 256, "V", "wider"): "one MMA instruction writes 256 columns of O at most",
+    ("V", "wider", "shared", True): "V is a prefix of K's columns",
+    ("shared", True, "one kv stage", True): "QK of the next tile is issued before PV of this one",
+    ("output", "unnormalized", "lse", False): "without LSE partial results do not merge",
+}
+
+
+def features(spec: KernelSpec) -> dict[str, Any]:
+    """The row of a specification, as its plan decided it."""
+    plan = plan_kernel(spec)
+    difference = spec.v_dim - spec.head_dim
+    return {
+        "head_dim": spec.head_dim,
+        "V": "as wide" if difference == 0 else "narrower" if difference < 0 else "wider",
+        "heads": "one" if spec.q_heads_per_kv == 1 else "packed" if plan.packed else "apart",
+        "P in": plan.p_staging,
+        "causal": spec.causal,
+        "left": spec.window_left is not None,
+        "right": spec.window_right is not None,
+        "lengths": spec.seqlens,
+        "sink": spec.sink,
+        "sources": "one" if spec.kv_sources == 1 else "two, limits" if spec.limit2 else "two",
+        "shared": spec.kv_shared,
+        "output": spec.output,
+        "dtype": spec.dtype,
+        "lse": spec.lse,
+        "one kv stage": plan.kv_stages == 1,
+        "narrow tile": plan.tile_n < 64,
+    }
+
+
+def specification(row: dict[str, Any]) -> KernelSpec | None:
+    """A specification of exactly these features; None when there is none."""
+    d = row["head_dim"]
+    fields = {
+        "head_dim": d,
+        "head_dim_v": {"as wide": d, "narrower": max(16, d * 2 // 3 // 16 * 16), "wider": min(256, d + 32)}[row["V"]],
+        "dtype": row["dtype"],
+        "causal": row["causal"],
+        "seqlens": row["lengths"],
+        "sink": row["sink"],
+        "kv_sources": 1 if row["sources"] == "one" else 2,
+        "limit2": row["sources"] == "two, limits",
+        "kv_shared": row["shared"],
+        "output": row["output"],
+        "lse": row["lse"],
+        "q_heads_per_kv": {"one": 1, "packed": 2 if row["sink"] else 4, "apart": 3}[row["heads"]],
+        "window_left": (0 if row["sink"] and d < 64 else d + 3) if row["left"] else None,
+        "window_right": (5 if row["lengths"] else 40) if row["right"] else None,
+        "p_staging": "smem" if row["P in"] == "smem" else "auto",
+        "kv_stage": 1 if row["one kv stage"] else "auto",
+        "tile_n": 32 if row["narrow tile"] else "auto",
+    }
+    try:
+        spec = load_spec(fields)
+        return spec if features(spec) == row else None
+    except SpecError:
+        return None
+
+
+def completed(names: list[str], kept: set[str]) -> tuple[list[str], list[KernelSpec], list[tuple]]:
+    """(names that stay, specifications to add, pairs that no specification has); those in `kept` stay anyhow."""
+    specs = {name: load_spec(name) for name in names}
+    rows = {name: features(spec) for name, spec in specs.items()}
+    added, impossible = cover(FACTORS, rows.values(), lambda row: specification(row) is not None, IMPOSSIBLE)
+    by_row = [*rows.values(), *added]
+    stay = prune(FACTORS, by_row, lambda row: any(row is rows[name] for name in kept & set(names)))
+    left = [name for name, row in rows.items() if any(row is other for other in stay)]
+    return left, [specification(row) for row in added if any(row is other for other in stay)], impossible
+
+
+if __name__ == "__main__":
+    stay, add, impossible = completed(spec_names(), set())
+    for name in sorted(set(spec_names()) - set(stay)):
+        print(f"its pairs meet elsewhere: {name}")
+    for spec in add:
+        print(f"would add pairs: {spec.name}")
+    for pair in impossible:
+        print(f"no specification: {pair}")
