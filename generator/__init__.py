@@ -17,14 +17,16 @@ from .resources import VERSION as __version__
 
 if TYPE_CHECKING:
     from .kernel import Kernel, build
+    from .merge import build_merge
     from .plan import plan_kernel
     from .spec import KernelSpec, SpecError, load_spec
 
-__all__ = ["Kernel", "KernelSpec", "SpecError", "__version__", "build", "load_spec", "plan_kernel"]
+__all__ = ["Kernel", "KernelSpec", "SpecError", "__version__", "build", "build_merge", "load_spec", "plan_kernel"]
 
 _HOMES = {
     "Kernel": "kernel",
     "build": "kernel",
+    "build_merge": "merge",
     "plan_kernel": "plan",
     "KernelSpec": "spec",
     "SpecError": "spec",

@@ -107,7 +107,7 @@ def check_inputs(spec: KernelSpec, q: Any, k: Any, v: Any = None, k2: Any = None
         *most, last = views
         limit = f"{', '.join(most)} and {last} must be on one device"
         raise CallError("device", devices, limit, "move them to the same one")
-    views = {name: _check_strides(view) for name, view in views.items()}
+    views = {name: check_strides(view) for name, view in views.items()}
     for name, most in (("seqlens", "k"), ("seqlens2", "k2"), ("limit2", None)):
         if name in views and views[name].device == "cpu":
             _check_values(views[name], views[most].shape[1] if most else None, most)
@@ -232,7 +232,7 @@ def _check_values(view: View, most: int | None, array: str | None) -> None:
         raise CallError(view.name, high, limit, f"at most {most}, or a longer {array}")
 
 
-def _check_strides(view: View) -> View:
+def check_strides(view: View) -> View:
     """The view with a usable stride where an extent of 1 leaves it open (NumPy and PyTorch put anything there)."""
     name, size = view.name, view.item_bytes
     compact = view.shape[-1]

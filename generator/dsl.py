@@ -91,9 +91,22 @@ class Traced:
 
 
 def trace_kernel(source: Path, spec: KernelSpec, lineinfo: bool = False) -> Traced:
-    """Import an emitted file, trace its `launch` and compile it for spec.arch. Raises CompileError, DslVersionError.
+    """trace_launch of an attention kernel."""
+    return trace_launch(source, spec.arch, signature(spec), fixed_sizes(spec), lineinfo)
 
-    lineinfo: with `.loc` directives in the PTX.
+
+def trace_launch(
+    source: Path,
+    arch: str,
+    parameters: Sequence[Parameter],
+    sizes: Mapping[str, int],
+    lineinfo: bool = False,
+    scaled: bool = True,
+) -> Traced:
+    """Import an emitted file, trace its `launch` and compile it for arch. Raises CompileError, DslVersionError.
+
+    parameters: launch's tensors; a scale (with `scaled`) and a stream follow. sizes: extents that are fixed. lineinfo:
+    with `.loc` directives in the PTX.
     """
     check_dsl()
     import cutlass
@@ -105,15 +118,16 @@ def trace_kernel(source: Path, spec: KernelSpec, lineinfo: bool = False) -> Trac
     _load_runtime_globally()
     module_name = f"bespoke_kernel_{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
     with tempfile.TemporaryDirectory(prefix="bespoke-") as folder:
-        options = (GPUArch(spec.arch), KeepPTX(), KeepCUBIN(), DumpDir(folder), GenerateLineInfo(lineinfo))
+        options = (GPUArch(arch), KeepPTX(), KeepCUBIN(), DumpDir(folder), GenerateLineInfo(lineinfo))
         compiler = cute.compile[options]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DSLOptimizationWarning)  # "very slow to compile": it is not
                 module = _import_file(source, module_name)
                 # Arguments stand for any tensor of the specification: extents and strides stay open.
-                arguments = open_arguments(signature(spec), fixed_sizes(spec))
-                arguments += [cutlass.Float32(1.0), make_fake_stream()]  # scale, stream
+                arguments = open_arguments(parameters, sizes)
+                arguments += [cutlass.Float32(1.0)] if scaled else []
+                arguments.append(make_fake_stream())
                 compiled = compiler(module.launch, *arguments, no_jit_engine=True)
             host_object = compiled.dump_to_object(_PREFIX)
         except Exception as error:
@@ -230,14 +244,17 @@ class HostFunction:
             self._devices.add(device)
         return error.value
 
-    def __call__(self, tensors: Sequence[TensorArgument], scale: float, stream: int = 0, device: int = 0) -> int:
-        """Launch on `device`, which must be current. Returns a CUDA error code, 0 for success."""
+    def __call__(self, tensors: Sequence[TensorArgument], scale: float | None, stream: int = 0, device: int = 0) -> int:
+        """Launch on `device`, which must be current. Returns a CUDA error code, 0 for success.
+
+        scale: None for a function that takes none.
+        """
         status = 0 if device in self._devices else self.load(device)
         if status:
             return status
         result = ctypes.c_int32(0)
-        values = [tensor.value for tensor in tensors]
-        self._call(self._symbol, *values, ctypes.c_float(scale), ctypes.c_void_p(stream), result)
+        values = [tensor.value for tensor in tensors] + ([] if scale is None else [ctypes.c_float(scale)])
+        self._call(self._symbol, *values, ctypes.c_void_p(stream), result)
         return result.value
 
     def _call(self, symbol: str, *values: Any) -> None:

@@ -45,8 +45,12 @@ def _environment() -> Environment:
 
 def emit_kernel(plan: Plan) -> str:
     """The kernel's source text: provenance, the budget as a comment table, then the rendered template."""
-    template = _environment().get_template(TEMPLATES[plan.arch.name])
-    return "\n".join(_header(plan)) + "\n" + template.render(plan=plan, spec=plan.spec)
+    return "\n".join(_header(plan)) + "\n" + render(TEMPLATES[plan.arch.name], plan=plan, spec=plan.spec)
+
+
+def render(template: str, **values: object) -> str:
+    """A template's text with these values."""
+    return _environment().get_template(template).render(**values)
 
 
 def kernel_path(plan: Plan, directory: str | Path) -> Path:

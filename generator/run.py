@@ -28,7 +28,7 @@ from .arrays import (
 )
 from .budget import Budget
 from .compile import Binary
-from .dsl import HostFunction, runtime_library
+from .dsl import HostFunction, Traced, runtime_library
 from .emulator import Gpu, Labels
 from .emulator.host import HostError, attached, library_path, redirect
 
@@ -67,7 +67,7 @@ def run_kernel(
     for output in run.outputs:
         if output.outside():
             raise RunError(f"{binary.spec.name} wrote {output.outside()} elements outside {output.name}")
-    return tuple(_like(views[0].owner, output.array) for output in run.outputs)
+    return tuple(like(views[0].owner, output.array) for output in run.outputs)
 
 
 def run_observed(
@@ -126,7 +126,7 @@ def _check_scale(binary: Binary, scale: float | None) -> float:
     return value
 
 
-def _like(q: Any, array: np.ndarray) -> Any:
+def like(q: Any, array: np.ndarray) -> Any:
     """The array in q's library. The memory is shared: an Output's storage lives as long as a view of it."""
     if not is_torch(q):
         return array
@@ -158,6 +158,30 @@ def _run_emulated(
 ) -> tuple[Any, ...]:
     gpu = Gpu(arch=binary.spec.arch, strict=strict, trace=trace)
     gpu.labels = _labels(binary.plan.budget)
+    _emulate(gpu, binary, views, outputs, scale, prepare)
+    return tuple(gpu.launches)
+
+
+def run_program(traced: Traced, arch: str, views: Sequence[View], outputs: Sequence[Output]) -> Sequence[Output]:
+    """A traced launch without a scale on CPU arrays, in the emulator, strict. Returns the outputs; raises RunError when
+    it writes outside of them.
+    """
+    _emulate(Gpu(arch=arch, strict=True), traced, views, outputs, None, None)
+    for output in outputs:
+        if output.outside():
+            raise RunError(f"{traced.host_symbol} wrote {output.outside()} elements outside {output.name}")
+    return outputs
+
+
+def _emulate(
+    gpu: Gpu,
+    program: Binary | Traced,
+    views: Sequence[View],
+    outputs: Sequence[Output],
+    scale: float | None,
+    prepare: Prepare | None,
+) -> None:
+    """Call the program's host function with its launches executed by the Gpu."""
     for names, address, size in merged_spans(views):
         gpu.add_array((address, size), name=names, initialized=True)
     for output in outputs:
@@ -165,12 +189,11 @@ def _run_emulated(
     if prepare is not None:
         prepare(gpu, outputs)
     arguments = [view.argument() for view in (*views, *(output.view() for output in outputs))]
-    function = _host_function(binary.host_object, binary.host_symbol, "emulator")
-    with attached(gpu, binary.ptx, binary.cubin):
+    function = _host_function(program.host_object, program.host_symbol, "emulator")
+    with attached(gpu, program.ptx, program.cubin):
         status = function(arguments, scale)
         if status:
             raise HostError(f"the host function returned CUDA error {status}")
-    return tuple(gpu.launches)
 
 
 def _labels(budget: Budget) -> Labels:

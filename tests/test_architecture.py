@@ -13,8 +13,8 @@ PACKAGE = Path(generator.resources.__file__).parent
 FLOW = (
     *("resources", "spec", "signature", "mask", "arch", "lifetime", "budget", "two_tiles", "chunks", "cost", "plan"),
     *("covering", "features", "explain", "survey", "emit", "protocol", "maps", "pages"),
-    *("dsl", "cache", "cubin", "compile", "arrays", "run", "kernel", "reference", "tiles", "verify", "mutate"),
-    *("matrix", "options", "present", "__init__", "command", "emulation", "cli", "__main__"),
+    *("dsl", "cache", "cubin", "compile", "arrays", "run", "kernel", "merge", "reference", "tiles", "verify"),
+    *("mutate", "matrix", "options", "present", "__init__", "command", "emulation", "cli", "__main__"),
 )
 
 
