@@ -71,7 +71,7 @@ V_KEYS = 32  # keys of V in a buffer
 V_KEY_BLOCKS = 1
 S_WIDTH = 32  # TMEM columns of S
 O_WIDTH = 160  # TMEM columns of O: V_GROUPS times V_COLUMNS
-Q_BYTES = 81920
+Q_BYTES = 81920  # what this CTA loads
 K_CHUNK_BYTES = 4096
 V_CHUNK_BYTES = 10240
 TMEM_LANE = 65536  # from a lane's address to the next one's
@@ -228,7 +228,7 @@ def load_warp(tma_q, mq, q_smem, source, k_ring, v_ring, bars, block, span):
     kv_tiles = span[0]
     if kv_tiles > 0:  # a query tile that sees no key loads nothing, not even Q
         load_q(tma_q, q, bars)
-        step = load_k_tile(tma_k, k, bars, Int32(0), 0, span)
+        step = load_first_k_tile(tma_k, k, bars, span)
         for j in cutlass.range(1, kv_tiles, unroll=1):
             step = load_k_tile(tma_k, k, bars, step, j, span)
             step = load_v_tile(tma_v, v, bars, step, j - 1, span, o_pass * V_GROUPS)
@@ -236,12 +236,31 @@ def load_warp(tma_q, mq, q_smem, source, k_ring, v_ring, bars, block, span):
 
 
 @cute.jit
+def expect(bar, chunk_bytes: cutlass.Constexpr):
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive_and_expect_tx(bar, chunk_bytes)
+
+
+@cute.jit
 def load_q(tma, views, bars):
     smem, gmem = views
-    with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(bars + Q_FULL, Q_BYTES)
+    expect(bars + Q_FULL, Q_BYTES)
     for c in cutlass.range_constexpr(K_CHUNKS):
         cute.copy(tma, gmem[None, c], smem[None, c], tma_bar_ptr=bars + Q_FULL)
+
+
+@cute.jit
+def load_first_k_tile(tma, views, bars, span):
+    """The first K tile, into a ring of which nothing has been used; returns the step after it."""
+    smem, gmem = views
+    tile = 0
+    for c in cutlass.range_constexpr(KV_STAGES):
+        expect(bars + RING_FULL + c, K_CHUNK_BYTES)
+        cute.copy(tma, gmem[None, tile, c], smem[None, c], tma_bar_ptr=bars + RING_FULL + c)
+    for c in cutlass.range_constexpr(KV_STAGES, K_CHUNKS):
+        stage = free_buffer(bars, c, K_CHUNK_BYTES)
+        cute.copy(tma, gmem[None, tile, c], smem[None, stage], tma_bar_ptr=bars + RING_FULL + stage)
+    return Int32(K_CHUNKS)
 
 
 @cute.jit
@@ -273,8 +292,7 @@ def free_buffer(bars, step, chunk_bytes: cutlass.Constexpr):
     """The buffer of a step, once what it held is multiplied. Elements out of bounds count in chunk_bytes."""
     stage, phase = ring(step)
     cute.arch.mbarrier_wait(bars + RING_EMPTY + stage, phase ^ 1)  # passes at once in the ring's first round
-    with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(bars + RING_FULL + stage, chunk_bytes)
+    expect(bars + RING_FULL + stage, chunk_bytes)
     return stage
 
 
@@ -286,17 +304,17 @@ def mma_warp(s_acc, p, o_acc, q_smem, k_ring, v_ring, bars, kv_tiles):
     v = pv.make_fragment_B(v_ring)
     if kv_tiles > 0:
         cute.arch.mbarrier_wait(bars + Q_FULL, 0)
-        step = issue_qk(s_acc, q, k, bars, Int32(0), 0)
+        step = issue_qk(s_acc, q, k, bars, Int32(0))
         for j in cutlass.range(1, kv_tiles, unroll=1):
-            step = issue_qk(s_acc, q, k, bars, step, j)
+            wait_tmem(bars + S_EMPTY, (j + 1) & 1)  # S of tile j - 1 is in registers
+            step = issue_qk(s_acc, q, k, bars, step)
             step = issue_pv(o_acc, p, v, bars, step, j - 1)
         issue_pv(o_acc, p, v, bars, step, kv_tiles - 1)
 
 
 @cute.jit
-def issue_qk(s_acc, q, k, bars, step, j):
-    """S = Q K_j^T, a chunk of head_dim at a time as it lands, once S of tile j - 1 is in registers."""
-    wait_tmem(bars + S_EMPTY, (j + 1) & 1)  # passes at once for tile 0
+def issue_qk(s_acc, q, k, bars, step):
+    """S = Q K^T of a KV tile, a chunk of head_dim at a time as it lands."""
     mma = qk_mma()
     mma.set(Field.ACCUMULATE, False)
     for c in cutlass.range_constexpr(K_CHUNKS):

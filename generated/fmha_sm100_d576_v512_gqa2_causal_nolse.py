@@ -19,8 +19,8 @@
 #
 # mbarriers
 #   name        offset  stages  arrivals  a phase completes when
-#   q_full           0       1         1  TMA: Q of both CTAs has landed
-#   ring_full        8      16         1  TMA: a chunk of K or V of both CTAs has landed
+#   q_full           0       1         2  TMA: Q of both CTAs has landed
+#   ring_full        8      16         2  TMA: a chunk of K or V of both CTAs has landed
 #   ring_empty     136      16         1  commit, in both CTAs: QK or PV has read the chunk
 #   s_full         264       1         1  commit, in both CTAs: QK has written S
 #   s_empty        272       1         8  softmax of both CTAs, one lane a warp: S is in registers
@@ -74,9 +74,9 @@ V_KEYS = 32  # keys of V in a buffer
 V_KEY_BLOCKS = 4
 S_WIDTH = 64  # TMEM columns of S
 O_WIDTH = 256  # TMEM columns of O: V_GROUPS times V_COLUMNS
-PAIR_Q_BYTES = 147456  # what both CTAs load
-PAIR_K_CHUNK_BYTES = 16384
-PAIR_V_CHUNK_BYTES = 16384
+Q_BYTES = 73728  # what this CTA loads
+K_CHUNK_BYTES = 8192
+V_CHUNK_BYTES = 8192
 BOTH_CTAS = 3  # mask of the pair's ranks
 TMEM_LANE = 65536  # from a lane's address to the next one's
 
@@ -110,8 +110,8 @@ S_EMPTY = 34
 P_FULL = 35
 O_FULL = 36
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 1, 1),
-    (RING_FULL, 16, 1),
+    (Q_FULL, 1, 2),
+    (RING_FULL, 16, 2),
     (RING_EMPTY, 16, 1),
     (S_FULL, 1, 1),
     (S_EMPTY, 1, 8),
@@ -233,7 +233,7 @@ def tma_views(atom, smem, gmem):
 def load_warp(tma_q, mq, q_smem, source, k_ring, v_ring, bars, block, span):
     """Warp 5 of each CTA: its rows of Q once, then its half of K and V, chunk by chunk as the MMA warp consumes them.
 
-    What both CTAs load counts on the even CTA's mbarriers: its MMA warp multiplies for the pair.
+    What they load counts on the even CTA's mbarriers: its MMA warp multiplies for the pair.
     """
     q_tile, rank, head, batch = block
     kv_head = head
@@ -248,60 +248,70 @@ def load_warp(tma_q, mq, q_smem, source, k_ring, v_ring, bars, block, span):
 
     kv_tiles = span[0]
     if kv_tiles > 0:  # a query tile that sees no key loads nothing, not even Q
-        load_q(tma_q, q, bars, rank)
-        step = load_k_tile(tma_k, k, bars, Int32(0), 0, span, rank)
+        load_q(tma_q, q, bars)
+        step = load_first_k_tile(tma_k, k, bars, span)
         for j in cutlass.range(1, kv_tiles, unroll=1):
-            step = load_k_tile(tma_k, k, bars, step, j, span, rank)
-            step = load_v_tile(tma_v, v, bars, step, j - 1, span, rank)
-        load_v_tile(tma_v, v, bars, step, kv_tiles - 1, span, rank)
+            step = load_k_tile(tma_k, k, bars, step, j, span)
+            step = load_v_tile(tma_v, v, bars, step, j - 1, span)
+        load_v_tile(tma_v, v, bars, step, kv_tiles - 1, span)
 
 
 @cute.jit
-def expect(bar, size: cutlass.Constexpr, rank):
-    """The even CTA announces what both CTAs load."""
-    if rank == 0:
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(bar, size)
+def expect(bar, chunk_bytes: cutlass.Constexpr):
+    """This CTA announces what it is going to load, at the even CTA's mbarrier."""
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive_and_expect_tx(bar, chunk_bytes, 0)
 
 
 @cute.jit
-def load_q(tma, views, bars, rank):
+def load_q(tma, views, bars):
     smem, gmem = views
-    expect(bars + Q_FULL, PAIR_Q_BYTES, rank)
+    expect(bars + Q_FULL, Q_BYTES)
     for c in cutlass.range_constexpr(K_CHUNKS):
         cute.copy(tma, gmem[None, c], smem[None, c], tma_bar_ptr=bars + Q_FULL)
 
 
 @cute.jit
-def load_k_tile(tma, views, bars, step, j, span, rank):
+def load_first_k_tile(tma, views, bars, span):
+    """The first K tile, into a ring of which nothing has been used; returns the step after it."""
+    smem, gmem = views
+    tile = 0
+    for c in cutlass.range_constexpr(K_CHUNKS):
+        expect(bars + RING_FULL + c, K_CHUNK_BYTES)
+        cute.copy(tma, gmem[None, tile, c], smem[None, c], tma_bar_ptr=bars + RING_FULL + c)
+    return Int32(K_CHUNKS)
+
+
+@cute.jit
+def load_k_tile(tma, views, bars, step, j, span):
     """The j-th K tile, in K_CHUNKS buffers of the ring from step on; returns the step after it."""
     smem, gmem = views
     tile = j
     for c in cutlass.range_constexpr(K_CHUNKS):
-        stage = free_buffer(bars, step + c, PAIR_K_CHUNK_BYTES, rank)
+        stage = free_buffer(bars, step + c, K_CHUNK_BYTES)
         cute.copy(tma, gmem[None, tile, c], smem[None, stage], tma_bar_ptr=bars + RING_FULL + stage)
     return step + K_CHUNKS
 
 
 @cute.jit
-def load_v_tile(tma, views, bars, step, j, span, rank):
+def load_v_tile(tma, views, bars, step, j, span):
     """The j-th V tile: V_KEYS keys of V_WIDTH columns a buffer; returns the step after it."""
     smem, gmem = views
     tile = j
     for c in cutlass.range_constexpr(V_GROUPS * V_KEY_BLOCKS):
         group, block = c // V_KEY_BLOCKS, c % V_KEY_BLOCKS
-        stage = free_buffer(bars, step + c, PAIR_V_CHUNK_BYTES, rank)
+        stage = free_buffer(bars, step + c, V_CHUNK_BYTES)
         source = gmem[None, group, tile * V_KEY_BLOCKS + block]
         cute.copy(tma, source, smem[None, stage], tma_bar_ptr=bars + RING_FULL + stage)
     return step + V_GROUPS * V_KEY_BLOCKS
 
 
 @cute.jit
-def free_buffer(bars, step, chunk_bytes: cutlass.Constexpr, rank):
+def free_buffer(bars, step, chunk_bytes: cutlass.Constexpr):
     """The buffer of a step, once what it held is multiplied. Elements out of bounds count in chunk_bytes."""
     stage, phase = ring(step)
     cute.arch.mbarrier_wait(bars + RING_EMPTY + stage, phase ^ 1)  # passes at once in the ring's first round
-    expect(bars + RING_FULL + stage, chunk_bytes, rank)
+    expect(bars + RING_FULL + stage, chunk_bytes)
     return stage
 
 
@@ -315,17 +325,17 @@ def mma_warp(s_acc, p, o_acc, q_smem, k_ring, v_ring, bars, kv_tiles):
     v = pv.make_fragment_B(v_ring)
     if kv_tiles > 0:
         cute.arch.mbarrier_wait(bars + Q_FULL, 0)
-        step = issue_qk(s_acc, q, k, bars, Int32(0), 0)
+        step = issue_qk(s_acc, q, k, bars, Int32(0))
         for j in cutlass.range(1, kv_tiles, unroll=1):
-            step = issue_qk(s_acc, q, k, bars, step, j)
+            wait_tmem(bars + S_EMPTY, (j + 1) & 1)  # S of tile j - 1 is in registers
+            step = issue_qk(s_acc, q, k, bars, step)
             step = issue_pv(o_acc, p, v, bars, step, j - 1)
         issue_pv(o_acc, p, v, bars, step, kv_tiles - 1)
 
 
 @cute.jit
-def issue_qk(s_acc, q, k, bars, step, j):
-    """S = Q K_j^T, a chunk of head_dim at a time as it lands, once S of tile j - 1 is in registers."""
-    wait_tmem(bars + S_EMPTY, (j + 1) & 1)  # passes at once for tile 0
+def issue_qk(s_acc, q, k, bars, step):
+    """S = Q K^T of a KV tile, a chunk of head_dim at a time as it lands."""
     mma = qk_mma()
     mma.set(Field.ACCUMULATE, False)
     for c in cutlass.range_constexpr(K_CHUNKS):
@@ -630,8 +640,7 @@ def fmha_sm100_d576_v512_gqa2_causal_nolse(
         cute.arch.mbarrier_init_fence()
         for tma in (tma_q, tma_k, tma_v, tma_o):
             cpasync.prefetch_descriptor(tma)
-    cute.arch.sync_threads()
-    cute.arch.cluster_arrive()  # each CTA signals the other's mbarriers, so they must be initialized
+    cute.arch.cluster_arrive()  # each CTA signals the other's mbarriers, so both must have initialized theirs
     cute.arch.cluster_wait()
     tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_slot)
 

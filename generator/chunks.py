@@ -147,8 +147,8 @@ def _mbarriers(tiling: Tiling, shape: Geometry) -> tuple[tuple[Mbarrier, ...], i
     both = ", in both CTAs" if shape.ctas > 1 else ""
     of_both = " of both CTAs" if shape.ctas > 1 else ""
     families = (
-        ("q_full", 1, 1, f"TMA: Q{of_both} has landed"),
-        ("ring_full", tiling.kv_stages, 1, f"TMA: a chunk of K or V{of_both} has landed"),
+        ("q_full", 1, shape.ctas, f"TMA: Q{of_both} has landed"),
+        ("ring_full", tiling.kv_stages, shape.ctas, f"TMA: a chunk of K or V{of_both} has landed"),
         ("ring_empty", tiling.kv_stages, 1, f"commit{both}: QK or PV has read the chunk"),
         ("s_full", 1, 1, f"commit{both}: QK has written S"),
         ("s_empty", 1, warps, f"softmax{of_both}, one lane a warp: S is in registers"),

@@ -193,11 +193,6 @@ class Plan:
         return geometry(self.spec, self.arch, self.tiling)
 
     @property
-    def q_load_bytes(self) -> int:
-        """What completes q_full: every chunk of Q, of all CTAs that share it."""
-        return self.budget.buffer("sQ").bytes * self.shape.ctas
-
-    @property
     def o_tmem_columns(self) -> int:
         """TMEM columns of O."""
         return self.budget.region("O0" if self.query_tiles == 2 else "O").columns

@@ -40,7 +40,7 @@ class _Warps:
 
     def __init__(self, plan: Plan) -> None:
         pair = plan.pair
-        self.load = "load warp of the even CTA, for both, and TMA of both CTAs" if pair else "load warp and TMA"
+        self.load = "load warp and TMA of each CTA, at the even CTA" if pair else "load warp and TMA"
         self.loader = "load warp of each CTA" if pair else "load warp"
         self.mma = "MMA warp of the even CTA" if pair else "MMA warp"
         self.commit = "tcgen05.commit, multicast to both CTAs," if pair else "tcgen05.commit"
@@ -62,7 +62,7 @@ def _ring(plan: Plan, who: _Warps) -> Told:
     if plan.tiling.strategy != "tiles":
         size = " or ".join(map(str, dict.fromkeys(plan.shape.loaded_bytes)))
         return {
-            "q_full": (tma, f"{who.mma}, once", "0", plan.q_load_bytes),
+            "q_full": (tma, f"{who.mma}, once", "0", plan.budget.buffer("sQ").bytes * plan.shape.ctas),
             "ring_full": (tma, f"{who.mma}, before the MMAs of chunk i", parity, size),
             "ring_empty": (
                 f"{who.commit} after the MMAs of chunk i",

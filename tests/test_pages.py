@@ -78,5 +78,5 @@ def test_protocol_tells_every_barrier_once(name):
 def test_protocol_of_a_pair_names_who_counts_for_both():
     rows = {row.barrier: row for row in protocol(plan_kernel(load_spec(head_dim=512)))}
     assert rows["p_full"].arrivals == "8" and "even CTA" in rows["p_full"].arrives
-    assert rows["ring_full"].arrivals == "1 and 32768 bytes"
+    assert rows["ring_full"].arrivals == "2 and 32768 bytes"
     assert "multicast to both CTAs" in rows["s_full"].arrives
