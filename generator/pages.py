@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from .cost import RATES, cost_of
 from .emit import budget_lines, command_options
@@ -33,7 +34,7 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
         "K and V come in chunks through one ring of equal buffers: one holds some columns of a K tile or some keys "
         "of a group of V's columns. Q stays in shared memory. O's columns are written in groups of at most 256, one "
         "`tcgen05.mma` wide each; S, P and all of O fit tensor memory up to head_dim_v 320 with tiles of 128 keys, and "
-        "to 464 with fewer.",
+        "to 480 with fewer.",
     ),
     "passes": (
         {"head_dim": 512, "strategy": "passes"},
@@ -126,7 +127,7 @@ def _index(chosen: list[tuple[str, Plan]]) -> str:
         *_table(heads),
     ]
     for fields in HEAD_DIMS:
-        lines += _rows(_index_row(row) for row in explain_kernel(load_spec(fields)))
+        lines += strategy_lines(fields)
     return "\n".join([*lines, ""])
 
 
@@ -134,6 +135,11 @@ HEAD_DIMS = (
     *({"head_dim": d} for d in (64, 96, 128, 192, 256, 272, 320, 384, 448, 512)),
     {"head_dim": 576, "head_dim_v": 512},
 )
+
+
+def strategy_lines(fields: Mapping[str, Any]) -> list[str]:
+    """Lines of a Markdown table: each strategy for a specification's fields."""
+    return _rows(_index_row(row) for row in explain_kernel(load_spec(fields)))
 
 
 def _index_row(row: Explained) -> tuple[object, ...]:

@@ -37,6 +37,7 @@ from .budget import (
 from .chunks import MMA_M, Geometry, budget_of, chunked_tilings, geometry
 from .cost import cost_of
 from .mask import Mask, mask_of
+from .partials import PARTIALS, Partials
 from .signature import Parameter, signature
 from .spec import KV_STAGE_MAX, KernelSpec, SpecError
 from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES
@@ -95,37 +96,6 @@ class Rejected:
     candidate: Tiling
     reason: str
     remedy: str
-
-
-@dataclass(frozen=True)
-class Partials:
-    """Files of templates/ that make a kernel: its docstring, its constants of the tile, and its functions in order."""
-
-    overview: str
-    tile_constants: str
-    parts: tuple[str, ...]
-
-
-def _partials(overview: str, constants: str, *parts: str) -> Partials:
-    names = [f"_{part}.py.j2" for part in (overview, constants, *parts)]
-    return Partials(names[0], names[1], tuple(names[2:]))
-
-
-_CHUNKS = (
-    *("overview_chunks", "constants_chunks", "operands_chunks", "tiles", "mask", "load_chunks", "mma_chunks", "tmem"),
-)
-PARTIALS = {
-    "tiles": _partials(
-        *("overview_tiles", "constants_tiles", "operands", "tiles", "mask", "load", "mma", "tmem"),
-        *("softmax", "rows", "epilogue", "stage", "kernel", "launch"),
-    ),
-    "two_tiles": _partials(
-        *("overview_two", "constants_two", "operands", "tiles", "mask", "load", "mma_two", "tmem"),
-        *("softmax_two", "rows", "correction_two", "epilogue", "stage", "kernel_two", "launch"),
-    ),
-    "chunks": _partials(*_CHUNKS, "softmax", "rows", "store_columns", "stage", "kernel_chunks"),
-    "pair": _partials(*_CHUNKS, "softmax_pair", "rows", "store_columns", "stage", "kernel_chunks"),
-}
 
 
 @dataclass(frozen=True)

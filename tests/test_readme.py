@@ -1,8 +1,9 @@
 """What the README says is what the program says."""
 
-from generator.cli import BUDGET_HEAD_DIMS
-from generator.plan import plan_kernel
-from generator.present import overflow_notes
+import pytest
+
+from generator.pages import strategy_lines
+from generator.plan import DoesNotFit, plan_kernel
 from generator.resources import checkout_root
 from generator.spec import load_spec
 from generator.survey import survey_kernel
@@ -17,7 +18,7 @@ def test_the_two_commands_stand_to_the_letter():
 
 def test_budget_table_is_the_computed_one():
     rows = [line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("| ") and "232448" in line]
-    surveyed = [row for dim in BUDGET_HEAD_DIMS.split(",") for row in survey_kernel(load_spec(head_dim=int(dim)))]
+    surveyed = [row for dim in ("64", "128", "256") for row in survey_kernel(load_spec(head_dim=int(dim)))]
     assert len(rows) == len(surveyed)
     for cells, row in zip(rows, surveyed, strict=True):
         budget, tiling = row.budget, row.tiling
@@ -37,9 +38,15 @@ def test_budget_table_is_the_computed_one():
         ]
 
 
-def test_what_overflows_at_512_is_quoted():
-    for note in overflow_notes(survey_kernel(load_spec(head_dim=512, p_staging="tmem", kv_stage=1)))[:-1]:
-        assert f"    {note}\n" in README
+def test_strategies_are_the_computed_ones():
+    for head_dim in (320, 512):
+        assert "\n".join(strategy_lines({"head_dim": head_dim})) in README
+
+
+def test_what_does_not_fit_at_512_is_quoted():
+    with pytest.raises(DoesNotFit) as caught:
+        plan_kernel(load_spec(head_dim=512, tile_m=128))
+    assert f"    {caught.value}\n" in README
 
 
 def test_the_traced_request_has_the_plan_s_numbers():
