@@ -34,6 +34,3 @@ PARTIALS = {
     "chunks": _partials(*_CHUNKS, "softmax", "rows", "store_columns", "stage", "kernel_chunks"),
     "pair": _partials(*_CHUNKS, "softmax_pair", "rows", "store_columns", "stage", "kernel_chunks"),
 }
-
-
-@dataclass(frozen=True)
