@@ -120,12 +120,17 @@ def test_budgets_of_chunks_add_up(head_dim, data):
         ({"head_dim": 576, "head_dim_v": 512}, "pair"),
         ({"head_dim": 512, "tile_m": 64}, "pair"),
         ({"head_dim": 320, "tile_m": 128}, "chunks"),
-        ({"head_dim": 192, "head_dim_v": 128}, "chunks"),
+        ({"head_dim": 256, "head_dim_v": 288}, "chunks"),
         ({"head_dim": 64, "strategy": "pair"}, "pair"),
     ],
 )
 def test_choice_follows_the_counted_cost(fields, tiling):
     assert plan_of(**fields).tiling.strategy == tiling
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(256, 256), (192, 128), (64, 256)])
+def test_whole_tiles_where_one_mma_writes_all_of_o(head_dim, head_dim_v):
+    assert plan_of(head_dim=head_dim, head_dim_v=head_dim_v).tiling.strategy == "tiles"
 
 
 def test_512_on_one_cta_of_128_rows_says_tmem_with_the_columns():

@@ -18,6 +18,7 @@ def test_the_two_commands_stand_to_the_letter():
 
 def test_budget_table_is_the_computed_one():
     rows = [line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("| ") and "232448" in line]
+    rows = [row for row in rows if row[1] in ("TMEM", "SMEM")]
     surveyed = [row for dim in ("64", "128", "256") for row in survey_kernel(load_spec(head_dim=int(dim)))]
     assert len(rows) == len(surveyed)
     for cells, row in zip(rows, surveyed, strict=True):
