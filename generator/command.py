@@ -17,7 +17,7 @@ import typer.core
 
 from . import present
 from .dsl import CompileError
-from .plan import Plan
+from .layout import Plan
 from .spec import SpecError
 
 VERIFICATION_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130

@@ -22,7 +22,7 @@ from .cubin import read_cubin
 from .dsl import CompileError, HostFunction, TensorArgument, Traced, check_dsl, host_cpu, trace_kernel
 from .emit import emit_kernel, kernel_path, write_text
 from .emulator.host import Launch, attached, library_path, redirect
-from .plan import Plan
+from .layout import Plan
 from .resources import VERSION
 from .signature import fixed_sizes, signature
 from .spec import KernelSpec

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .budget import Budget
-from .plan import Plan
+from .layout import Plan
 from .resources import VERSION, templates_dir
 from .spec import KernelSpec, SpecError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 
 from .budget import Buffer
-from .plan import Plan
+from .layout import Plan
 
 WIDTH, LEFT, TOP = 760, 20, 46
 BAR_HEIGHT, TMEM_HEIGHT, LINE = 54, 128, 18

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from .cost import RATES
 from .explain import SAYS, Explained
-from .plan import Plan
+from .layout import Plan
 from .survey import Row
 
 if TYPE_CHECKING:

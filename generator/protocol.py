@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .plan import Plan
+from .layout import Plan
 
 
 @dataclass(frozen=True)

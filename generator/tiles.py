@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .layout import Plan
 from .mask import Span, TileCounts, kv_span, kv_span2
-from .plan import Plan
 from .reference import Seen
 from .spec import KernelSpec
 
