@@ -545,7 +545,7 @@ def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, bl
     both = cutlass.min(*tiles)
     for i in cutlass.range_constexpr(2):
         if tiles[i] > 0:
-            arrive_warp(bars + P_FULL + i)  # there is no O to rescale before KV tile 0
+            arrive_rows(bars + P_FULL + i)  # there is no O to rescale before KV tile 0
     for j in cutlass.range(1, both, unroll=1):
         for i in cutlass.range_constexpr(2):
             correct(o_tmem, factors, bars, i, j)
@@ -649,7 +649,15 @@ def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, 
     _, sums, references = row_stats
     row = cute.arch.thread_idx()[0] % TILE_M
     sums[i, row], references[i, row] = total, m
-    arrive_warp(bars + SUM_FULL + i)
+    arrive_rows(bars + SUM_FULL + i)
+
+
+@cute.jit
+def arrive_rows(bar):
+    """One arrival for the whole warp, once every lane's shared-memory stores are done."""
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive(bar)
 
 
 @cute.jit

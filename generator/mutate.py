@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .arrays import Output
 from .compile import Binary
 from .emulator.gpu import Gpu, LaunchCase, Observer
@@ -48,6 +50,8 @@ def mutate_kernel(
     """
     spec, shape = binary.spec, tuple(int(extent) for extent in shape)
     operands = random_operands(spec, shape, seed)
+    if binary.plan.query_tiles == 2:
+        operands["k"] = _rising(operands["k"], binary.tile_n)
     outcomes: list[Outcome] = []
 
     def prepare(gpu: Gpu, outputs: Sequence[Output]) -> None:
@@ -59,6 +63,14 @@ def mutate_kernel(
 
     run_observed(binary, **operands, backend="emulator", prepare=prepare)
     return [named(outcome, spec.name) for outcome in outcomes]
+
+
+def _rising(k: np.ndarray, tile_n: int) -> np.ndarray:
+    """K [B, Skv, Hkv, D] that grows from KV tile to KV tile, so that the rows' maxima move by far more than what a
+    kernel lets pass without rescaling O.
+    """
+    growth = 1 + 8 * (np.arange(k.shape[1]) // tile_n)
+    return (k.astype(np.float32) * growth[:, None, None]).astype(k.dtype)
 
 
 def mutate_script(
