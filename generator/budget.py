@@ -88,6 +88,11 @@ class Region:
     columns: int
     reason: str
 
+    @property
+    def end(self) -> int:
+        """One past the last column."""
+        return self.column + self.columns
+
 
 @dataclass(frozen=True)
 class Mbarrier:
@@ -180,6 +185,10 @@ class Budget:
 
     def role(self, name: str) -> Role:
         return _named(self.roles, name)
+
+    def columns_of(self, letter: str) -> int:
+        """Columns of S, P or O, of every query tile."""
+        return sum(region.columns for region in self.regions if region.name[0] == letter)
 
     def bytes_of(self, name: str) -> int:
         """Bytes that a buffer adds to the total: 0 for one that is absent or lies over another."""

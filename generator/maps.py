@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from .budget import Buffer
+from .budget import Buffer, Region
 from .layout import Plan
 
 WIDTH, LEFT, TOP = 760, 20, 46
@@ -42,23 +42,28 @@ def smem_map(plan: Plan) -> str:
 
 
 def tmem_map(plan: Plan) -> str:
-    """One CTA's tensor memory: 512 columns to the right, 128 lanes down. In a pair each region is two halves."""
+    """One CTA's tensor memory: 512 columns to the right, 128 lanes down. In a pair each region is two halves; what lies
+    over another region is drawn in the lower half of its height."""
     budget = plan.budget
     scale = (WIDTH - 2 * LEFT) / budget.tmem_limit
     title = (
         f"{plan.kernel_name}: tensor memory of one CTA, {budget.tmem_used} of {budget.tmem_limit} columns x 128 lanes"
     )
     parts = [_text(LEFT, 20, title), _box(LEFT, TOP, budget.tmem_limit * scale, TMEM_HEIGHT, "#f7f7f7", "free")]
+    drawn: list[Region] = []
     for region in budget.regions:
         x, width = LEFT + region.column * scale, region.columns * scale
         halves = ("left half", "right half") if plan.pair else ("",)
-        height = TMEM_HEIGHT / len(halves)
+        lies_over = any(other.column < region.column + region.columns and region.column < other.end for other in drawn)
+        height = TMEM_HEIGHT / len(halves) / (2 if lies_over else 1)
         for i, half in enumerate(halves):
+            y = TOP + i * height + (height if lies_over else 0)
             lanes = f"lanes {64 * i} to {64 * i + 63}: {half}" if half else "lanes 0 to 127"
-            parts.append(_box(x, TOP + i * height, width, height, COLORS[region.name], f"{region.name}, {lanes}"))
-            parts.append(_text(x + 4, TOP + i * height + 16, region.name))
+            parts.append(_box(x, y, width, height, COLORS[region.name], f"{region.name}, {lanes}"))
+            parts.append(_text(x + 4, y + 16, region.name))
             if half and width > 80:
-                parts.append(_text(x + 4, TOP + i * height + 32, lanes, 11))
+                parts.append(_text(x + 4, y + 32, lanes, 11))
+        drawn.append(region)
     y = TOP + TMEM_HEIGHT + LINE
     for region in budget.regions:
         label = f"{region.name}: columns {region.column} to {region.column + region.columns - 1}: {region.reason}"

@@ -132,7 +132,7 @@ def _smem_cell(row: Row, name: str) -> str:
 
 
 def _columns(row: Row, name: str) -> int:
-    return sum(region.columns for region in row.budget.regions if region.name == name)
+    return row.budget.columns_of(name)
 
 
 def overflow_notes(rows: Iterable[Row]) -> list[str]:
@@ -164,7 +164,7 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
             *(dims, row.strategy, f"{tiling.tile_m}x{tiling.tile_n}", tiling.p_staging.upper()),
             *("in sQ" if name == "sO" and tiling.o_over_q else str(budget.bytes_of(name)) for name in smem),
             str(budget.smem_total),
-            *(str(sum(r.columns for r in budget.regions if r.name == name)) for name in TMEM_REGIONS),
+            *(str(budget.columns_of(name)) for name in TMEM_REGIONS),
             str(budget.tmem_used),
             f"{row.cost.score:.0f}",
             f"[{color}]{escape(row.status if budget.fits else 'does not fit: see below')}[/]",
