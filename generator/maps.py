@@ -61,7 +61,7 @@ def tmem_map(plan: Plan) -> str:
             lanes = f"lanes {64 * i} to {64 * i + 63}: {half}" if half else "lanes 0 to 127"
             parts.append(_box(x, y, width, height, COLORS[region.name], f"{region.name}, {lanes}"))
             parts.append(_text(x + 4, y + 16, region.name))
-            if half and width > 80:
+            if half and width > 180:  # room for the words
                 parts.append(_text(x + 4, y + 32, lanes, 11))
         drawn.append(region)
     y = TOP + TMEM_HEIGHT + LINE
