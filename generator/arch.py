@@ -9,6 +9,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What one SM does in a cycle at most."""
+
+    tensor_flop: int
+    smem_bytes: int  # read by the tensor core, written by TMA and by warps
+    l2_bytes: int
+    mufu_ops: int  # ex2
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensor_flop} FLOP, {self.smem_bytes} bytes of smem, {self.l2_bytes} bytes of L2, "
+            f"{self.mufu_ops} ex2 (sources: arch.py)"
+        )
+
+
+@dataclass(frozen=True)
 class Arch:
     """What one SM and one CTA have. Bytes, threads and 32-bit registers or TMEM columns."""
 
@@ -22,8 +38,11 @@ class Arch:
     warp_size: int
     tmem_columns: int  # 0: the architecture has no tensor memory
     tmem_alloc_min: int  # columns; an allocation is a power of two
+    tmem_lanes: int
+    mma_m: int  # rows of A that one dense MMA instruction multiplies at full rate, alone or in a CTA pair of half each
     mma_n_max: int  # columns of D that one dense MMA instruction writes
     p_stagings: tuple[str, ...]  # where the second GEMM can read P
+    rates: Rates | None  # None: nothing is planned by them yet
 
 
 SM100A = Arch(
@@ -37,8 +56,19 @@ SM100A = Arch(
     warp_size=32,
     tmem_columns=512,  # [PTX 9.7.16.1]
     tmem_alloc_min=32,  # [PTX 9.7.16.7.1]
+    tmem_lanes=128,  # [PTX 9.7.16.1]
+    mma_m=128,  # [PTX 9.7.16.2]
     mma_n_max=256,  # [PTX 9.7.16.2]
     p_stagings=("tmem", "smem"),  # tcgen05.mma reads A from tensor or shared memory [PTX 9.7.16.10]
+    rates=Rates(
+        # 2.25 PFLOP/s dense bf16 over 148 SMs at 1.86 GHz (B200 data sheet; FlashAttention-4's analysis has the same
+        # figure); a tcgen05.mma that fills all 128 lanes runs at it, which for 64 rows of a pair in both halves of the
+        # lanes (layout B) is inferred
+        tensor_flop=8192,
+        smem_bytes=128,  # FlashAttention-4's analysis
+        l2_bytes=64,  # inferred: two dies with the 5120 bytes a cycle of an A100 or H100 each, over 148 SMs
+        mufu_ops=16,  # [PG], throughput of native arithmetic instructions
+    ),
 )
 
 SM90A = Arch(
@@ -52,8 +82,11 @@ SM90A = Arch(
     warp_size=32,
     tmem_columns=0,
     tmem_alloc_min=0,
+    tmem_lanes=0,
+    mma_m=64,  # [PTX 9.7.15.2]
     mma_n_max=256,  # [PTX 9.7.15.2]
     p_stagings=("register", "smem"),  # wgmma reads A from registers or shared memory [PTX 9.7.15.5]
+    rates=None,
 )
 
 ARCHS: dict[str, Arch] = {arch.name: arch for arch in (SM100A, SM90A)}

@@ -24,6 +24,10 @@ SWIZZLE_SPANS = (128, 64, 32)
 
 SOFTMAX_WARPS, MMA_WARPS, TMA_WARPS = 4, 1, 1
 SOFTMAX_OVERHEAD_REGISTERS = 48  # estimate: addresses, loop state, row maximum, sum and scale
+WIDE_REMEDY = (
+    "a CTA pair (cta_group::2) with M = 64 rows a CTA (strategy = pair), or O's columns in two passes "
+    "(strategy = passes)"
+)
 ISSUER_REGISTERS = 40  # estimate: an MMA or TMA warp holds descriptors, coordinates and loop state
 
 
@@ -262,8 +266,13 @@ def _mbarriers(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Mbarrier, ...], 
         ("p_full", 1, warps, "softmax, one lane a warp: P is written and O is rescaled"),
         ("o_full", 1, 1, "commit: PV has written O and read P"),
     )
+    return place_mbarriers(families)
+
+
+def place_mbarriers(wanted: Iterable[tuple[str, int, int, str]]) -> tuple[tuple[Mbarrier, ...], int]:
+    """(name, count, arrivals, reason) -> Mbarriers in order of address from offset 0 on, and their end in bytes."""
     placed, offset = [], 0
-    for name, count, arrivals, reason in families:
+    for name, count, arrivals, reason in wanted:
         placed.append(Mbarrier(name, count, arrivals, offset, reason))
         offset += MBARRIER_BYTES * count
     return tuple(placed), offset
@@ -321,6 +330,11 @@ def _regions(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Region, ...], int]
     if tiling.p_staging == "tmem":
         wanted.append(("P", n // 2, f"{m} x {n} of 16 bits, two a column"))
     wanted.append(("O", spec.v_dim, f"{m} x {spec.v_dim} float32"))
+    return place_regions(wanted)
+
+
+def place_regions(wanted: Iterable[tuple[str, int, str]]) -> tuple[tuple[Region, ...], int]:
+    """(name, columns, reason) -> TMEM Regions side by side from column 0 on, and the columns they take."""
     placed, column = [], 0
     for name, columns, reason in wanted:
         placed.append(Region(name, column, columns, reason))
@@ -354,21 +368,26 @@ def named_barriers(threads: int) -> tuple[NamedBarrier, ...]:
 
 
 def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> Iterator[Overflow]:
-    if budget.smem_total > budget.smem_limit:
-        parts = [b for b in budget.buffers if b.alias_of is None]
-        reason = " + ".join(f"{b.name} {b.bytes}" for b in parts) + f", aligned to {TILE_ALIGNMENT},"
-        yield Overflow("smem", "bytes", budget.smem_total, budget.smem_limit, reason, _smem_remedy(arch, spec, tiling))
-    over_q = next((b for b in budget.buffers if b.alias_of is not None), None)
-    if over_q is not None and over_q.bytes > budget.buffer(over_q.alias_of).bytes:
-        limit = budget.buffer(over_q.alias_of).bytes
-        reason = f"{over_q.name} cannot lie over {over_q.alias_of}: {over_q.name}"
-        yield Overflow("smem", "bytes", over_q.bytes, limit, reason, "a smaller o_chunk, or sO of its own")
+    yield from smem_overflows(budget, _smem_remedy(spec, tiling))
     if spec.kv_shared and tiling.kv_stages < 2:
         reason = "QK of the next tile is issued before PV of this one, which reads the same stage"
         yield Overflow("kv_stage", "stages", 2, tiling.kv_stages, reason, "at least two kv stages")
     if budget.tmem_columns > budget.tmem_limit:
         yield _tmem_overflow(budget, arch, spec, tiling)
     yield from register_overflow(budget, arch)
+
+
+def smem_overflows(budget: Budget, remedy: str) -> Iterator[Overflow]:
+    """Shared memory past its limit, and a buffer larger than the one it lies over."""
+    if budget.smem_total > budget.smem_limit:
+        parts = [b for b in budget.buffers if b.alias_of is None]
+        reason = " + ".join(f"{b.name} {b.bytes}" for b in parts) + f", aligned to {TILE_ALIGNMENT},"
+        yield Overflow("smem", "bytes", budget.smem_total, budget.smem_limit, reason, remedy)
+    over = next((b for b in budget.buffers if b.alias_of is not None), None)
+    if over is not None and over.bytes > budget.buffer(over.alias_of).bytes:
+        limit = budget.buffer(over.alias_of).bytes
+        reason = f"{over.name} cannot lie over {over.alias_of}: {over.name}"
+        yield Overflow("smem", "bytes", over.bytes, limit, reason, "a smaller o_chunk, or sO of its own")
 
 
 def register_overflow(budget: Budget, arch: Arch) -> Iterator[Overflow]:
@@ -378,9 +397,7 @@ def register_overflow(budget: Budget, arch: Arch) -> Iterator[Overflow]:
         yield Overflow("registers", "registers", total, arch.registers_per_sm, reason, "a smaller tile_n")
 
 
-def _smem_remedy(arch: Arch, spec: KernelSpec, tiling: Tiling) -> str:
-    if spec.head_dim > arch.mma_n_max:
-        return "a CTA pair that shares K and V, or column passes over smaller tiles"
+def _smem_remedy(spec: KernelSpec, tiling: Tiling) -> str:
     options = []
     if tiling.kv_stages > 1:
         options.append("a lower kv_stage")
@@ -394,18 +411,17 @@ def _smem_remedy(arch: Arch, spec: KernelSpec, tiling: Tiling) -> str:
 
 
 def _tmem_overflow(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> Overflow:
+    remedy = "P in SMEM or a smaller tile_n" if spec.v_dim <= arch.mma_n_max else WIDE_REMEDY
+    return accumulator_overflow(budget, arch, (tiling.tile_m, spec.v_dim), spec.v_dim, remedy)
+
+
+def accumulator_overflow(budget: Budget, arch: Arch, shape: tuple[int, int], o_columns: int, remedy: str) -> Overflow:
+    """TMEM past its limit. shape: rows and columns of O's accumulator, which takes o_columns of TMEM."""
     reason = " + ".join(f"{region.name} {region.columns}" for region in budget.regions)
-    if spec.v_dim >= arch.tmem_columns:
+    if o_columns >= arch.tmem_columns:
         rest = [region.name for region in budget.regions if region.name != "O"]
         reason = (
-            f"a {tiling.tile_m} x {spec.v_dim} float32 accumulator takes all {arch.tmem_columns} columns, "
+            f"a {shape[0]} x {shape[1]} float32 accumulator takes all {arch.tmem_columns} columns, "
             f"so {' and '.join(rest)} {'have' if len(rest) > 1 else 'has'} no room: {reason}"
         )
-    if spec.v_dim > arch.mma_n_max:
-        remedy = (
-            "a CTA pair (cta_group::2) that splits O's columns or rows, M = 64 tiles, or O's columns in two passes "
-            "with the scores recomputed"
-        )
-    else:
-        remedy = "P in SMEM or a smaller tile_n"
     return Overflow("tmem", "columns", budget.tmem_used, arch.tmem_columns, reason, remedy)

@@ -20,10 +20,10 @@ from .arch import Arch
 from .budget import (
     ACCUMULATOR_BYTES,
     ELEMENT_BYTES,
-    MBARRIER_BYTES,
     SOFTMAX_WARPS,
     TILE_ALIGNMENT,
     TMEM_SLOT_BYTES,
+    WIDE_REMEDY,
     Budget,
     Buffer,
     Mbarrier,
@@ -31,20 +31,21 @@ from .budget import (
     Overflow,
     Region,
     Tiling,
+    accumulator_overflow,
     allocated_columns,
     compute_budget,
     issuer_roles,
     named_barriers,
     output_bytes,
     place_buffers,
+    place_mbarriers,
+    place_regions,
     register_overflow,
+    smem_overflows,
     softmax_role,
 )
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_tiles import two_tile_budget
-
-MMA_M = 128  # rows of Q that one tcgen05.mma multiplies, alone or in a pair
-LANES = 128
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def budget_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
         return two_tile_budget(spec, arch, tiling)
     shape = geometry(spec, arch, tiling)
     mbarriers, slot_offset = _mbarriers(tiling, shape)
-    buffers, smem_total = _buffers(spec, tiling, shape, slot_offset + TMEM_SLOT_BYTES)
+    buffers, smem_total = _buffers(spec, arch, tiling, shape, slot_offset + TMEM_SLOT_BYTES)
     regions, used = _regions(tiling, shape)
     roles = (softmax_role(tiling.tile_n // shape.ctas, arch), *issuer_roles())
     threads = arch.warp_size * sum(role.warps for role in roles)
@@ -136,7 +137,7 @@ def budget_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
         registers_total=a_thread * threads,
         overflows=(),
     )
-    return replace(budget, overflows=(*_overflows(budget, arch, spec, tiling, shape), *register_overflow(budget, arch)))
+    return replace(budget, overflows=(*_overflows(budget, arch, tiling, shape), *register_overflow(budget, arch)))
 
 
 def _mbarriers(tiling: Tiling, shape: Geometry) -> tuple[tuple[Mbarrier, ...], int]:
@@ -155,15 +156,13 @@ def _mbarriers(tiling: Tiling, shape: Geometry) -> tuple[tuple[Mbarrier, ...], i
         ("p_full", 1, warps, f"softmax{of_both}, one lane a warp: P is written and O is rescaled"),
         ("o_full", 1, 1, f"commit{both}: PV has written O and read P"),
     )
-    placed, offset = [], 0
-    for name, count, arrivals, reason in families:
-        placed.append(Mbarrier(name, count, arrivals, offset, reason))
-        offset += MBARRIER_BYTES * count
-    return tuple(placed), offset
+    return place_mbarriers(families)
 
 
-def _buffers(spec: KernelSpec, tiling: Tiling, shape: Geometry, barrier_bytes: int) -> tuple[tuple[Buffer, ...], int]:
-    rows, n, o_bytes = tiling.tile_m, tiling.tile_n, output_bytes(spec)
+def _buffers(
+    spec: KernelSpec, arch: Arch, tiling: Tiling, shape: Geometry, barrier_bytes: int
+) -> tuple[tuple[Buffer, ...], int]:
+    rows, n, lanes, o_bytes = tiling.tile_m, tiling.tile_n, arch.tmem_lanes, output_bytes(spec)
     ring = f"{shape.k_rows} x {tiling.k_chunk} of K or {tiling.v_keys} x {shape.v_columns} of V a buffer"
     q_columns = shape.k_chunks * tiling.k_chunk
     wanted = [
@@ -174,12 +173,12 @@ def _buffers(spec: KernelSpec, tiling: Tiling, shape: Geometry, barrier_bytes: i
     if tiling.p_staging == "smem":
         wanted.append(("sP", rows * n * ELEMENT_BYTES, 1, None, f"{rows} x {n}"))
     if shape.ctas > 1:
-        wanted.append(("peaks", 2 * LANES * ACCUMULATOR_BYTES, 1, None, "row maxima of the two halves, two tiles"))
+        wanted.append(("peaks", 2 * lanes * ACCUMULATOR_BYTES, 1, None, "row maxima of the two halves, two tiles"))
     steps = shape.o_columns // tiling.o_chunk
-    staging = f"{LANES} x {tiling.o_chunk} of {o_bytes} bytes, in {steps} step{'s' if steps > 1 else ''}"
+    staging = f"{lanes} x {tiling.o_chunk} of {o_bytes} bytes, in {steps} step{'s' if steps > 1 else ''}"
     if tiling.o_over_q:
         staging += ", over sQ once the last QK is done"
-    wanted.append(("sO", LANES * tiling.o_chunk * o_bytes, 1, "sQ" if tiling.o_over_q else None, staging))
+    wanted.append(("sO", lanes * tiling.o_chunk * o_bytes, 1, "sQ" if tiling.o_over_q else None, staging))
     return place_buffers(wanted)
 
 
@@ -190,11 +189,7 @@ def _regions(tiling: Tiling, shape: Geometry) -> tuple[tuple[Region, ...], int]:
     if tiling.p_staging == "tmem":
         wanted.append(("P", n // 2, f"{rows} x {n} of 16 bits, two a column"))
     wanted.append(("O", shape.o_columns, f"{rows} x {shape.o_width} float32{half}"))
-    placed, column = [], 0
-    for name, columns, reason in wanted:
-        placed.append(Region(name, column, columns, reason))
-        column += columns
-    return tuple(placed), column
+    return place_regions(wanted)
 
 
 def _named_barriers(threads: int, shape: Geometry) -> tuple[NamedBarrier, ...]:
@@ -207,34 +202,15 @@ def _named_barriers(threads: int, shape: Geometry) -> tuple[NamedBarrier, ...]:
     )
 
 
-def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling, shape: Geometry) -> Iterator[Overflow]:
-    if budget.smem_total > budget.smem_limit:
-        parts = [b for b in budget.buffers if b.alias_of is None]
-        reason = " + ".join(f"{b.name} {b.bytes}" for b in parts) + f", aligned to {TILE_ALIGNMENT},"
-        options = ["fewer kv_stage buffers"] if tiling.kv_stages > 2 else ["a smaller tile_n"]
-        options += [] if tiling.strategy == "pair" else ["a CTA pair (strategy = pair)"]
-        options += ["P in TMEM"] if tiling.p_staging == "smem" and tiling.strategy != "pair" else []
-        options += [] if tiling.o_over_q else ["sO over sQ"]
-        yield Overflow("smem", "bytes", budget.smem_total, budget.smem_limit, reason, " or ".join(options))
-    over = budget.buffer("sO")
-    if over.alias_of is not None and over.bytes > budget.buffer(over.alias_of).bytes:
-        limit = budget.buffer(over.alias_of).bytes
-        reason = f"{over.name} cannot lie over {over.alias_of}: {over.name}"
-        yield Overflow("smem", "bytes", over.bytes, limit, reason, "a smaller o_chunk, or sO of its own")
+def _overflows(budget: Budget, arch: Arch, tiling: Tiling, shape: Geometry) -> Iterator[Overflow]:
+    options = ["fewer kv_stage buffers"] if tiling.kv_stages > 2 else ["a smaller tile_n"]
+    options += [] if tiling.strategy == "pair" else ["a CTA pair (strategy = pair)"]
+    options += ["P in TMEM"] if tiling.p_staging == "smem" and tiling.strategy != "pair" else []
+    options += [] if tiling.o_over_q else ["sO over sQ"]
+    yield from smem_overflows(budget, " or ".join(options))
     if budget.tmem_used > budget.tmem_limit:
-        yield _tmem_overflow(budget, arch, spec, tiling, shape)
-
-
-def _tmem_overflow(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling, shape: Geometry) -> Overflow:
-    reason = " + ".join(f"{region.name} {region.columns}" for region in budget.regions)
-    if shape.o_columns >= arch.tmem_columns:
-        rest = [region.name for region in budget.regions if region.name != "O"]
-        reason = (
-            f"a {tiling.tile_m} x {shape.o_width} float32 accumulator takes all {arch.tmem_columns} columns, "
-            f"so {' and '.join(rest)} {'have' if len(rest) > 1 else 'has'} no room: {reason}"
-        )
-    remedy = "a CTA pair (strategy = pair), or O's columns in passes (strategy = passes)"
-    return Overflow("tmem", "columns", budget.tmem_used, arch.tmem_columns, reason, remedy)
+        rows_columns = (tiling.tile_m, shape.o_width)
+        yield accumulator_overflow(budget, arch, rows_columns, shape.o_columns, WIDE_REMEDY)
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
@@ -250,7 +226,7 @@ def chunked_tilings(
     """Candidates of a strategy of the specification's vocabulary: "chunks", "passes" or "pair". The ring is as deep as
     shared memory and depth_max allow unless the specification says how deep.
     """
-    rows = MMA_M // 2 if strategy == "pair" else MMA_M
+    rows = arch.mma_m // 2 if strategy == "pair" else arch.mma_m
     kind, passes = ("pair", 1) if strategy == "pair" else ("chunks", PASSES if strategy == "passes" else 1)
     for tile_n in tile_ns:
         for staging in stagings:
@@ -267,7 +243,7 @@ def _o_chunk(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     shape = geometry(spec, arch, tiling)
     span = shape.v_columns if shape.ctas > 1 else shape.o_columns
     q_bytes = tiling.tile_m * shape.k_chunks * tiling.k_chunk * ELEMENT_BYTES
-    fitting = q_bytes // (LANES * output_bytes(spec))
+    fitting = q_bytes // (arch.tmem_lanes * output_bytes(spec))
     return max(c for c in range(HEAD_DIM_STEP, span + 1, HEAD_DIM_STEP) if span % c == 0 and c <= max(fitting, 16))
 
 

@@ -1,28 +1,20 @@
 """What a KV tile costs one CTA, from counts and documented rates: the figures that decide between strategies.
 
 Counted, not simulated: latencies, barriers and the dependence of softmax on the tensor core are left out, so the cycles
-are a lower bound and the limiter is the resource that reaches it. Rates a cycle of one SM:
-
-    tensor core  8192 FLOP    2.25 PFLOP/s dense bf16 over 148 SMs at 1.86 GHz (B200 data sheet; FlashAttention-4's
-                              analysis has the same figure); a tcgen05.mma that fills all 128 lanes runs at it, which
-                              for 64 rows of a pair in both halves of the lanes (layout B) is inferred
-    smem         128 bytes    read by tcgen05.mma, written by TMA and by the softmax warps (FlashAttention-4's analysis)
-    L2           64 bytes     inferred: two dies with the 5120 bytes a cycle of an A100 or H100 each, over 148 SMs
-    MUFU         16 ex2       (CUDA programming guide, throughput of native arithmetic instructions)
+are a lower bound and the limiter is the resource that reaches it. The rates, of one SM, are
+Arch.rates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .arch import Arch
+from .arch import Arch, Rates
 from .budget import ELEMENT_BYTES, Tiling
-from .chunks import MMA_M, geometry
+from .chunks import geometry
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_tiles import POLYNOMIAL_PAIRS, QUERY_TILES
 
-TENSOR_FLOP, SMEM_BYTES, L2_BYTES, MUFU_OPS = 8192, 128, 64, 16  # a cycle and SM
-RATES = f"{TENSOR_FLOP} FLOP, {SMEM_BYTES} bytes of smem, {L2_BYTES} bytes of L2, {MUFU_OPS} ex2 (sources: cost.py)"
 UNIT = 128  # scores are compared a block of UNIT query rows x UNIT keys
 
 
@@ -44,15 +36,16 @@ class Cost:
     write_bytes: int
     load_bytes: int
     exponentials: int
+    rates: Rates
 
     @property
     def cycles(self) -> dict[str, float]:
         """Cycles that each resource is busy for the tile."""
         return {
-            "tensor core": self.mma_flop / TENSOR_FLOP,
-            "smem": (self.mma_read_bytes + self.write_bytes) / SMEM_BYTES,
-            "L2": self.load_bytes / L2_BYTES,
-            "MUFU": self.exponentials / MUFU_OPS,
+            "tensor core": self.mma_flop / self.rates.tensor_flop,
+            "smem": (self.mma_read_bytes + self.write_bytes) / self.rates.smem_bytes,
+            "L2": self.load_bytes / self.rates.l2_bytes,
+            "MUFU": self.exponentials / self.rates.mufu_ops,
         }
 
     @property
@@ -82,7 +75,7 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     qk_steps, pv_steps = spec.head_dim // HEAD_DIM_STEP, groups * (keys // HEAD_DIM_STEP)
     p_rows = rows if tiling.p_staging == "smem" else 0
     qk_read, pv_read = qk_steps * (rows + keys // ctas), pv_steps * (p_rows + width // ctas)
-    mma_rows = MMA_M // ctas
+    mma_rows = arch.mma_m // ctas
     loaded = keys // ctas * spec.head_dim + keys * spec.v_dim // tiling.passes // ctas
     written = keys // ctas * k_columns + keys * v_columns + p_rows * keys
     return Cost(
@@ -95,4 +88,5 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
         write_bytes=ELEMENT_BYTES * written,
         load_bytes=ELEMENT_BYTES * loaded,
         exponentials=queries * rows * keys * (8 - by_fma) // 8,
+        rates=arch.rates,
     )

@@ -15,7 +15,7 @@ from .budget import (
     output_bytes,
     swizzle_bytes,
 )
-from .chunks import MMA_M, Geometry, geometry
+from .chunks import Geometry, geometry
 from .mask import Mask, mask_of
 from .partials import PARTIALS, Partials
 from .signature import Parameter, signature
@@ -122,7 +122,7 @@ class Plan:
     @property
     def mma_m(self) -> int:
         """Query rows that one tcgen05.mma multiplies, over all CTAs that share it."""
-        return self.tile_m if self.tiling.strategy in WHOLE_TILES else MMA_M
+        return self.tile_m if self.tiling.strategy in WHOLE_TILES else self.arch.mma_m
 
     @cached_property
     def shape(self) -> Geometry:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .cost import RATES, cost_of
+from .arch import SM100A
+from .cost import cost_of
 from .emit import budget_lines, command_options
 from .explain import Explained, explain_kernel
 from .maps import smem_map, tmem_map
@@ -97,7 +98,7 @@ def _page(strategy: str, plan: Plan, what: str) -> str:
         f"One CTA, {cost.rows} x {cost.keys} scores: {cost.mma_instructions} `tcgen05.mma`, {cost.load_bytes} bytes "
         f"from L2, {cost.mma_read_bytes} bytes of shared memory read by MMAs, {cost.write_bytes} written by TMA and "
         f"softmax, {cost.exponentials} exponentials. Cycles: {', '.join(cycles)}; so {cost.limiter} limits, and "
-        f"a block of 128 x 128 scores takes {cost.score:.0f} SM cycles. Rates a cycle and SM: {RATES}.",
+        f"a block of 128 x 128 scores takes {cost.score:.0f} SM cycles. Rates a cycle and SM: {cost.rates}.",
         "",
         "## Barrier protocol",
         "",
@@ -121,7 +122,7 @@ def _index(chosen: list[tuple[str, Plan]]) -> str:
         "",
         "## Every head_dim with every strategy",
         "",
-        f"One CTA each; SM cycles a block of 128 x 128 scores, counted at {RATES}. `bespoke plan --head-dim D",
+        f"One CTA each; SM cycles a block of 128 x 128 scores, counted at {SM100A.rates}. `bespoke plan --head-dim D",
         "--explain` has the rest. Up to 256, where one MMA writes all of O, whole tiles are taken by rule.",
         "",
         *_table(heads),

@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from .arch import ARCHS, Arch
 from .budget import Tiling
-from .chunks import MMA_M, budget_of, chunked_tilings, geometry
+from .chunks import budget_of, chunked_tilings, geometry
 from .cost import cost_of
 from .layout import TILE_M, WHOLE_TILES, Plan, Rejected
 from .spec import KV_STAGE_MAX, KernelSpec, SpecError
@@ -208,7 +208,7 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield from _later_in_two_tiles(spec)
     if spec.strategy == "tiles" and not fits_tiles(spec):
         yield "strategy", 'one MMA writes all of O, head_dim and head_dim_v of at most 256: use "auto" or "chunks"'
-    rows = {MMA_M // 2 if strategy == "pair" else TILE_M for strategy in strategies(spec)}
+    rows = {ARCHS[spec.arch].mma_m // 2 if strategy == "pair" else TILE_M for strategy in strategies(spec)}
     if spec.tile_m != "auto" and spec.tile_m not in rows:
         yield "tile_m", f'use "auto" or {" or ".join(map(str, sorted(rows)))}'
     if strategies(spec) == ("pair",):

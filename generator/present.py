@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cost import RATES
+from .arch import SM100A
 from .explain import SAYS, Explained
 from .layout import Plan
 from .survey import Row
@@ -178,7 +178,7 @@ def cost_table(rows: Iterable[Explained]) -> Table:
     units = ("tensor core", "smem", "L2", "MUFU")
     counts = ("tcgen05.mma", "L2 bytes", "MMA reads", "smem writes")
     heads = ("strategy", "a tile", *counts, *(f"{name} cycles" for name in units), "limiter")
-    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {RATES}"
+    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {SM100A.rates}"
     table = _table(*heads, title=title, left=("strategy", "a tile", "limiter"))
     for row in rows:
         cost = row.cost

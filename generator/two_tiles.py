@@ -16,8 +16,6 @@ from .arch import Arch
 from .budget import (
     ACCUMULATOR_BYTES,
     ELEMENT_BYTES,
-    MBARRIER_BYTES,
-    TILE_ALIGNMENT,
     TMEM_SLOT_BYTES,
     Budget,
     Buffer,
@@ -30,6 +28,8 @@ from .budget import (
     named_barriers,
     output_bytes,
     place_buffers,
+    place_mbarriers,
+    smem_overflows,
 )
 from .lifetime import check_overlaps
 from .spec import KernelSpec
@@ -100,11 +100,7 @@ def _mbarriers(tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
         ("sum_full", tiles, warps, "softmax, one lane a warp: sums and references are in shared memory"),
         ("o_full", tiles, 1, "commit: the last PV has written O"),
     )
-    placed, offset = [], 0
-    for name, count, arrivals, reason in families:
-        placed.append(Mbarrier(name, count, arrivals, offset, reason))
-        offset += MBARRIER_BYTES * count
-    return tuple(placed), offset
+    return place_mbarriers(families)
 
 
 def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tuple[Buffer, ...], int]:
@@ -142,17 +138,9 @@ def _regions(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Region, ...], int]
 
 
 def _overflows(budget: Budget, tiling: Tiling) -> Iterator[Overflow]:
-    if budget.smem_total > budget.smem_limit:
-        parts = [b for b in budget.buffers if b.alias_of is None]
-        reason = " + ".join(f"{b.name} {b.bytes}" for b in parts) + f", aligned to {TILE_ALIGNMENT},"
-        options = ["a lower kv_stage"] if tiling.kv_stages > 1 else ["a smaller tile_n"]
-        options += [] if tiling.o_over_q else ["sO over sQ"]
-        remedy = " or ".join([*options, "one query tile (strategy = tiles)"])
-        yield Overflow("smem", "bytes", budget.smem_total, budget.smem_limit, reason, remedy)
-    over_q, q = budget.buffer("sO"), budget.buffer("sQ")
-    if over_q.alias_of is not None and over_q.bytes > q.bytes:
-        reason = "sO cannot lie over sQ: sO"
-        yield Overflow("smem", "bytes", over_q.bytes, q.bytes, reason, "a smaller o_chunk, or sO of its own")
+    options = ["a lower kv_stage"] if tiling.kv_stages > 1 else ["a smaller tile_n"]
+    options += [] if tiling.o_over_q else ["sO over sQ"]
+    yield from smem_overflows(budget, " or ".join([*options, "one query tile (strategy = tiles)"]))
     if budget.tmem_used > budget.tmem_limit:
         names = ("S0", "S1", "O0", "O1")
         reason = " + ".join(f"{name} {budget.region(name).columns}" for name in names)
