@@ -36,6 +36,7 @@ class Arch:
     threads_per_cta: int
     named_barriers: int
     warp_size: int
+    group_warps: int  # of a warpgroup: warp w of one reaches TMEM lanes 32w to 32w+31 only
     tmem_columns: int  # 0: the architecture has no tensor memory
     tmem_alloc_min: int  # columns; an allocation is a power of two
     tmem_lanes: int
@@ -54,6 +55,7 @@ SM100A = Arch(
     threads_per_cta=1024,  # [PG]
     named_barriers=16,  # [PTX 9.7.13.1]
     warp_size=32,
+    group_warps=4,  # [PTX 9.7.15.1]
     tmem_columns=512,  # [PTX 9.7.16.1]
     tmem_alloc_min=32,  # [PTX 9.7.16.7.1]
     tmem_lanes=128,  # [PTX 9.7.16.1]
@@ -80,6 +82,7 @@ SM90A = Arch(
     threads_per_cta=1024,  # [PG]
     named_barriers=16,  # [PTX 9.7.13.1]
     warp_size=32,
+    group_warps=4,  # [PTX 9.7.15.1]
     tmem_columns=0,
     tmem_alloc_min=0,
     tmem_lanes=0,

@@ -36,7 +36,8 @@ class Tiling:
     """The numbers that a planner chooses. p_staging: "tmem" or "smem"; o_over_q: sO lies over sQ.
 
     strategy: "tiles": K and V in rings of their own, a tile a stage. "two_tiles": so too, and two query tiles a CTA, of
-    tile_m rows each. "chunks": both in chunks through one ring, whose
+    tile_m rows each. "two_ctas": so too, by two CTAs, with tile_m rows of the query tile and half of K and V each.
+    "chunks": both in chunks through one ring, whose
     buffers kv_stages counts; passes: into how many passes it splits O's columns. "pair": as chunks, by a CTA pair.
     """
 
@@ -53,9 +54,13 @@ class Tiling:
 
     def __str__(self) -> str:
         reuse = "sO over sQ" if self.o_over_q else "own sO"
-        how = {"tiles": "", "two_tiles": "two query tiles, ", "chunks": "K and V in chunks, ", "pair": "CTA pair, "}[
-            self.strategy
-        ]
+        how = {
+            "tiles": "",
+            "two_tiles": "two query tiles, ",
+            "two_ctas": "two CTAs, ",
+            "chunks": "K and V in chunks, ",
+            "pair": "CTA pair, ",
+        }[self.strategy]
         if self.passes > 1:
             how += f"O in {self.passes} passes, "
         if self.k_chunk:

@@ -45,6 +45,7 @@ from .budget import (
     softmax_role,
 )
 from .spec import HEAD_DIM_STEP, KernelSpec
+from .two_ctas import two_cta_budget
 from .two_tiles import two_tile_budget
 
 
@@ -113,6 +114,8 @@ def budget_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
         return compute_budget(spec, arch, tiling)
     if tiling.strategy == "two_tiles":
         return two_tile_budget(spec, arch, tiling)
+    if tiling.strategy == "two_ctas":
+        return two_cta_budget(spec, arch, tiling)
     shape = geometry(spec, arch, tiling)
     mbarriers, slot_offset = _mbarriers(tiling, shape)
     buffers, smem_total = _buffers(spec, arch, tiling, shape, slot_offset + TMEM_SLOT_BYTES)

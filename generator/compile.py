@@ -123,9 +123,9 @@ def check_budget(binary: Binary) -> None:
 
 def _compile(plan: Plan, path: Path, versions: dict[str, str], lineinfo: bool) -> Binary:
     start = time.perf_counter()
-    traced = trace_kernel(path, plan.spec, lineinfo)
+    traced = trace_kernel(path, plan.spec, lineinfo, plan.persistent)
     kernel_name = _only(r"\.entry\s+([\w$]+)", traced.ptx, "kernels", path)
-    launch = _probe_launch(plan.spec, traced, path)
+    launch = _probe_launch(plan, traced, path)
     facts = read_cubin(traced.cubin, kernel_name)
     return Binary(
         plan=plan,
@@ -157,15 +157,16 @@ class _LaunchProbe:
         pass
 
 
-def _probe_launch(spec: KernelSpec, traced: Traced, path: Path) -> Launch:
+def _probe_launch(plan: Plan, traced: Traced, path: Path) -> Launch:
     """What the host function asks of a launch. It only computes with the tensors' descriptors, so any address does."""
+    spec = plan.spec
     sizes = fixed_sizes(spec) | {"batch": 1, "queries": 1, "keys": 1, "keys2": 1, "kv_heads": 1}
     sizes["q_heads"] = spec.q_heads_per_kv
     shapes = [parameter.extents(sizes) for parameter in signature(spec)]
     tensors = [TensorArgument(0x10000, shape, _compact_strides(shape)) for shape in shapes]
     with attached(_LaunchProbe(spec.arch, traced.ptx), traced.ptx, traced.cubin) as session:
         function = HostFunction(redirect(traced.host_object), traced.host_symbol, library_path())
-        status = function(tensors, 1.0)
+        status = function(tensors, (1.0, plan.ctas) if plan.persistent else (1.0,))
     if status or len(session.launches) != 1:
         count = len(session.launches)
         raise CompileError(f"{path}: the host function made {count} launches (expected 1) and returned {status}")

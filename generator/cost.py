@@ -13,6 +13,7 @@ from .arch import Arch, Rates
 from .budget import ELEMENT_BYTES, Tiling
 from .chunks import geometry
 from .spec import HEAD_DIM_STEP, KernelSpec
+from .two_ctas import CTAS
 from .two_tiles import POLYNOMIAL_PAIRS, QUERY_TILES
 
 UNIT = 128  # scores are compared a block of UNIT query rows x UNIT keys
@@ -62,10 +63,11 @@ class Cost:
 
 def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     """The Cost of a candidate, whether or not it fits."""
-    queries, by_fma = (QUERY_TILES, len(POLYNOMIAL_PAIRS)) if tiling.strategy == "two_tiles" else (1, 0)
-    if tiling.strategy in ("tiles", "two_tiles"):
-        ctas, groups = 1, -(-spec.v_dim // arch.mma_n_max)
-        width, k_columns, v_columns = spec.v_dim // groups, spec.head_dim, spec.v_dim
+    queries = QUERY_TILES if tiling.strategy == "two_tiles" else 1
+    by_fma = len(POLYNOMIAL_PAIRS) if tiling.strategy in ("two_tiles", "two_ctas") else 0
+    if tiling.strategy in ("tiles", "two_tiles", "two_ctas"):
+        ctas, groups = CTAS if tiling.strategy == "two_ctas" else 1, -(-spec.v_dim // arch.mma_n_max)
+        width, k_columns, v_columns = spec.v_dim // groups, spec.head_dim, spec.v_dim // ctas
     else:
         shape = geometry(spec, arch, tiling)
         ctas, groups, width = shape.ctas, shape.v_groups, shape.v_width
@@ -75,7 +77,7 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     qk_steps, pv_steps = spec.head_dim // HEAD_DIM_STEP, groups * (keys // HEAD_DIM_STEP)
     p_rows = rows if tiling.p_staging == "smem" else 0
     qk_read, pv_read = qk_steps * (rows + keys // ctas), pv_steps * (p_rows + width // ctas)
-    mma_rows = arch.mma_m // ctas
+    mma_rows = arch.mma_m if tiling.strategy == "two_ctas" else arch.mma_m // ctas
     loaded = keys // ctas * spec.head_dim + keys * spec.v_dim // tiling.passes // ctas
     written = keys // ctas * k_columns + keys * v_columns + p_rows * keys
     return Cost(

@@ -90,9 +90,13 @@ class Traced:
     host_symbol: str  # the host function's name in it
 
 
-def trace_kernel(source: Path, spec: KernelSpec, lineinfo: bool = False) -> Traced:
-    """trace_launch of an attention kernel."""
-    return trace_launch(source, spec.arch, signature(spec), fixed_sizes(spec), lineinfo)
+Scalars = Sequence[float | int]  # Float32 and Int32 arguments, after the tensors
+
+
+def trace_kernel(source: Path, spec: KernelSpec, lineinfo: bool = False, persistent: bool = False) -> Traced:
+    """trace_launch of an attention kernel; a persistent one is told how many CTAs to launch at most."""
+    scalars = (1.0, 1) if persistent else (1.0,)
+    return trace_launch(source, spec.arch, signature(spec), fixed_sizes(spec), lineinfo, scalars)
 
 
 def trace_launch(
@@ -101,12 +105,12 @@ def trace_launch(
     parameters: Sequence[Parameter],
     sizes: Mapping[str, int],
     lineinfo: bool = False,
-    scaled: bool = True,
+    scalars: Scalars = (),
 ) -> Traced:
     """Import an emitted file, trace its `launch` and compile it for arch. Raises CompileError, DslVersionError.
 
-    parameters: launch's tensors; a scale (with `scaled`) and a stream follow. sizes: extents that are fixed. lineinfo:
-    with `.loc` directives in the PTX.
+    parameters: launch's tensors; numbers of the types of `scalars` and a stream follow. sizes: extents that are fixed.
+    lineinfo: with `.loc` directives in the PTX.
     """
     check_dsl()
     import cutlass
@@ -126,7 +130,7 @@ def trace_launch(
                 module = _import_file(source, module_name)
                 # Arguments stand for any tensor of the specification: extents and strides stay open.
                 arguments = open_arguments(parameters, sizes)
-                arguments += [cutlass.Float32(1.0)] if scaled else []
+                arguments += [(cutlass.Int32 if isinstance(x, int) else cutlass.Float32)(x) for x in scalars]
                 arguments.append(make_fake_stream())
                 compiled = compiler(module.launch, *arguments, no_jit_engine=True)
             host_object = compiled.dump_to_object(_PREFIX)
@@ -244,16 +248,17 @@ class HostFunction:
             self._devices.add(device)
         return error.value
 
-    def __call__(self, tensors: Sequence[TensorArgument], scale: float | None, stream: int = 0, device: int = 0) -> int:
+    def __call__(self, tensors: Sequence[TensorArgument], scalars: Scalars, stream: int = 0, device: int = 0) -> int:
         """Launch on `device`, which must be current. Returns a CUDA error code, 0 for success.
 
-        scale: None for a function that takes none.
+        scalars: of the types that the function was traced with.
         """
         status = 0 if device in self._devices else self.load(device)
         if status:
             return status
         result = ctypes.c_int32(0)
-        values = [tensor.value for tensor in tensors] + ([] if scale is None else [ctypes.c_float(scale)])
+        values = [tensor.value for tensor in tensors]
+        values += [(ctypes.c_int32 if isinstance(x, int) else ctypes.c_float)(x) for x in scalars]
         self._call(self._symbol, *values, ctypes.c_void_p(stream), result)
         return result.value
 

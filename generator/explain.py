@@ -31,6 +31,7 @@ STRATEGIES = (*WHOLE_TILES, *CHUNKED)
 SAYS = {
     "tiles": "whole K and V tiles, rings of their own",
     "two_tiles": "as tiles, two query tiles in flight, a warpgroup corrects O",
+    "two_ctas": "CTA pair (cta_group::2), a query tile and half of K and V each",
     "chunks": "K and V in chunks through one ring, Q resident",
     "passes": "as chunks, O's columns in two passes, scores recomputed",
     "pair": "CTA pair (cta_group::2): half of K, V and of the rows each",

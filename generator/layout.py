@@ -20,10 +20,11 @@ from .mask import Mask, mask_of
 from .partials import PARTIALS, Partials
 from .signature import Parameter, signature
 from .spec import KernelSpec
+from .two_ctas import v_width
 from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES
 
 TILE_M = 128
-WHOLE_TILES = ("tiles", "two_tiles")
+WHOLE_TILES = ("tiles", "two_tiles", "two_ctas")
 REGISTER_COLUMNS_MAX = 32
 
 
@@ -115,6 +116,26 @@ class Plan:
         return self.tiling.strategy == "pair"
 
     @property
+    def two_ctas(self) -> bool:
+        """Two CTAs issue with cta_group::2, each with a query tile of its own."""
+        return self.tiling.strategy == "two_ctas"
+
+    @property
+    def persistent(self) -> bool:
+        """A CTA works on one query tile after another, and is told how many CTAs there may be."""
+        return self.two_ctas
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that share a tcgen05.mma."""
+        return 2 if self.pair or self.two_ctas else 1
+
+    @property
+    def cta_rows(self) -> str:
+        """The constant that says how many rows of the MMAs' accumulators a CTA's tensor memory holds."""
+        return "CTA_ROWS" if self.two_ctas else "TILE_M"
+
+    @property
     def passes(self) -> int:
         """Passes over O's columns, each with the scores recomputed."""
         return self.tiling.passes
@@ -122,6 +143,8 @@ class Plan:
     @property
     def mma_m(self) -> int:
         """Query rows that one tcgen05.mma multiplies, over all CTAs that share it."""
+        if self.two_ctas:
+            return self.tile_m * self.ctas
         return self.tile_m if self.tiling.strategy in WHOLE_TILES else self.arch.mma_m
 
     @cached_property
@@ -137,7 +160,7 @@ class Plan:
     @property
     def s_width(self) -> int:
         """Columns of S that a thread holds."""
-        return self.budget.region("S0" if self.query_tiles == 2 else "S").columns
+        return self.budget.region("S" if self.tiling.strategy not in ("two_tiles", "two_ctas") else "S0").columns
 
     @property
     def partials(self) -> Partials:
@@ -161,7 +184,8 @@ class Plan:
     @property
     def row_in_tile(self) -> str:
         """A thread's row of its query tile."""
-        return "cute.arch.thread_idx()[0]" + (" % TILE_M" if self.query_tiles == 2 else "")
+        rows = "CTA_ROWS" if self.two_ctas else "TILE_M" if self.query_tiles == 2 else None
+        return "cute.arch.thread_idx()[0]" + (f" % {rows}" if rows else "")
 
     @property
     def tile_warps(self) -> str:
@@ -305,6 +329,8 @@ class Plan:
         spec, tiling = self.spec, self.tiling
         if tiling.strategy in WHOLE_TILES:
             k_columns, k_rows, v_columns, v_rows = spec.head_dim, tiling.tile_n, spec.v_dim, tiling.tile_n
+            if self.two_ctas:
+                k_rows, v_columns = k_rows // self.ctas, v_width(spec) // self.ctas
         else:
             shape = self.shape
             k_columns, k_rows, v_columns, v_rows = tiling.k_chunk, shape.k_rows, shape.v_columns, tiling.v_keys
@@ -312,7 +338,7 @@ class Plan:
             ("sQ", tiling.tile_m, k_columns, ELEMENT_BYTES, "K"),
             ("sK", k_rows, k_columns, ELEMENT_BYTES, "K"),
             ("sV", v_rows, v_columns, ELEMENT_BYTES, "MN"),
-            ("sO", self.mma_m // SOFTMAX_WARPS, tiling.o_chunk, output_bytes(spec), ""),
+            ("sO", self.arch.tmem_lanes // SOFTMAX_WARPS, tiling.o_chunk, output_bytes(spec), ""),
         ]
         if tiling.p_staging == "smem":
             shapes.append(("sP", tiling.tile_m, tiling.tile_n, ELEMENT_BYTES, "K"))

@@ -12,6 +12,9 @@ The events of one CTA and what orders each before the next, for a launch of TILE
     PV last -> stage O         o_full
     stage O -> store O         a fence and the warp's program
 
+With S and P of two KV tiles (`scores` = 2), S and P of tile j lie where those of j + 2 do, read S j is before QK j + 2
+only, and another warpgroup rescales O, so that PV j is not before write P j + 1.
+
 Two buffers may overlap only if, tile by tile, every use of one is ordered before every use of the other. What is not
 ordered by a chain of these is taken to happen at the same time.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import NamedTuple
 
 TILES = 4  # of KV in the model: a tile, its neighbours, and one that is neither
 
@@ -49,26 +53,37 @@ def uses(name: str) -> tuple[Use, ...]:
     return tuple((f"{name} of tile {j}", tuple((what, j) for what in each[name])) for j in tiles)
 
 
-def check_overlaps(pairs: Iterable[tuple[str, str]], qk_first: bool = True) -> None:
-    """Raise Overlap for the first pair of buffers, by name, that are alive at once.
-
-    qk_first: the MMA warp issues QK of a tile before PV of the one before it, as in the table; else after it.
+class Order(NamedTuple):
+    """qk_first: the MMA warp issues QK of a tile before PV of the one before it, as in the table; else after it.
+    scores: KV tiles whose S and P have places of their own.
     """
+
+    qk_first: bool = True
+    scores: int = 1
+
+
+def check_overlaps(pairs: Iterable[tuple[str, str]], qk_first: bool = True, scores: int = 1) -> None:
+    """Raise Overlap for the first pair of buffers, by name, that are alive at once; of S and P, those in one place.
+
+    qk_first, scores: see Order.
+    """
+    order = Order(qk_first, scores)
     for one, other in pairs:
-        for first in uses(one):
-            for second in uses(other):
-                if not (_before(first, second, qk_first) or _before(second, first, qk_first)):
-                    raise Overlap(_why(one, other, first, second, qk_first))
+        for i, first in enumerate(uses(one)):
+            for j, second in enumerate(uses(other)):
+                together = {one, other} != {"S", "P"} or i % scores == j % scores
+                if together and not (_before(first, second, order) or _before(second, first, order)):
+                    raise Overlap(_why(one, other, first, second, order))
 
 
-def _before(first: Use, second: Use, qk_first: bool) -> bool:
-    return all(a != b and b in _after(a, qk_first) for a in first[1] for b in second[1])
+def _before(first: Use, second: Use, order: Order) -> bool:
+    return all(a != b and b in _after(a, order) for a in first[1] for b in second[1])
 
 
-def _why(one: str, other: str, first: Use, second: Use, qk_first: bool) -> str:
+def _why(one: str, other: str, first: Use, second: Use, order: Order) -> str:
     """The two events whose order is missing, in the direction in which fewer are."""
     found = [
-        ([(a, b) for a in x[1] for b in y[1] if a == b or b not in _after(a, qk_first)], x, y)
+        ([(a, b) for a in x[1] for b in y[1] if a == b or b not in _after(a, order)], x, y)
         for x, y in ((first, second), (second, first))
     ]
     missing, x, y = min(found, key=lambda item: len(item[0]))
@@ -82,13 +97,13 @@ def _spell(event: Event) -> str:
 
 
 @cache
-def _after(event: Event, qk_first: bool) -> frozenset[Event]:
+def _after(event: Event, order: Order) -> frozenset[Event]:
     """Every event that is ordered after this one."""
-    following = [b for a, b in _edges(qk_first) if a == event]
-    return frozenset(following).union(*(_after(b, qk_first) for b in following))
+    following = [b for a, b in _edges(order) if a == event]
+    return frozenset(following).union(*(_after(b, order) for b in following))
 
 
-def _edges(qk_first: bool) -> Iterator[tuple[Event, Event]]:
+def _edges(order: Order) -> Iterator[tuple[Event, Event]]:
     last = TILES - 1
     for j in range(TILES):
         yield ("load Q", 0), ("QK", j)
@@ -98,8 +113,9 @@ def _edges(qk_first: bool) -> Iterator[tuple[Event, Event]]:
         yield ("read S", j), ("write P", j)
         yield ("write P", j), ("PV", j)
         if j < last:
+            yield (("QK", j + 1), ("PV", j)) if order.qk_first else (("PV", j), ("QK", j + 1))
+        if j < last and order.scores == 1:
             yield ("read S", j), ("QK", j + 1)
-            yield (("QK", j + 1), ("PV", j)) if qk_first else (("PV", j), ("QK", j + 1))
             yield ("PV", j), ("write P", j + 1)
         if j < last - 1:
             yield ("PV", j), ("QK", j + 2)

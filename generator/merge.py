@@ -140,7 +140,7 @@ def _compiled(merge: Merge) -> Traced:
         return Traced(entry["kernel.ptx"].decode(), entry["kernel.cubin"], entry["host.o"], entry["symbol"].decode())
     folder = cache_dir() / "sources" / hashlib.sha256(text.encode()).hexdigest()[:16]
     path = write_text(folder / f"{merge.name}.py", text)
-    traced = trace_launch(path, merge.arch, merge.parameters, {"head_dim_v": merge.head_dim_v}, scaled=False)
+    traced = trace_launch(path, merge.arch, merge.parameters, {"head_dim_v": merge.head_dim_v})
     members = {"kernel.ptx": traced.ptx.encode(), "kernel.cubin": traced.cubin, "host.o": traced.host_object}
     write_entry(key, members | {"symbol": traced.host_symbol.encode()})
     return traced

@@ -31,6 +31,10 @@ PARTIALS = {
         *("overview_two", "constants_two", "operands", "tiles", "mask", "load", "mma_two", "tmem"),
         *("softmax_two", "rows", "correction_two", "epilogue", "stage", "kernel_two", "launch"),
     ),
+    "two_ctas": _partials(
+        *("overview_ctas", "constants_ctas", "operands_ctas", "tiles", "mask", "work_ctas", "load_ctas", "mma_ctas"),
+        *("tmem", "softmax_ctas", "rows", "correction_ctas", "epilogue_ctas", "stage", "kernel_ctas", "launch"),
+    ),
     "chunks": _partials(*_CHUNKS, "softmax", "rows", "store_columns", "stage", "kernel_chunks"),
     "pair": _partials(*_CHUNKS, "softmax_pair", "rows", "store_columns", "stage", "kernel_chunks"),
 }

@@ -34,6 +34,7 @@ __all__ = ["CHUNKED", "WHOLE_TILES", "DoesNotFit", "NotImplementedYet", "Plan", 
 
 TILE_NS = (128, 64, 32, 16)
 TILE_N_MAX = 128
+PAIR_N_STEP = 32  # keys: N of a tcgen05.mma of two CTAs [PTX 9.7.16.2]
 CHUNKED = ("chunks", "passes", "pair")
 KV_STAGES_AUTO = 3
 O_CHUNK_STEP = 16  # columns: 32 bytes of 16 bits, the narrowest swizzle span
@@ -96,9 +97,12 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
             found += _whole_tiles(spec, tile_ns, stagings)
         elif strategy == "two_tiles":
             found += [replace(t, strategy=strategy) for t in _whole_tiles(spec, tile_ns, ("tmem",))]
+        elif strategy == "two_ctas":
+            whole = _whole_tiles(spec, tuple(n for n in tile_ns if n % PAIR_N_STEP == 0), ("tmem",))
+            found += [replace(t, strategy=strategy) for t in whole if not t.o_over_q]
         else:
             places = ("smem",) if strategy == "pair" else stagings
-            wide = tuple(n for n in tile_ns if strategy != "pair" or n % 32 == 0)
+            wide = tuple(n for n in tile_ns if strategy != "pair" or n % PAIR_N_STEP == 0)
             found += chunked_tilings(spec, arch, strategy, wide, places, KV_STAGE_MAX)
     return found
 
@@ -206,6 +210,8 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield "kv_sources", "leave it out (default: 1); a second source needs whole tiles of K and V (strategy = tiles)"
     if spec.strategy == "two_tiles":
         yield from _later_in_two_tiles(spec)
+    if spec.strategy == "two_ctas":
+        yield from _later_in_two_ctas(spec)
     if spec.strategy == "tiles" and not fits_tiles(spec):
         yield "strategy", 'one MMA writes all of O, head_dim and head_dim_v of at most 256: use "auto" or "chunks"'
     rows = {ARCHS[spec.arch].mma_m // 2 if strategy == "pair" else TILE_M for strategy in strategies(spec)}
@@ -214,8 +220,9 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     if strategies(spec) == ("pair",):
         if spec.p_staging == "tmem":
             yield "p_staging", 'a pair with 64 rows a CTA keeps P in shared memory: use "auto" or "smem"'
-        if spec.tile_n != "auto" and spec.tile_n % 32:
-            yield "tile_n", "a pair's tcgen05.mma takes multiples of 32 keys: use a multiple of 32"
+    if strategies(spec) in (("pair",), ("two_ctas",)) and spec.tile_n != "auto" and spec.tile_n % PAIR_N_STEP:
+        step = PAIR_N_STEP
+        yield "tile_n", f"a tcgen05.mma of two CTAs takes multiples of {step} keys: use a multiple of {step}"
     if spec.tile_n != "auto" and spec.tile_n > TILE_N_MAX:
         yield "tile_n", f'use "auto" or at most {TILE_N_MAX}'
 
@@ -226,6 +233,15 @@ def _later_in_two_tiles(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield "head_dim_v", f"at most {ARCHS[spec.arch].mma_n_max}, {one}"
     if spec.window_left is not None:
         yield "window_left", f"leave it out, {one}"
+    if spec.p_staging == "smem":
+        yield "p_staging", f'P lies over S in tensor memory: use "auto" or "tmem", {one}'
+
+
+def _later_in_two_ctas(spec: KernelSpec) -> Iterator[tuple[str, str]]:
+    one = "or one query tile (strategy = tiles)"
+    if max(spec.head_dim, spec.v_dim) > ARCHS[spec.arch].mma_n_max:
+        field = "head_dim_v" if spec.head_dim <= ARCHS[spec.arch].mma_n_max else "head_dim"
+        yield field, f"at most {ARCHS[spec.arch].mma_n_max}, or a CTA pair with K and V in chunks (strategy = pair)"
     if spec.p_staging == "smem":
         yield "p_staging", f'P lies over S in tensor memory: use "auto" or "tmem", {one}'
 

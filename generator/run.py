@@ -28,11 +28,12 @@ from .arrays import (
 )
 from .budget import Budget
 from .compile import Binary
-from .dsl import HostFunction, Traced, runtime_library
+from .dsl import HostFunction, Scalars, Traced, runtime_library
 from .emulator import Gpu, Labels
 from .emulator.host import HostError, attached, library_path, redirect
 
 BACKENDS = ("emulator", "cuda")
+EMULATED_SMS = 4  # few, so that the CTAs of a persistent kernel take turns at small sizes
 Prepare = Callable[[Gpu, Sequence[Output]], None]
 _COMPUTE_CAPABILITY = {"sm_90a": (9, 0), "sm_100a": (10, 0)}
 
@@ -78,10 +79,12 @@ def run_observed(
     strict: bool = True,
     prepare: Prepare | None = None,
     trace: Any = None,
+    sms: int = EMULATED_SMS,
     **named: Any,
 ) -> Run:
     """run_kernel on CPU arrays, with outputs that tell what was written; strict, trace: see Gpu. prepare: called with
-    the Gpu and the outputs before the emulator runs. For verification.
+    the Gpu and the outputs before the emulator runs. sms: multiprocessors of the emulated GPU, for a persistent kernel.
+    For verification.
     """
     views = check_inputs(binary.spec, *arrays, **named)
     if views[0].device != "cpu":
@@ -89,7 +92,7 @@ def run_observed(
     scale = _check_scale(binary, scale)
     outputs = tuple(Output(*layout) for layout in output_layout(binary.spec, views[0]))
     backend = _check_backend(backend, views)
-    emulate = partial(_run_emulated, strict=strict, prepare=prepare, trace=trace)
+    emulate = partial(_run_emulated, strict=strict, prepare=prepare, trace=trace, sms=sms)
     execute = {"emulator": emulate, "cuda": _run_copied}[backend]
     _host_function(binary.host_object, binary.host_symbol, backend)  # loaded once a kernel, not timed
     start = time.perf_counter()
@@ -137,6 +140,11 @@ def like(q: Any, array: np.ndarray) -> Any:
     return torch.from_numpy(array)
 
 
+def _scalars(binary: Binary, scale: float, sms: int) -> Scalars:
+    """What the host function takes after its tensors: a persistent kernel also the CTAs that run at once, one an SM."""
+    return (scale, sms) if binary.plan.persistent else (scale,)
+
+
 @lru_cache(maxsize=64)
 def _host_function(host_object: bytes, symbol: str, backend: str) -> HostFunction:
     if backend == "emulator":
@@ -155,10 +163,11 @@ def _run_emulated(
     strict: bool,
     prepare: Prepare | None,
     trace: Any,
+    sms: int,
 ) -> tuple[Any, ...]:
     gpu = Gpu(arch=binary.spec.arch, strict=strict, trace=trace)
     gpu.labels = _labels(binary.plan.budget)
-    _emulate(gpu, binary, views, outputs, scale, prepare)
+    _emulate(gpu, binary, views, outputs, _scalars(binary, scale, sms), prepare)
     return tuple(gpu.launches)
 
 
@@ -166,7 +175,7 @@ def run_program(traced: Traced, arch: str, views: Sequence[View], outputs: Seque
     """A traced launch without a scale on CPU arrays, in the emulator, strict. Returns the outputs; raises RunError when
     it writes outside of them.
     """
-    _emulate(Gpu(arch=arch, strict=True), traced, views, outputs, None, None)
+    _emulate(Gpu(arch=arch, strict=True), traced, views, outputs, (), None)
     for output in outputs:
         if output.outside():
             raise RunError(f"{traced.host_symbol} wrote {output.outside()} elements outside {output.name}")
@@ -178,7 +187,7 @@ def _emulate(
     program: Binary | Traced,
     views: Sequence[View],
     outputs: Sequence[Output],
-    scale: float | None,
+    scalars: Scalars,
     prepare: Prepare | None,
 ) -> None:
     """Call the program's host function with its launches executed by the Gpu."""
@@ -191,7 +200,7 @@ def _emulate(
     arguments = [view.argument() for view in (*views, *(output.view() for output in outputs))]
     function = _host_function(program.host_object, program.host_symbol, "emulator")
     with attached(gpu, program.ptx, program.cubin):
-        status = function(arguments, scale)
+        status = function(arguments, scalars)
         if status:
             raise HostError(f"the host function returned CUDA error {status}")
 
@@ -250,9 +259,17 @@ def check_device(arch: str, device: int = 0) -> None:
         raise RunError(f"the kernel was built for {arch}, but CUDA device {device} is sm_{major}{minor}; {remedy}")
 
 
+@cache
+def _multiprocessors(device: int) -> int:
+    from cuda.bindings import runtime
+
+    return _cuda(runtime.cudaDeviceGetAttribute(runtime.cudaDeviceAttr.cudaDevAttrMultiProcessorCount, device))
+
+
 def _launch_on_device(binary: Binary, views: Sequence[View], scale: float, stream: int, device: int) -> None:
     function = _host_function(binary.host_object, binary.host_symbol, "cuda")
-    status = function([view.argument() for view in views], scale, stream, device)
+    scalars = _scalars(binary, scale, _multiprocessors(device) if binary.plan.persistent else 0)
+    status = function([view.argument() for view in views], scalars, stream, device)
     if status:
         raise RunError(f"{binary.spec.name}: the launch failed with CUDA error {_error_name(status)}")
 

@@ -27,7 +27,7 @@ from .compile import Binary
 from .emulator.errors import Deadlock, EmulatorError, Hazard
 from .mask import TileCounts
 from .reference import Attention, attention, normalize, rounding_model
-from .run import Prepare, run_observed
+from .run import EMULATED_SMS, Prepare, run_observed
 from .signature import inputs
 from .spec import KernelSpec
 from .tiles import count_tiles, seen_of
@@ -109,10 +109,11 @@ def verify_kernel(
     strict: bool = True,
     prepare: Prepare | None = None,
     trace: Any = None,
+    sms: int = EMULATED_SMS,
 ) -> Report:
     """Run the kernel on random data of `shape` (B, Hq, Hkv, Sq, Skv[, Skv2]) and compare it with the reference.
 
-    strict: with the emulator's hazard checks; prepare, trace: see run_observed.
+    strict: with the emulator's hazard checks; prepare, trace, sms: see run_observed.
     Hazards and launch failures are failed reports, not exceptions; a shape that the kernel was not built for raises
     CallError, and a machine without the GPU asked for raises RunError.
     """
@@ -121,7 +122,7 @@ def verify_kernel(
     operands = random_operands(spec, shape, seed)
     start = time.perf_counter()
     try:
-        run = run_observed(binary, **operands, backend=backend, strict=strict, prepare=prepare, trace=trace)
+        run = run_observed(binary, **operands, backend=backend, strict=strict, prepare=prepare, trace=trace, sms=sms)
     except EmulatorError as error:
         hazards = int(isinstance(error, (Hazard, Deadlock)))
         failure = f"{type(error).__name__}: {error}"
