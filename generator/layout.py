@@ -121,6 +121,11 @@ class Plan:
         return self.tiling.strategy == "two_ctas"
 
     @property
+    def corrected(self) -> bool:
+        """Warps of their own rescale O, and only where the maximum has moved much."""
+        return self.tiling.strategy in ("two_tiles", "two_ctas")
+
+    @property
     def persistent(self) -> bool:
         """A CTA works on one query tile after another, and is told how many CTAs there may be."""
         return self.two_ctas
@@ -301,6 +306,24 @@ class Plan:
     @property
     def tma_atoms(self) -> str:
         return ", ".join(f"tma_{parameter.name}" for parameter in self.parameters if parameter.matrix)
+
+    @property
+    def call(self) -> str:
+        """What of a call the work of a persistent CTA follows from, as the kernel names it."""
+        return ", ".join(self._call)
+
+    @property
+    def call_given(self) -> str:
+        """The same as the kernel finds it."""
+        found = {"seqlen_k": "mk.shape[0]", "seqlen_k2": "mk2.shape[0]"}
+        found |= {"heads": "mq.shape[2]", "batches": "mq.shape[3]"}
+        return ", ".join(found.get(name, name) for name in self._call)
+
+    @property
+    def _call(self) -> list[str]:
+        names = ["seqlen_q", "heads", "batches", "seqlen_k"] + ["seqlen_k2"] * (self.spec.kv_sources == 2)
+        rows = ("seqlens", "seqlens2", "limit2")
+        return names + [parameter.name for parameter in self.thread_tensors if parameter.name in rows]
 
     @property
     def rotated(self) -> bool:

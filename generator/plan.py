@@ -206,7 +206,7 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
     if spec.kv_shared and strategies(spec) != ("tiles",):
         yield "kv_shared", "leave it out (default: false); sharing needs whole tiles of K and V (strategy = tiles)"
-    if spec.kv_sources != 1 and strategies(spec) != ("tiles",):
+    if spec.kv_sources != 1 and strategies(spec) not in (("tiles",), ("two_ctas",)):
         yield "kv_sources", "leave it out (default: 1); a second source needs whole tiles of K and V (strategy = tiles)"
     if spec.strategy == "two_tiles":
         yield from _later_in_two_tiles(spec)
