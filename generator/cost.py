@@ -13,7 +13,7 @@ from .arch import Arch, Rates
 from .budget import ELEMENT_BYTES, Tiling
 from .chunks import geometry
 from .spec import HEAD_DIM_STEP, KernelSpec
-from .two_ctas import CTAS
+from .two_ctas import CTAS, polynomial_pairs
 from .two_tiles import POLYNOMIAL_PAIRS, QUERY_TILES
 
 UNIT = 128  # scores are compared a block of UNIT query rows x UNIT keys
@@ -64,7 +64,9 @@ class Cost:
 def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     """The Cost of a candidate, whether or not it fits."""
     queries = QUERY_TILES if tiling.strategy == "two_tiles" else 1
-    by_fma = len(POLYNOMIAL_PAIRS) if tiling.strategy in ("two_tiles", "two_ctas") else 0
+    by_fma = len(POLYNOMIAL_PAIRS) if tiling.strategy == "two_tiles" else 0
+    if tiling.strategy == "two_ctas":
+        by_fma = len(polynomial_pairs(spec, arch))
     if tiling.strategy in ("tiles", "two_tiles", "two_ctas"):
         ctas, groups = CTAS if tiling.strategy == "two_ctas" else 1, -(-spec.v_dim // arch.mma_n_max)
         width, k_columns, v_columns = spec.v_dim // groups, spec.head_dim, spec.v_dim // ctas

@@ -20,7 +20,7 @@ from .mask import Mask, mask_of
 from .partials import PARTIALS, Partials
 from .signature import Parameter, signature
 from .spec import KernelSpec
-from .two_ctas import v_width
+from .two_ctas import polynomial_pairs, v_width
 from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES
 
 TILE_M = 128
@@ -220,7 +220,7 @@ class Plan:
     @property
     def polynomial_pairs(self) -> tuple[int, ...]:
         """Of each 8 neighbouring pairs of columns, those whose exponentials are computed by the polynomial."""
-        return POLYNOMIAL_PAIRS
+        return polynomial_pairs(self.spec, self.arch) if self.two_ctas else POLYNOMIAL_PAIRS
 
     @property
     def s_columns(self) -> int:

@@ -34,6 +34,7 @@ from .budget import (
 )
 from .lifetime import check_overlaps
 from .spec import HEAD_DIM_STEP, KernelSpec
+from .two_tiles import POLYNOMIAL_PAIRS
 
 CTAS = 2
 SCORE_TILES = 2  # S and P of KV tile n in one, of n + 1 in the other
@@ -47,6 +48,16 @@ def v_width(spec: KernelSpec) -> int:
     """Columns of O that one tcgen05.mma of the pair writes: a multiple of 32, the last ones past head_dim_v."""
     step = HEAD_DIM_STEP * CTAS
     return -(-spec.v_dim // step) * step
+
+
+def polynomial_pairs(spec: KernelSpec, arch: Arch) -> tuple[int, ...]:
+    """Of each 8 neighbouring pairs of columns, those whose exponentials the FMA units compute. Few where the
+    special-function unit takes at most half of the tensor core's time, as at head_dim 256: only the first and the last
+    KV tile's exponentials are waited for there.
+    """
+    special = 1 / arch.rates.mufu_ops
+    tensor = 2 * (spec.head_dim + spec.v_dim) / arch.rates.tensor_flop
+    return POLYNOMIAL_PAIRS[1:2] if 2 * special <= tensor else POLYNOMIAL_PAIRS
 
 
 def two_cta_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
@@ -102,7 +113,7 @@ def _mbarriers(tiling: Tiling, arch: Arch) -> tuple[tuple[Mbarrier, ...], int]:
         ("s_full", scores, 1, "commit, in both CTAs: QK has written S"),
         ("p_full", scores, 2 * CTAS * warps, "softmax and correction of both CTAs, one lane a warp: P and O are ready"),
         ("factor_full", scores, warps, "softmax, one lane a warp: the factors of O are in shared memory"),
-        ("o_full", 1, 1, "commit, in both CTAs: PV has written O and read P"),
+        ("o_full", scores, 1, "commit, in both CTAs: PV has written O and read P"),
         ("sum_full", 1, warps, "softmax, one lane a warp: sums and references are in shared memory"),
         ("sum_empty", 1, warps, "correction, one lane a warp: they are in registers"),
     )
