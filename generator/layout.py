@@ -21,7 +21,7 @@ from .partials import PARTIALS, Partials
 from .signature import Parameter, signature
 from .spec import KernelSpec
 from .two_ctas import polynomial_pairs, v_width
-from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES
+from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES, SKIP_LOG2
 
 TILE_M = 128
 WHOLE_TILES = ("tiles", "two_tiles", "two_ctas")
@@ -124,6 +124,11 @@ class Plan:
     def corrected(self) -> bool:
         """Warps of their own rescale O, and only where the maximum has moved much."""
         return self.tiling.strategy in ("two_tiles", "two_ctas")
+
+    @property
+    def skip_log2(self) -> float:
+        """By how many factors of 2 a row's maximum must move before O and its sum are rescaled."""
+        return SKIP_LOG2 if self.corrected else 0.0
 
     @property
     def persistent(self) -> bool:
@@ -310,20 +315,9 @@ class Plan:
     @property
     def call(self) -> str:
         """What of a call the work of a persistent CTA follows from, as the kernel names it."""
-        return ", ".join(self._call)
-
-    @property
-    def call_given(self) -> str:
-        """The same as the kernel finds it."""
-        found = {"seqlen_k": "mk.shape[0]", "seqlen_k2": "mk2.shape[0]"}
-        found |= {"heads": "mq.shape[2]", "batches": "mq.shape[3]"}
-        return ", ".join(found.get(name, name) for name in self._call)
-
-    @property
-    def _call(self) -> list[str]:
         names = ["seqlen_q", "heads", "batches", "seqlen_k"] + ["seqlen_k2"] * (self.spec.kv_sources == 2)
         rows = ("seqlens", "seqlens2", "limit2")
-        return names + [parameter.name for parameter in self.thread_tensors if parameter.name in rows]
+        return ", ".join(names + [parameter.name for parameter in self.thread_tensors if parameter.name in rows])
 
     @property
     def rotated(self) -> bool:

@@ -50,7 +50,7 @@ def mutate_kernel(
     """
     spec, shape = binary.spec, tuple(int(extent) for extent in shape)
     operands = random_operands(spec, shape, seed)
-    if binary.plan.query_tiles == 2:
+    if binary.plan.corrected:
         operands["k"] = _rising(operands["k"], binary.tile_n)
     outcomes: list[Outcome] = []
 

@@ -30,6 +30,16 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
         "by more than 2^8, and stores it. Part of the exponentials is a cubic on the FMA units. P lies over S: PV of a "
         "tile is issued before QK of the next, and MMAs of one thread run in order.",
     ),
+    "two_ctas": (
+        {"head_dim": 256, "strategy": "two_ctas"},
+        "Whole tiles, and a cluster of two CTAs that multiply as one (`cta_group::2`, M = 256): each has 128 query "
+        "rows of its own, with S of two KV tiles and all of O in its tensor memory, and holds half of K's keys and half of "
+        "V's columns, so that K and V are read from L2 once for 256 rows. QK of a KV tile runs while the one before "
+        "is turned into P, over its S; a second warpgroup rescales O, where a row's maximum moved by more than 2^8, "
+        "and stores it. The kernel is persistent: as many CTAs as run at once work on one query tile after another, "
+        "and O of one leaves while the next is begun. Under a causal mask the tiles that see most are taken first, and "
+        "every other turn goes through the CTAs backwards.",
+    ),
     "chunks": (
         {"head_dim": 320},
         "K and V come in chunks through one ring of equal buffers: one holds some columns of a K tile or some keys "
@@ -50,7 +60,7 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
         "share a query row: they exchange row maxima once a tile, and the sums at the end, through `peaks`.",
     ),
 }
-COUNTS = {"tiles": "", "two_tiles": ", i query tiles"}
+COUNTS = {"tiles": "", "two_tiles": ", i query tiles", "two_ctas": ", n those of all query tiles of the CTA"}
 REUSE = (
     "sO lies over sQ: the epilogue stages O only after `o_full` of the last PV, and by then every QK, the last reader "
     "of sQ, is complete, because MMAs of one thread complete in order. `generator/lifetime.py` holds the model; a "

@@ -217,9 +217,8 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     rows = {ARCHS[spec.arch].mma_m // 2 if strategy == "pair" else TILE_M for strategy in strategies(spec)}
     if spec.tile_m != "auto" and spec.tile_m not in rows:
         yield "tile_m", f'use "auto" or {" or ".join(map(str, sorted(rows)))}'
-    if strategies(spec) == ("pair",):
-        if spec.p_staging == "tmem":
-            yield "p_staging", 'a pair with 64 rows a CTA keeps P in shared memory: use "auto" or "smem"'
+    if strategies(spec) == ("pair",) and spec.p_staging == "tmem":
+        yield "p_staging", 'a pair with 64 rows a CTA keeps P in shared memory: use "auto" or "smem"'
     if strategies(spec) in (("pair",), ("two_ctas",)) and spec.tile_n != "auto" and spec.tile_n % PAIR_N_STEP:
         step = PAIR_N_STEP
         yield "tile_n", f"a tcgen05.mma of two CTAs takes multiples of {step} keys: use a multiple of {step}"

@@ -1,7 +1,7 @@
 """The barrier protocol of a plan as a table: who arrives, how many arrivals a phase takes, who waits, for which phase.
 
-The counts are the Budget's, which the kernel's initialization is emitted from; j counts KV tiles, i chunks through the
-ring, in the order in which the MMA warp consumes them.
+The counts are the Budget's, which the kernel's initialization is emitted from; j counts KV tiles, n those of all query
+tiles of a persistent CTA, i chunks through the ring, in the order in which the MMA warp consumes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ class Exchange:
 def protocol(plan: Plan) -> list[Exchange]:
     """Every mbarrier of the plan, then the barriers of the hardware, in the order of first use."""
     who = _Warps(plan)
-    told = _two_tiles(plan) if plan.query_tiles == 2 else {**_ring(plan, who), **_scores(who)}
+    if plan.query_tiles == 2:
+        told = _two_tiles(plan)
+    else:
+        told = _two_ctas(plan) if plan.two_ctas else {**_ring(plan, who), **_scores(who)}
     rows = []
     for bar in plan.budget.mbarriers:
         arrives, waits, phase, size = told[bar.name]
@@ -39,7 +42,7 @@ class _Warps:
     """How the warps are called: in a pair, of which CTA."""
 
     def __init__(self, plan: Plan) -> None:
-        pair = plan.pair
+        pair = plan.ctas == 2
         self.load = "load warp and TMA of each CTA, at the even CTA" if pair else "load warp and TMA"
         self.loader = "load warp of each CTA" if pair else "load warp"
         self.mma = "MMA warp of the even CTA" if pair else "MMA warp"
@@ -115,6 +118,52 @@ def _two_tiles(plan: Plan) -> Told:
     return told
 
 
+def _two_ctas(plan: Plan) -> Told:
+    """Bytes are of both CTAs."""
+    n, layouts, who = plan.kv_stages, plan.layouts, _Warps(plan)
+    parity, first = f"parity of n div {n}, stage n mod {n}", f"opposite parity of n div {n}: passes at once at first"
+    slot = "parity of n div 2, slot n mod 2"
+    q_bytes = plan.ctas * layouts["sQ"].bytes
+    told: Told = {
+        "q_full": (who.load, f"{who.mma}, before the first QK of a query tile", "parity of the query tile", q_bytes),
+        "q_empty": (
+            f"{who.commit} after the last QK of a query tile",
+            f"{who.loader}, before loading Q",
+            "opposite parity of the query tile: passes at once for the first",
+            0,
+        ),
+    }
+    for name, gemm in (("k", "QK"), ("v", "PV")):
+        size = plan.ctas * layouts[f"s{name.upper()}"].bytes
+        told[f"{name}_full"] = (who.load, f"{who.mma}, before {gemm} n", parity, size)
+        told[f"{name}_empty"] = (f"{who.commit} after {gemm} n", f"{who.loader}, before loading tile n", first, 0)
+    rows = "4 softmax warps of each CTA, one lane each,"
+    told |= {
+        "s_full": (f"{who.commit} after QK n", "softmax warps of each CTA, before reading S n", slot, 0),
+        "p_full": (
+            f"{who.softmax} when P n is written, 8 correction warps alike when O is rescaled for it",
+            f"{who.mma}, before PV n",
+            slot,
+            0,
+        ),
+        "factor_full": (f"{rows} when factors for tile n are stored", "correction warps, before p_full of n", slot, 0),
+        "o_full": (
+            f"{who.commit} after PV n",
+            "correction warps, before they rescale O for tile n + 1 or O leaves",
+            slot,
+            0,
+        ),
+        "sum_full": (f"{rows} after the last KV tile", "correction warps, before O leaves", "parity of the turn", 0),
+        "sum_empty": (
+            "4 correction warps of each CTA, one lane each, when they have read them",
+            "softmax warps, before they write the next ones",
+            "opposite parity of the turn: passes at once in the first",
+            0,
+        ),
+    }
+    return told
+
+
 def _scores(who: _Warps) -> Told:
     return {
         "s_full": (f"{who.commit} after QK j", f"{who.readers}, before reading S j", "parity of j", 0),
@@ -138,7 +187,7 @@ def _hardware(plan: Plan) -> list[Exchange]:
     threads, rows = plan.budget.threads, []
     for bar in plan.budget.named_barriers:
         rows.append(Exchange(f"bar.sync {bar.id}", 1, str(bar.threads), "its threads", "its threads", bar.reason))
-    if plan.pair:
+    if plan.ctas == 2:
         why = "mbarriers of both CTAs initialized; at the end, TMEM and mbarriers of both no longer used"
         rows.append(Exchange("barrier.cluster", 1, str(2 * threads), "every thread of the pair", "the same", why))
     return rows

@@ -114,11 +114,13 @@ def rounding_model(
     causal: bool = False,
     unnormalized: bool = False,
     seen: Seen | None = None,
+    skip_log2: float = 0.0,
 ) -> Attention:
     """What a kernel in float32 gives that must round P, and a normalized O, to the inputs' dtype, and nothing else.
 
     KV tiles of tile_n keys, source after source: P is rounded after the exponential against the row maximum so far, as
-    the online softmax does; its sum is not rounded. Exponentials, products and sums are float32.
+    the online softmax does; its sum is not rounded. Exponentials, products and sums are float32. skip_log2: by how many
+    factors of 2 the maximum must have moved before exponentials are taken against it, see Plan.skip_log2.
     """
     seen = seen or Seen(causal)
     result = _empty(q, v, np.float32)
@@ -130,7 +132,9 @@ def rounding_model(
         o = np.zeros((len(qh), v.shape[3]), np.float32)
         for k_tile, v_tile, mask in _tiles(sources, tile_n):
             scores = _masked(qh @ k_tile.astype(np.float32).T * np.float32(scale), mask)
-            m_new, shift = _reference(np.maximum(m, scores.max(axis=1)))
+            peak = np.maximum(m, scores.max(axis=1))
+            with np.errstate(invalid="ignore"):  # -inf - -inf: nothing seen yet
+                m_new, shift = _reference(np.where(peak - m <= np.float32(skip_log2 * np.log(2)), m, peak))
             kept = np.exp(m - shift)
             p = np.exp(scores - shift[:, None])
             total = total * kept + p.sum(axis=1)

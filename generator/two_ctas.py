@@ -123,6 +123,7 @@ def _mbarriers(tiling: Tiling, arch: Arch) -> tuple[tuple[Mbarrier, ...], int]:
 def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tuple[Buffer, ...], int]:
     m, n, stages = tiling.tile_m, tiling.tile_n, tiling.kv_stages
     o_bytes, k_rows, v_columns = output_bytes(spec), n // CTAS, v_width(spec) // CTAS
+    k_stage, v_stage = k_rows * spec.head_dim * ELEMENT_BYTES, n * v_columns * ELEMENT_BYTES
     steps = spec.v_dim // tiling.o_chunk
     staging = f"{m} x {tiling.o_chunk} of {o_bytes} bytes, in {steps} step{'s' if steps > 1 else ''}"
     rows = f"factors of {SCORE_TILES} KV tiles, sum and reference of {m} rows"
@@ -131,8 +132,8 @@ def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tupl
             ("barriers", barrier_bytes, 1, None, "mbarriers and the slot of the TMEM base address"),
             ("rows", (SCORE_TILES + 2) * m * ACCUMULATOR_BYTES, 1, None, rows),
             ("sQ", m * spec.head_dim * ELEMENT_BYTES, 1, None, f"{m} x {spec.head_dim}"),
-            ("sK", stages * k_rows * spec.head_dim * ELEMENT_BYTES, stages, None, f"{k_rows} x {spec.head_dim} a stage"),
-            ("sV", stages * n * v_columns * ELEMENT_BYTES, stages, None, f"{n} x {v_columns} a stage"),
+            ("sK", stages * k_stage, stages, None, f"{k_rows} x {spec.head_dim} a stage"),
+            ("sV", stages * v_stage, stages, None, f"{n} x {v_columns} a stage"),
             ("sO", m * tiling.o_chunk * o_bytes, 1, None, staging),
         ]
     )

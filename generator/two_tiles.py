@@ -40,6 +40,9 @@ GROUP_WARPS = 4  # of a warpgroup: warp w of one reaches TMEM lanes 32w to 32w+3
 SOFTMAX_REGISTERS = 184  # a row of S (128), 32 columns of P, and what the exponentials need
 CORRECTION_REGISTERS = 96  # 32 columns of O, a factor and addresses
 ISSUER_REGISTERS = 48  # descriptors, coordinates, loop state
+# P is at most 2^SKIP_LOG2 then, which 16 bits hold with the same relative error as 1, and a row's sum of 2^20 of them
+# is within float32's range.
+SKIP_LOG2 = 8.0
 # 2^x on [0, 1) as 1 + c1 x + c2 x^2 + c3 x^3 with the least relative error, 8.8e-5 (found by Remez' exchange)
 EXP2_CUBIC = (0.077119089663028717, 0.22756439447402954, 0.69514614343643188)
 # Three exponentials of eight leave the special-function unit, 16 a cycle, at 5/8 of the time that the tensor core takes

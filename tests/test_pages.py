@@ -70,7 +70,7 @@ def test_protocol_tells_every_barrier_once(name):
     assert [(r.barrier, r.stages, r.arrivals.split()[0]) for r in rows[: len(budget.mbarriers)]] == [
         (bar.name, bar.stages, str(bar.arrivals)) for bar in budget.mbarriers
     ]
-    rest = [f"bar.sync {bar.id}" for bar in budget.named_barriers] + ["barrier.cluster"] * plan.pair
+    rest = [f"bar.sync {bar.id}" for bar in budget.named_barriers] + ["barrier.cluster"] * (plan.ctas == 2)
     assert [row.barrier for row in rows[len(budget.mbarriers) :]] == rest
     assert all(row.arrives and row.waits and row.phase for row in rows)
 
