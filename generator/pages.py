@@ -33,12 +33,12 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
     "two_ctas": (
         {"head_dim": 256, "strategy": "two_ctas"},
         "Whole tiles, and a cluster of two CTAs that multiply as one (`cta_group::2`, M = 256): each has 128 query "
-        "rows of its own, with S of two KV tiles and all of O in its tensor memory, and holds half of K's keys and half of "
-        "V's columns, so that K and V are read from L2 once for 256 rows. QK of a KV tile runs while the one before "
-        "is turned into P, over its S; a second warpgroup rescales O, where a row's maximum moved by more than 2^8, "
-        "and stores it. The kernel is persistent: as many CTAs as run at once work on one query tile after another, "
-        "and O of one leaves while the next is begun. Under a causal mask the tiles that see most are taken first, and "
-        "every other turn goes through the CTAs backwards.",
+        "rows of its own, with S of two KV tiles and all of O in its tensor memory, and holds half of K's keys and "
+        "half of V's columns, so that K and V are read from L2 once for 256 rows. QK of a KV tile runs while the one "
+        "before is turned into P, over its S; a second warpgroup rescales O, where a row's maximum moved by more than "
+        "2^8, and stores it. The kernel is persistent: as many CTAs as run at once work on one query tile after "
+        "another, and O of one leaves while the next is begun. Under a causal mask the tiles that see most are taken "
+        "first, and every other turn goes through the CTAs backwards.",
     ),
     "chunks": (
         {"head_dim": 320},
