@@ -628,7 +628,7 @@ def correct(o_tmem, factors, bars, n):
     Where nothing is to be done PV of tile n - 1 may be under way; that of tile n - 2 is complete: S of n came later.
     """
     slot, phase = n & 1, (n >> 1) & 1
-    wait_tmem(bars + FACTOR_FULL + slot, phase)
+    cute.arch.mbarrier_wait(bars + FACTOR_FULL + slot, phase)
     factor = factors[slot, cute.arch.thread_idx()[0] % CTA_ROWS]
     if cute.arch.vote_any_sync(factor < 1.0):
         wait_pv(bars, n - 1)
