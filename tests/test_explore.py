@@ -170,8 +170,8 @@ def test_reduction_agrees_on_programs_that_are_mostly_right(given):
 
 
 def shared_ring(rounds, stages, change=lambda producer, turn, steps: steps):
-    """Two producers that fill each stage together, as the CTAs of a pair do, and a consumer that frees it for both: full
-    0.., empty stages... `change` may break what a producer does in a round.
+    """Two producers that fill each stage together, as the CTAs of a pair do, and a consumer that frees it for both:
+    full 0.., empty stages... `change` may break what a producer does in a round.
     """
     produce, consume = [[], []], []
     for i in range(rounds):

@@ -41,8 +41,8 @@ add.u32 %r1, %r1, 1; setp.lt.u32 %p4, %r1, 3; @%p4 bra GIVES;
 END:"""
 
 
-def outcomes_of(body: str, y: np.ndarray, select=lambda mutant: True, limit=20) -> list[Outcome]:
-    """Mutants of `body`, launched as one CTA of 64 threads that writes y."""
+def outcomes_of(body: str, y: np.ndarray, select=lambda mutant: True, limit=20, cluster=1) -> list[Outcome]:
+    """Mutants of `body`, launched as one CTA of 64 threads that writes y, or as a cluster of them."""
     found = []
     gpu = Gpu()
     gpu.add_array(y, "y")
@@ -56,7 +56,7 @@ def outcomes_of(body: str, y: np.ndarray, select=lambda mutant: True, limit=20) 
 
     gpu.observers.append(Around)
     params = [y.ctypes.data.to_bytes(8, "little")]
-    gpu.launch(gpu.load_ptx(text), "k", (1, 1, 1), (64, 1, 1), (1, 1, 1), 1024, params)
+    gpu.launch(gpu.load_ptx(text), "k", (cluster, 1, 1), (64, 1, 1), (cluster, 1, 1), 1024, params)
     return found
 
 
@@ -190,6 +190,10 @@ def test_warnings_of_missing_tcgen05_fences():
             w.split("): ")[1].split(":: ")[0] for w in warned(with_tmem(body.format(**fences) + end, 32, free=False))
         ]
 
+    assert found(before=before, after=after) == []
+    assert [w.startswith("no tcgen05.fence::before_thread_sync") for w in found(before="", after=after)] == [True]
+    assert [w.startswith("no tcgen05.fence::after_thread_sync") for w in found(before=before, after="")] == [True]
+    body = body.replace("bar.sync 0;", "barrier.cluster.arrive; barrier.cluster.wait;")  # a thread synchronization too
     assert found(before=before, after=after) == []
     assert [w.startswith("no tcgen05.fence::before_thread_sync") for w in found(before="", after=after)] == [True]
     assert [w.startswith("no tcgen05.fence::after_thread_sync") for w in found(before=before, after="")] == [True]

@@ -190,7 +190,7 @@ class _Reach:
         self.generation = list(state.generation)
         self.position = list(state.position)
         self.touched: set[int] = set()
-        self.balance: dict[tuple[int, int], int] = {}  # (warp, mbarrier) → bytes expected from now on, less those issued
+        self.balance: dict[tuple[int, int], int] = {}  # (warp, mbarrier) → bytes it expects from now on, less issued
         self.short: set[int] = set()  # mbarriers to which a warp may bring bytes that it did not expect before
         self.order_matters: set[int] = (
             set()

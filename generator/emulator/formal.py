@@ -71,6 +71,8 @@ class Formal:
         yield from (
             (f"{bar}{kind}", self._barrier) for bar in ("bar.", "barrier.") for kind in ("sync", "cta", "arrive")
         )
+        yield "barrier.cluster.arrive", self._cluster_arrive
+        yield "barrier.cluster.wait", self._cluster_wait
 
     def _warn(self, instr, text: str) -> None:
         self.warnings.setdefault((instr.line, text.split(":")[0]), f"PTX line {instr.line} ({instr.opcode}): {text}")
@@ -141,8 +143,19 @@ class Formal:
             if "arrive" in instr.opcode:  # each lane hands on what it did, and learns nothing of the others
                 continue
             self.stored.pop(warp, None)
-            if self.ever:
-                self.learned[warp] = instr.line
+            self._learns(instr, warp)
+
+    def _learns(self, instr, warp: Warp) -> None:
+        if self.ever:
+            self.learned[warp] = instr.line
+
+    def _cluster_arrive(self, m, ws, active, instr, operands, _) -> None:
+        for warp in self._warps(m, ws, active):
+            self._leave(instr, warp)
+
+    def _cluster_wait(self, m, ws, active, instr, operands, _) -> None:
+        for warp in self._warps(m, ws, active):
+            self._learns(instr, warp)
 
     # -- mbarrier.init and the asynchronous proxy ----------------------------------------------------------------------
     def _init(self, m, ws, active, instr, operands, _) -> None:
