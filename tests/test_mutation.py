@@ -173,6 +173,24 @@ def test_warning_of_lanes_that_are_not_in_step():
     assert "no bar.warp.sync: other lanes stored to shared memory since the warp's last one" in text
 
 
+STAGES = """setp.ge.u32 %p3, %tid, 32; @%p3 bra END; st.shared.b32 [%s4], %tid; fence.proxy.async.shared::cta;
+bar.warp.sync -1; elect.sync _|%p2, -1; @%p2 cp.async.bulk.global.shared::cta.bulk_group [%y], [%s], 128;
+@%p2 cp.async.bulk.commit_group; cp.async.bulk.wait_group.read {left}; {between} st.shared.b32 [{place}], %tid;
+cp.async.bulk.wait_group 0; END:"""
+
+
+@pytest.mark.parametrize("between, place, warns", [
+    ("bar.warp.sync -1;", "%s4", False),
+    ("", "%s4", True),
+    ("", "%s4+128", False),  # beside what is copied
+    ("@!%p2 bra END;", "%s", False),  # the lane that has waited stores
+])  # fmt: skip
+def test_warning_of_lanes_that_overwrite_what_one_of_them_copied(between, place, warns):
+    found = warned(STAGES.format(between=between, place=place, left=0))
+    assert len(found) == warns
+    assert not warns or "no bar.warp.sync: since another lane's wait for the bulk store that reads this" in found[0]
+
+
 TENSOR = "mov.u32 %r1, 5; tcgen05.st.sync.aligned.32x32b.x1.b32 [%r151], {%r1}; tcgen05.wait::st.sync.aligned; "
 TENSOR += "{before} bar.sync 0; {after} tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r2}}, [%r151]; "
 TENSOR += "tcgen05.wait::ld.sync.aligned; tcgen05.fence::before_thread_sync; bar.sync 0; "
