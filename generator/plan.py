@@ -97,7 +97,7 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
         elif strategy == "two_tiles":
             found += [replace(t, strategy=strategy) for t in _whole_tiles(spec, tile_ns, ("tmem",))]
         else:
-            places = ("smem",) if strategy == "pair" else stagings
+            places = tuple(p for p in stagings if p == "smem") if strategy == "pair" else stagings
             wide = tuple(n for n in tile_ns if strategy != "pair" or n % 32 == 0)
             found += chunked_tilings(spec, arch, strategy, wide, places, KV_STAGE_MAX)
     return found
