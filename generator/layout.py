@@ -360,6 +360,9 @@ class Plan:
         if tiling.p_staging == "smem":
             shapes.append(("sP", tiling.tile_m, tiling.tile_n, ELEMENT_BYTES, "K"))
         spans = {name: swizzle_bytes(columns * size) for name, _, columns, size, _ in shapes}
+        half = tiling.tile_n // 2 * ELEMENT_BYTES  # of a row of P, which is what a thread of a pair stores
+        if self.pair and half % spans["sP"] and spans["sP"] % half:
+            spans["sP"] = swizzle_bytes(half)
         if spec.kv_shared:  # K and V are the same bytes, so one span must divide the rows of both
             spans["sK"] = spans["sV"] = swizzle_bytes(gcd(spec.head_dim, spec.v_dim) * ELEMENT_BYTES)
         return {

@@ -101,7 +101,7 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
             whole = _whole_tiles(spec, tuple(n for n in tile_ns if n % PAIR_N_STEP == 0), ("tmem",))
             found += [replace(t, strategy=strategy) for t in whole if not t.o_over_q]
         else:
-            places = ("smem",) if strategy == "pair" else stagings
+            places = tuple(p for p in stagings if p == "smem") if strategy == "pair" else stagings
             wide = tuple(n for n in tile_ns if strategy != "pair" or n % PAIR_N_STEP == 0)
             found += chunked_tilings(spec, arch, strategy, wide, places, KV_STAGE_MAX)
     return found

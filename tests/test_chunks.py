@@ -184,6 +184,15 @@ def test_compiled_kernel_is_the_plan_s(name):
     assert binary.spills == 0
 
 
+@pytest.mark.parametrize("tile_n, span", [(32, 64), (64, 128), (96, 32), (128, 128)])
+def test_every_tile_of_a_pair(tile_n, span):
+    """A thread stores half a row of P, which takes whole swizzle spans or half of one."""
+    plan = plan_of(head_dim=48, strategy="pair", tile_n=tile_n)
+    assert plan.layouts["sP"].swizzle_bytes == span
+    report = verify_kernel(compile_kernel(plan), (1, 1, 1, 140, 201))
+    assert report.passed, report
+
+
 @pytest.mark.parametrize("name", ["fmha_sm100_d512", "fmha_sm100_d512_causal_passes", "fmha_sm100_d320"])
 def test_other_schedules(name):
     def schedules(gpu, outputs):

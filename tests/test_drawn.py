@@ -1,13 +1,15 @@
-"""Drawn specifications and shapes: each verifies, or is refused for a reason that arithmetic of its own confirms.
+"""Drawn specifications and shapes: each verifies, or is refused for a reason that a second arithmetic confirms.
 
-The arithmetic here shares nothing with the planner: it adds up what a CTA must hold and compares with the limits as
-numbers. The suite draws a few cases from a fixed seed; `BESPOKE_DRAWN=500 pytest tests/test_drawn.py -m slow -n 0`
-draws so many of them from BESPOKE_DRAWN_SEED (default 1) and says how many verified and how many were refused.
+That arithmetic (drawn_arithmetic.py) shares nothing with the planner. The suite draws a few cases from a fixed seed;
+`BESPOKE_DRAWN=500 pytest tests/test_drawn.py -m slow -n 0` draws so many of them from BESPOKE_DRAWN_SEED (default 1)
+and says how many verified and how many were refused, by strategy.
 """
 
 import os
+from collections import Counter
 
 import pytest
+from drawn_arithmetic import STRATEGIES, reasons
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -16,15 +18,21 @@ from generator.plan import plan_kernel
 from generator.spec import SpecError, load_spec
 from generator.verify import verify_kernel
 
-SMEM, COLUMNS, ROWS = 232448, 512, 128
 IN_SUITE = 6
+RARE = {"kv_shared": 1, "kv_sources": 1, "limit2": 1, "tile_m": 1}  # of ten: most strategies refuse them
+NARROW, BROAD = range(16, 257, 16), (*range(272, 513, 16), 576)
 
 
-def specifications(draw):
-    """Fields, most of them left alone; some of the combinations cannot be."""
-    fields = {"head_dim": draw(st.sampled_from(range(16, 257, 16))), "strategy": "tiles"}
+def specifications(draw, strategy=None):
+    """Fields, with this strategy or any, most of them left alone; some of the combinations cannot be."""
+    fields = {"head_dim": draw(st.sampled_from(NARROW if draw(st.integers(0, 2)) else BROAD))}
+    strategy = strategy or draw(st.sampled_from(STRATEGIES))
+    if strategy != "auto":
+        fields["strategy"] = strategy
+    if fields["head_dim"] > 512 and draw(st.integers(0, 4)):
+        fields["head_dim_v"] = 512
     optional = {
-        "head_dim_v": st.sampled_from(range(16, 257, 16)),
+        "head_dim_v": st.sampled_from(NARROW) | st.sampled_from(BROAD[:-1]),
         "dtype": st.just("fp16"),
         "q_heads_per_kv": st.sampled_from([2, 3, 4, 5, 8, 16, 128]),
         "pack_heads": st.booleans(),
@@ -39,11 +47,12 @@ def specifications(draw):
         "output": st.just("unnormalized"),
         "lse": st.just(False),
         "p_staging": st.sampled_from(["tmem", "smem"]),
-        "kv_stage": st.integers(1, 4),
+        "kv_stage": st.integers(1, 4) | st.sampled_from([8, 16]),
+        "tile_m": st.sampled_from([64, 128]),
         "tile_n": st.sampled_from(range(16, 129, 16)),
     }
     for name, values in optional.items():
-        if draw(st.integers(0, 9)) < 3:
+        if name not in fields and draw(st.integers(0, 9)) < RARE.get(name, 3):
             fields[name] = draw(values)
     if "limit2" in fields and draw(st.booleans()):
         fields["kv_sources"] = 2
@@ -58,52 +67,26 @@ def shapes(draw, fields):
 
 
 @st.composite
-def cases(draw):
-    fields = specifications(draw)
+def cases(draw, strategy=None):
+    fields = specifications(draw, strategy)
     return fields, shapes(draw, fields)
 
 
-def reasons(fields):
-    """Why there can be no such kernel: every reason that applies, with the field that is to blame."""
-    d = fields["head_dim"]
-    dv, group = fields.get("head_dim_v", d), fields.get("q_heads_per_kv", 1)
-    shared, unnormalized = fields.get("kv_shared", False), fields.get("output") == "unnormalized"
-    if unnormalized and fields.get("lse") is False:
-        yield "lse"
-    if shared and dv > d:
-        yield "kv_shared"
-    if fields.get("limit2") and fields.get("kv_sources", 1) == 1:
-        yield "limit2"
-    if fields.get("pack_heads") is True and ROWS % group:
-        yield "pack_heads"
-    tiles = [fields["tile_n"]] if "tile_n" in fields else [128, 64, 32, 16]
-    stages = [fields["kv_stage"]] if "kv_stage" in fields else [1, 2, 3]
-    stagings = [fields["p_staging"]] if "p_staging" in fields else ["tmem", "smem"]
-    every = [(n, s, p) for n in tiles for s in stages for p in stagings]
-    if not any(fits(d, dv, n, s, p, shared, 4 if unnormalized else 2) for n, s, p in every):
-        yield from ("kv_stage", "tile_n", "p_staging", "head_dim")
-
-
-def fits(d, dv, n, stages, staging, shared, out_bytes):
-    """Bytes and columns of one CTA, with O staged 16 columns at a time, or in any whole part of Q's place."""
-    if shared and stages == 1:
-        return False  # the next QK would wait for a stage that only the PV after it frees
-    columns = n + (n // 2 if staging == "tmem" else 0) + dv
-    allocated = 32
-    while allocated < columns:
-        allocated *= 2
-    kib = lambda size: -(-size // 1024) * 1024  # noqa: E731
-    q, k, v = ROWS * d * 2, stages * n * d * 2, 0 if shared else stages * n * dv * 2
-    p = ROWS * n * 2 if staging == "smem" else 0
-    own = 1024 + sum(map(kib, (q, k, v, p))) + kib(ROWS * 16 * out_bytes)
-    over_q = own - kib(ROWS * 16 * out_bytes)  # 16 columns of O are never more than Q's 16 or more
-    in_q = over_q if ROWS * 16 * out_bytes <= q else own
-    return allocated <= COLUMNS and min(own, in_q) <= SMEM
+def assert_obeyed(fields, plan):
+    """What the specification sets is not searched over."""
+    chosen = {
+        "strategy": "passes" if plan.tiling.passes > 1 else plan.tiling.strategy,
+        "p_staging": plan.tiling.p_staging,
+        "kv_stage": plan.tiling.kv_stages,
+        "tile_m": plan.tiling.tile_m,
+        "tile_n": plan.tiling.tile_n,
+    }
+    assert {name: fields.get(name, value) for name, value in chosen.items()} == chosen, f"{fields}: {plan.tiling}"
 
 
 def outcome(fields, shape):
     """ "verified" or "refused"; fails where neither is right."""
-    expected = set(reasons(fields))
+    expected = reasons(fields)
     try:
         plan = plan_kernel(load_spec(fields))
     except SpecError as error:
@@ -111,6 +94,7 @@ def outcome(fields, shape):
         assert error.remedy and error.limit
         return "refused"
     assert not expected, f"{fields}: should have been refused for {expected}"
+    assert_obeyed(fields, plan)
     report = verify_kernel(compile_kernel(plan), shape)
     assert report.passed, f"{fields} {shape}: {report}"
     assert report.tiles.visited == report.tiles.needed
@@ -130,9 +114,9 @@ def test_a_drawn_kernel_verifies_or_is_refused_for_a_reason(case):
 @settings(max_examples=400, **QUIET)
 @given(st.composite(specifications)())
 def test_the_planner_refuses_what_the_other_arithmetic_does(fields):
-    expected = set(reasons(fields))
+    expected = reasons(fields)
     try:
-        plan_kernel(load_spec(fields))
+        assert_obeyed(fields, plan_kernel(load_spec(fields)))
     except SpecError as error:
         assert error.field in expected
     else:
@@ -141,17 +125,19 @@ def test_the_planner_refuses_what_the_other_arithmetic_does(fields):
 
 @pytest.mark.slow
 @pytest.mark.skipif("BESPOKE_DRAWN" not in os.environ, reason="takes minutes: BESPOKE_DRAWN=500 asks for so many cases")
-def test_many_drawn_kernels(capsys):
-    count, number = int(os.environ["BESPOKE_DRAWN"]), int(os.environ.get("BESPOKE_DRAWN_SEED", "1"))
-    tally = {"verified": 0, "refused": 0}
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_many_drawn_kernels(strategy, capsys):
+    """As many of each strategy."""
+    count = -(-int(os.environ["BESPOKE_DRAWN"]) // len(STRATEGIES))
+    number, tally = int(os.environ.get("BESPOKE_DRAWN_SEED", "1")), Counter()
 
     @seed(number)
     @settings(max_examples=count, **QUIET)
-    @given(cases())
+    @given(cases(strategy))
     def draw(case):
         tally[outcome(*case)] += 1
 
     draw()
     with capsys.disabled():
-        print(f"\n{sum(tally.values())} drawn from seed {number}: {tally}")
+        print(f"\n{strategy}: {tally.total()} drawn from seed {number}, {dict(tally)}")
     assert tally["verified"] and tally["refused"]

@@ -169,6 +169,78 @@ def test_reduction_agrees_on_programs_that_are_mostly_right(given):
     both(given)
 
 
+def shared_ring(rounds, stages, change=lambda producer, turn, steps: steps):
+    """Two producers that fill each stage together, as the CTAs of a pair do, and a consumer that frees it for both:
+    full 0.., empty stages... `change` may break what a producer does in a round.
+    """
+    produce, consume = [[], []], []
+    for i in range(rounds):
+        stage, turn = i % stages, i // stages
+        for one, mine in enumerate(produce):
+            copy = [arrive(21 + 10 * one, stage, 64), Step("issue", 22 + 10 * one, stage, nbytes=64)]
+            mine += change(one, i, [wait(20 + 10 * one, stages + stage, turn - 1), *copy])
+        consume += [wait(50, stage, turn), Step("fifo", 51, stages + stage, count=1)]
+    return program([*produce, consume], *[2] * stages, *[1] * stages)
+
+
+@pytest.mark.parametrize("rounds, stages", [(2, 2), (3, 2), (3, 1)])
+def test_two_producers_of_one_stage(rounds, stages):
+    found = both(shared_ring(rounds, stages))
+    assert found.fault is None and found.complete
+
+
+def test_two_producers_are_followed_one_after_the_other():
+    """Copies of one producer do not depend on those of the other: states grow with the length, not with its square."""
+    short, long = (explore(shared_ring(rounds, 4)).states for rounds in (16, 32))
+    assert long < 2.2 * short, (short, long)
+
+
+def dropped(kind):
+    return lambda one, turn, steps: [s for s in steps if (one, turn, s.kind) != (1, 2, kind)]
+
+
+@pytest.mark.parametrize("kind, fault", [
+    ("wait", "of which no arrival is left"),
+    ("arrive", "64 bytes more than phase"),
+    ("issue", "deadlock: "),
+])  # fmt: skip
+def test_two_producers_one_of_which_errs(kind, fault):
+    assert fault in both(shared_ring(3, 1, dropped(kind))).fault
+
+
+def test_a_producer_that_expects_what_the_other_copies():
+    """Warp 0 expects all the bytes: where warp 1 is faster, its copy brings bytes that nobody expects yet."""
+
+    def change(one, turn, steps):
+        sizes = {"arrive": 0 if one else 128, "issue": 64}
+        return [s._replace(nbytes=sizes.get(s.kind, 0)) for s in steps]
+
+    assert "64 bytes more than phase 0 expects" in both(shared_ring(2, 2, change)).fault
+
+
+@st.composite
+def broken_pairs(draw):
+    """Two producers of one stage, here and there with a step dropped, moved or with other bytes."""
+
+    def change(one, turn, steps):
+        steps = list(draw(st.permutations(steps)) if not draw(st.integers(0, 4)) else steps)
+        if not draw(st.integers(0, 5)):
+            steps.pop(draw(st.integers(0, len(steps) - 1)))
+        if not draw(st.integers(0, 4)):
+            at = draw(st.integers(0, len(steps) - 1))
+            if steps[at].kind != "wait":
+                steps[at] = steps[at]._replace(nbytes=draw(st.sampled_from([0, 32, 64, 128])))
+        return steps
+
+    return shared_ring(draw(st.integers(1, 3)), draw(st.integers(1, 2)), change)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(broken_pairs())
+def test_reduction_agrees_on_broken_pairs(given):
+    both(given)
+
+
 def extracted(p_staging):
     fields = {"head_dim": 16, "p_staging": p_staging, "kv_stage": 2, "tile_n": 16}
     binary = compile_kernel(plan_kernel(load_spec(None, **fields)))

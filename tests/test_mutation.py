@@ -41,8 +41,8 @@ add.u32 %r1, %r1, 1; setp.lt.u32 %p4, %r1, 3; @%p4 bra GIVES;
 END:"""
 
 
-def outcomes_of(body: str, y: np.ndarray, select=lambda mutant: True, limit=20) -> list[Outcome]:
-    """Mutants of `body`, launched as one CTA of 64 threads that writes y."""
+def outcomes_of(body: str, y: np.ndarray, select=lambda mutant: True, limit=20, cluster=1) -> list[Outcome]:
+    """Mutants of `body`, launched as one CTA of 64 threads that writes y, or as a cluster of them."""
     found = []
     gpu = Gpu()
     gpu.add_array(y, "y")
@@ -56,7 +56,7 @@ def outcomes_of(body: str, y: np.ndarray, select=lambda mutant: True, limit=20) 
 
     gpu.observers.append(Around)
     params = [y.ctypes.data.to_bytes(8, "little")]
-    gpu.launch(gpu.load_ptx(text), "k", (1, 1, 1), (64, 1, 1), (1, 1, 1), 1024, params)
+    gpu.launch(gpu.load_ptx(text), "k", (cluster, 1, 1), (64, 1, 1), (cluster, 1, 1), 1024, params)
     return found
 
 
@@ -173,6 +173,24 @@ def test_warning_of_lanes_that_are_not_in_step():
     assert "no bar.warp.sync: other lanes stored to shared memory since the warp's last one" in text
 
 
+STAGES = """setp.ge.u32 %p3, %tid, 32; @%p3 bra END; st.shared.b32 [%s4], %tid; fence.proxy.async.shared::cta;
+bar.warp.sync -1; elect.sync _|%p2, -1; @%p2 cp.async.bulk.global.shared::cta.bulk_group [%y], [%s], 128;
+@%p2 cp.async.bulk.commit_group; cp.async.bulk.wait_group.read {left}; {between} st.shared.b32 [{place}], %tid;
+cp.async.bulk.wait_group 0; END:"""
+
+
+@pytest.mark.parametrize("between, place, warns", [
+    ("bar.warp.sync -1;", "%s4", False),
+    ("", "%s4", True),
+    ("", "%s4+128", False),  # beside what is copied
+    ("@!%p2 bra END;", "%s", False),  # the lane that has waited stores
+])  # fmt: skip
+def test_warning_of_lanes_that_overwrite_what_one_of_them_copied(between, place, warns):
+    found = warned(STAGES.format(between=between, place=place, left=0))
+    assert len(found) == warns
+    assert not warns or "no bar.warp.sync: since another lane's wait for the bulk store that reads this" in found[0]
+
+
 TENSOR = "mov.u32 %r1, 5; tcgen05.st.sync.aligned.32x32b.x1.b32 [%r151], {%r1}; tcgen05.wait::st.sync.aligned; "
 TENSOR += "{before} bar.sync 0; {after} tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r2}}, [%r151]; "
 TENSOR += "tcgen05.wait::ld.sync.aligned; tcgen05.fence::before_thread_sync; bar.sync 0; "
@@ -190,6 +208,10 @@ def test_warnings_of_missing_tcgen05_fences():
             w.split("): ")[1].split(":: ")[0] for w in warned(with_tmem(body.format(**fences) + end, 32, free=False))
         ]
 
+    assert found(before=before, after=after) == []
+    assert [w.startswith("no tcgen05.fence::before_thread_sync") for w in found(before="", after=after)] == [True]
+    assert [w.startswith("no tcgen05.fence::after_thread_sync") for w in found(before=before, after="")] == [True]
+    body = body.replace("bar.sync 0;", "barrier.cluster.arrive; barrier.cluster.wait;")  # a thread synchronization too
     assert found(before=before, after=after) == []
     assert [w.startswith("no tcgen05.fence::before_thread_sync") for w in found(before="", after=after)] == [True]
     assert [w.startswith("no tcgen05.fence::after_thread_sync") for w in found(before=before, after="")] == [True]

@@ -140,6 +140,13 @@ def test_p_in_tensor_memory_is_blackwell_s():
     assert "is for Blackwell (sm_100a) only; on sm_90a P waits in register or smem" in message
 
 
+def test_p_staging_that_a_pair_does_not_have():
+    """A pair is the cheapest plan at head_dim 512, with P in shared memory: not where P is asked to be in TMEM."""
+    assert plan_of(head_dim=512).tiling.strategy == "pair"
+    asked = plan_of(head_dim=512, p_staging="tmem")
+    assert (asked.tiling.strategy, asked.tiling.passes, asked.p_staging) == ("chunks", 2, "tmem")
+
+
 def test_p_staging_that_does_not_fit():
     error = refusal(DoesNotFit, head_dim=160, p_staging="smem", tile_n=128, kv_stage=2)
     assert "the closest is tile 128x128, kv_stage 2, P in SMEM, sO over sQ by 160 columns, smem: " in str(error)

@@ -26,7 +26,8 @@ STORES = ("st.", "stmatrix", "red.", "atom.", "cp.async.c")
 @dataclass(frozen=True)
 class Context:
     """The original kernel, and what its warps did in one run: CTAs of `n_warps` warps, in clusters of `cluster`. rings:
-    arrays of mbarriers, by offset. lanes_apart: runs a mutant as `lanes` has it; None where nothing can be run.
+    arrays of mbarriers, by offset. lanes_apart: runs a mutant as `lanes` has it; watched: what a run of a mutant, or of
+    the original, does and knows (see `known`); None where nothing can be run.
     """
 
     kernel: Kernel
@@ -35,6 +36,7 @@ class Context:
     cluster: int = 1
     n_warps: int = 1
     lanes_apart: Callable[[Mutant], None] | None = None
+    watched: Callable[[Mutant | None], Recorder] | None = None
 
     def index(self, mutant: Mutant) -> int:
         return next(
@@ -73,6 +75,10 @@ class Context:
             who: [new for event in mine if (new := change(event)) is not None]
             for who, mine in self.recorder.events.items()
         }
+        return self.all_end(events)
+
+    def all_end(self, events: dict[tuple[int, int], list[Event]]) -> bool:
+        """Every interleaving of the barrier program of these events ends, every wait in the phase it says."""
         parts = split(number_barriers(events, Labels(), self.cluster, self.n_warps))
         return all(found.fault is None and found.complete for found in map(explore, parts))
 
@@ -301,6 +307,13 @@ EQUIVALENT: tuple[Equivalence, ...] = (
         "run judge every order of its instructions), no two warps of a CTA touch the same global memory, one of them "
         "writing, and exploring every interleaving of the changed barrier program shows that all end, each wait in its "
         "phase",
+    ),
+    Equivalence(
+        ("mbarrier wait: stage index off by one", "bar.sync: another barrier"),
+        ordered.knows_no_less,
+        "every warp does the same in the same order, and at each of its waits, barriers and signals knows (by the "
+        "vector clocks of the mutant's run) all that it knew in the original; exploring every interleaving of the "
+        "changed barrier program shows that all end, each wait in its phase: what was ordered is ordered still",
     ),
     Equivalence(
         ("bar.warp.sync removed",),

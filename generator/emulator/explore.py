@@ -172,9 +172,10 @@ def _signal_alone(state: State, reach: _Reach, step: Step, barrier: int, move: M
         return False
     if reach.arrivals[barrier] + step.count > state.pending[barrier]:
         return False
-    if move[1] >= 0:  # a completion: bytes expected already cover everything under way, and nothing else is coming
-        return barrier not in reach.expects and reach.bytes[barrier] + step.nbytes <= state.tx[barrier]
-    return not step.nbytes or (not reach.bytes[barrier] and barrier not in reach.expects)
+    if not step.nbytes:
+        return True
+    under_way = reach.under_way[barrier] + (step.nbytes if move[1] >= 0 else 0)
+    return under_way <= state.tx[barrier] and barrier not in reach.short
 
 
 class _Reach:
@@ -184,19 +185,23 @@ class _Reach:
         self.semantics, self.frozen = semantics, move
         n, named = len(state.phase), len(state.arrived)
         self.phase, self.pending, self.expected = list(state.phase), list(state.pending), list(state.expected)
-        self.arrivals, self.bytes = [0] * n, [0] * n  # that others bring to each mbarrier
+        self.arrivals, self.under_way = [0] * n, [0] * n  # that others bring to each mbarrier; bytes on their way now
         self.arrived, self.rounds, self.coming = [n % ROUND for n in state.arrived], [0] * named, [0] * named
         self.generation = list(state.generation)
         self.position = list(state.position)
         self.touched: set[int] = set()
-        self.expects: set[int] = set()  # mbarriers on which others still expect bytes
+        self.balance: dict[tuple[int, int], int] = {}  # (warp, mbarrier) → bytes it expects from now on, less issued
+        self.short: set[int] = set()  # mbarriers to which a warp may bring bytes that it did not expect before
         self.order_matters: set[int] = (
             set()
         )  # mbarriers where somebody waits for a phase to come, or only expects bytes
         self.before = state.phase
         for work in state.under_way:
             if work != move:
-                self._complete(semantics.steps[work[0]][work[1]])
+                step = semantics.steps[work[0]][work[1]]
+                for barrier in (step.barrier, *step.more):
+                    self.under_way[barrier] += step.nbytes
+                self._complete(step)
         self._saturate()
 
     def _saturate(self) -> None:
@@ -226,19 +231,25 @@ class _Reach:
             if not self.expected[step.barrier]:
                 self.expected[step.barrier] = self.pending[step.barrier] = step.count
         elif step.kind == "arrive":
-            if step.nbytes:
-                self.expects.add(step.barrier)
+            self._bytes(warp, step.barrier, step.nbytes)
             if not step.count:  # it may come before or after the last arrival
                 self.order_matters.add(step.barrier)
             self._arrive(step.barrier, step.count)
         else:
+            for barrier in (step.barrier, *step.more):
+                self._bytes(warp, barrier, -step.nbytes)
             self._complete(step)
         self.position[warp] = at + 2
         return True
 
+    def _bytes(self, warp: int, barrier: int, nbytes: int) -> None:
+        """A warp expects bytes, or issues a copy that brings them (negative)."""
+        balance = self.balance[warp, barrier] = self.balance.get((warp, barrier), 0) + nbytes
+        if balance < 0:
+            self.short.add(barrier)
+
     def _complete(self, step: Step) -> None:
         for barrier in (step.barrier, *step.more):
-            self.bytes[barrier] += step.nbytes
             self._arrive(barrier, step.count)
 
     def _arrive(self, barrier: int, count: int) -> None:

@@ -6,7 +6,8 @@
   tcgen05.fence::after_thread_sync between a wait for somebody's tcgen05 work and the warp's own (§9.7.16.6.4)
 - a fence (fence.mbarrier_init, fence.proxy.async) between mbarrier.init and the asynchronous proxy's use (§9.7.13.4)
 - one lane that initializes an mbarrier, not a warp's lanes alike (§9.7.13.15.9)
-- bar.warp.sync between shared-memory stores of a warp's lanes and the signal that one of them gives for all (§9.7.13.2)
+- bar.warp.sync between shared-memory stores of a warp's lanes and the signal that one of them gives for all, and
+  between one lane's wait for its bulk store and other lanes' stores to what that has read (§9.7.13.2)
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class Formal:
         self.carrying: set[tuple[int, int]] = set()  # mbarriers (CTA, offset) that signal tcgen05 work
         self.fresh: dict[tuple[int, int], Warp] = {}  # initialized and not fenced since: by whom
         self.stored: dict[Warp, np.ndarray] = {}  # lanes that stored to shared memory since bar.warp.sync
+        self.reading: dict[
+            Warp, list[tuple[int, tuple]]
+        ] = {}  # lane and bulk store, to the first barrier after its end
 
     def program(self, kernel: Kernel) -> Program:
         """The kernel, translated so that it tells this checker."""
@@ -71,6 +75,8 @@ class Formal:
         yield from (
             (f"{bar}{kind}", self._barrier) for bar in ("bar.", "barrier.") for kind in ("sync", "cta", "arrive")
         )
+        yield "barrier.cluster.arrive", self._cluster_arrive
+        yield "barrier.cluster.wait", self._cluster_wait
 
     def _warn(self, instr, text: str) -> None:
         self.warnings.setdefault((instr.line, text.split(":")[0]), f"PTX line {instr.line} ({instr.opcode}): {text}")
@@ -140,9 +146,20 @@ class Formal:
             self._leave(instr, warp)
             if "arrive" in instr.opcode:  # each lane hands on what it did, and learns nothing of the others
                 continue
-            self.stored.pop(warp, None)
-            if self.ever:
-                self.learned[warp] = instr.line
+            self._in_step(m, warp)
+            self._learns(instr, warp)
+
+    def _learns(self, instr, warp: Warp) -> None:
+        if self.ever:
+            self.learned[warp] = instr.line
+
+    def _cluster_arrive(self, m, ws, active, instr, operands, _) -> None:
+        for warp in self._warps(m, ws, active):
+            self._leave(instr, warp)
+
+    def _cluster_wait(self, m, ws, active, instr, operands, _) -> None:
+        for warp in self._warps(m, ws, active):
+            self._learns(instr, warp)
 
     # -- mbarrier.init and the asynchronous proxy ----------------------------------------------------------------------
     def _init(self, m, ws, active, instr, operands, _) -> None:
@@ -171,13 +188,40 @@ class Formal:
     def _store(self, m, ws, active, instr, operands, _) -> None:
         for warp, lanes in self._warps(m, ws, active).items():
             self.stored[warp] = self.stored.get(warp, np.zeros(32, bool)) | lanes
+        if instr.opcode.startswith("st.shared") and any(self.reading.values()):
+            self._overwrite(m, ws, active, instr, operands[0])
+
+    def _overwrite(self, m, ws, active, instr, address) -> None:
+        """A lane stores to what another lane's bulk store has read, and only that lane waited for it."""
+        offsets = shared_offsets(m, ws, active, instr, address, 1)
+        warps, ctas, lanes, (places,) = _lanes(m, ws, active, (offsets,))
+        for (cta, warp), reads in self.reading.items():
+            mine = (warps == warp) & (ctas == cta)
+            for lane, job in reads if mine.any() else ():
+                others = places[mine & (lanes != lane)]
+                if self._is_over(m, (cta, warp), lane, job) and np.isin(others // 16, job[2]).any():
+                    self._warn(instr, "no bar.warp.sync: since another lane's wait for the bulk store that reads this")
+
+    @staticmethod
+    def _is_over(m, warp: Warp, lane: int, job: tuple) -> bool:
+        groups = m.bulk.get((warp[1], warp[0], lane), ())
+        return not any(job is other for group in groups for other in group)
+
+    def _in_step(self, m, warp: Warp) -> None:
+        """The lanes of a warp know what each of them did, and waited for."""
+        self.stored.pop(warp, None)
+        self.reading[warp] = [read for read in self.reading.get(warp, ()) if not self._is_over(m, warp, *read)]
 
     def _warp_barrier(self, m, ws, active, instr, operands, _) -> None:
         for warp in self._warps(m, ws, active):
-            self.stored.pop(warp, None)
+            self._in_step(m, warp)
 
     def _bulk_store(self, m, ws, active, instr, operands, _) -> None:
         self._lanes_apart(m, ws, active, instr)
+        for (cta, warp), lanes in self._warps(m, ws, active).items():
+            for lane in np.nonzero(lanes)[0].tolist():
+                for job in m.bulk.get((warp, cta, lane), [[]])[-1][-1:]:  # none where it copies no bytes
+                    self.reading.setdefault((cta, warp), []).append((lane, job))
 
     def _lanes_apart(self, m, ws, active, instr) -> None:
         for warp, lanes in self._warps(m, ws, active).items():

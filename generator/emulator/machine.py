@@ -341,7 +341,7 @@ class Machine:
         warps, ctas = ws.flat_pairs()
         must = self.cluster.waits(warps, ctas, self._running(ws, lanes), self.where(ws, instr, lanes))
         if self.races:
-            self.races.cluster_wait(warps[~must], ctas[~must])
+            self.races.cluster_wait(warps[~must], ctas[~must], instr.line)
         self.barred[warps[must], ctas[must]] = True
         self.barred_on[warps[must], ctas[must]] = CLUSTER_BARRIER
         self.barred_line[warps[must], ctas[must]] = instr.line

@@ -7,6 +7,7 @@ Each mutant runs in the strict emulator, in a forked process with a time limit, 
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
@@ -101,7 +102,18 @@ def run_mutants(
         before.restore()
         case.run(program=LanesApart().program(parse_ptx(mutant.text).kernels[case.kernel]))
 
-    context = Context(kernel, recorder, tuple(mutator.rings), cluster, -(-threads // 32), lanes_apart)
+    def watch(text: str) -> Recorder:
+        before.restore()
+        watching = Recorder(clocks=True)
+        case.run(program=watching.program(parse_ptx(text).kernels[case.kernel]))
+        return watching
+
+    original = functools.cache(lambda: watch(case.text))
+
+    def watched(mutant: Mutant | None) -> Recorder:
+        return original() if mutant is None else watch(mutant.text)
+
+    context = Context(kernel, recorder, tuple(mutator.rings), cluster, -(-threads // 32), lanes_apart, watched)
 
     def outcome_of(index: int) -> Outcome:
         outcome = _outcome(case, mutants[index], context, before, judge, limit)

@@ -367,6 +367,8 @@ class Order:
 
     def cluster_arrive(self, ws, instr) -> None:
         warps, ctas = ws.flat_pairs()
+        if self.advice:
+            self.advice.released(warps, ctas, instr)
         source = self.fenced.a if ".relaxed" in instr.opcode else None
         self.publish(self.cluster_pending.a, ctas // self.clocks.size, warps, ctas, source)
         self.clocks.tick(warps, ctas)
@@ -377,10 +379,12 @@ class Order:
         self.cluster_done.a[clusters] = self.cluster_pending.a[clusters]
         self.cluster_pending.a[clusters] = 1
         warps, at = np.nonzero((m.barred & (m.barred_on == CLUSTER_BARRIER))[:, ctas])
-        self.cluster_wait(warps, ctas[at])
+        self.cluster_wait(warps, ctas[at], m.barred_line[warps, ctas[at]])
 
-    def cluster_wait(self, warps, ctas) -> None:
-        """These warps are through a barrier.cluster.wait."""
+    def cluster_wait(self, warps, ctas, line) -> None:
+        """These warps are through a barrier.cluster.wait, at a PTX line (one, or one a warp)."""
+        if self.advice:
+            self.advice.acquires(warps, ctas, line)
         self.clocks.join(warps, ctas, self.cluster_done.a[ctas // self.clocks.size])
 
     # -- fences --------------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import EmulatorError
+from .known import knows_as_much
 from .lanes import WARP_BARRIERS
-from .recorder import Event
+from .recorder import Event, Recorder
+from .syntax import Instr
 from .unnoticed import Warp, all_known, is_over
 
 if TYPE_CHECKING:
@@ -48,6 +50,43 @@ def anyway(context: Context, mutant: Mutant) -> bool:
         return event._replace(barrier=event.barrier ^ 8) if mutant.kind.endswith("another barrier") else None
 
     return context.proven(changed)
+
+
+def knows_no_less(context: Context, mutant: Mutant) -> bool:
+    """Every warp does the same in the same order, and at each of its events knows, by the clocks of the mutant's run,
+    all that it knew in the original; the changed barrier program goes well in every interleaving, each wait in its
+    phase. So what was ordered is ordered: each run of the mutant, however it is scheduled, is one of the original too.
+    """
+    if context.watched is None or not all_known(context):
+        return False
+    original, changed = context.watched(None), context.watched(mutant)
+    warps = {*original.log, *changed.log}
+    return (
+        all(_same_work(original, changed, who, mutant.line) for who in warps)
+        and all(knows_as_much(changed.known[who], original.known[who]) for who in warps)
+        and context.all_end(changed.events)
+    )
+
+
+def _same_work(one: Recorder, other: Recorder, who: Warp, line: int) -> bool:
+    """Whether a warp runs the same instructions with the same effects on barriers in two runs, but for which barrier
+    the instruction at `line` names. How often it polls does not count.
+    """
+
+    def blurred(event: Event) -> Event:
+        place = {"places": (), "phase": 0, "barrier": -1} if event.line == line else {}
+        return event._replace(knows=(), **place)
+
+    def without_polls(log: list[Instr]) -> list[int]:
+        return [i.line for i, after in zip(log, [*log[1:], None], strict=True) if after is None or _moves_on(i, after)]
+
+    return without_polls(one.log[who]) == without_polls(other.log[who]) and [*map(blurred, one.events[who])] == [
+        *map(blurred, other.events[who])
+    ]
+
+
+def _moves_on(instr: Instr, after: Instr) -> bool:
+    return instr.line != after.line or not instr.opcode.startswith(("mbarrier.try_wait", "mbarrier.test_wait"))
 
 
 def handed_on_otherwise(context: Context, mutant: Mutant) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .known import Known, clocks_of
 from .ops.memory import shared_offsets
 from .ops.tma import _lanes, tensor_map
 from .syntax import Instr, Kernel
@@ -16,6 +17,7 @@ from .touches import Touches
 from .translate import Program, Translator
 
 Place = tuple[int, int]  # an mbarrier: CTA, offset in its shared memory
+ENDS = ("ret", "exit")
 
 
 class Event(NamedTuple):
@@ -40,10 +42,14 @@ class Event(NamedTuple):
 
 
 class Recorder:
-    """Events by (CTA, warp) of one launch of the program that it makes; CTAs are numbered as their waves come."""
+    """Events by (CTA, warp) of one launch of the program that it makes; CTAs are numbered as their waves come.
 
-    def __init__(self):
+    clocks: also keep what each warp knows at its events and when it ends (see `known`); of strict runs only.
+    """
+
+    def __init__(self, clocks: bool = False):
         self._machine, self._first = None, 0  # the wave under way, and the number of its first CTA
+        self.known: dict[tuple[int, int], list[Known]] | None = defaultdict(list) if clocks else None
         self.events: dict[tuple[int, int], list[Event]] = defaultdict(list)
         self.lines: set[int] = set()  # PTX lines of the instructions with effects that ran
         self.log: dict[tuple[int, int], list[Instr]] = defaultdict(list)  # those of each warp, in order
@@ -63,16 +69,25 @@ class Recorder:
 
     def _watched(self, run: Callable, look: Callable) -> Callable:
         def watched(m, ws, active, instr, *operands):
+            running = _running(ws, active)
+            before = {} if self.known is None or m.races is None else clocks_of(m, running)
             result = run(m, ws, active, instr, *operands)
             self.lines.add(instr.line)
             first = self._first_cta(m)
-            for warp, cta, whole in _running(ws, active):
+            for warp, cta, whole in running:
                 self.log[cta + first, warp].append(instr)
                 self.whole[cta + first, warp].append(whole)
             self.touches.note(m, ws, active, instr, operands, first, self.log)
+            heard = dict.fromkeys(before, True) if instr.opcode in ENDS else {}
             for (cta, warp), event in look(m, ws, active, instr, operands, result):
+                heard[cta, warp] = event.kind != "wait"
                 places = tuple((place + first, offset) for place, offset in event.places)
                 self.events[cta + first, warp].append(event._replace(places=places))
+            if before:
+                after = clocks_of(m, running)
+                for (cta, warp), as_before in heard.items():
+                    clock = (before if as_before else after)[cta, warp]
+                    self.known[cta + first, warp].append(Known(instr.line, clock, m.races.clocks))
             return result
 
         return watched

@@ -1,0 +1,169 @@
+"""Why a specification can have no kernel, by an arithmetic that shares nothing with the planner: it adds up what a CTA
+must hold, strategy by strategy, and compares with the limits as numbers.
+
+`reasons(fields)` has every field that a refusal may name; of one that does not fit, a field whose change alone makes it
+fit, or head_dim where none does.
+"""
+
+SMEM, COLUMNS, ROWS, MMA_COLUMNS = 232448, 512, 128, 256
+TILES, WIDE = ("tiles", "two_tiles"), ("chunks", "passes", "pair")
+STRATEGIES = (*TILES, *WIDE, "auto")
+SEARCHED = ("kv_stage", "tile_m", "strategy", "p_staging", "tile_n")  # fields that the planner may be left to choose
+
+
+def widths(fields):
+    """head_dim, head_dim_v"""
+    return fields["head_dim"], fields.get("head_dim_v", fields["head_dim"])
+
+
+def strategies(fields):
+    """Strategies that the fields leave open."""
+    given = fields.get("strategy", "auto")
+    if given != "auto":
+        return (given,)
+    if max(widths(fields)) <= MMA_COLUMNS:
+        return ("tiles",)
+    return {64: ("pair",), 128: ("chunks",)}.get(fields.get("tile_m"), WIDE)
+
+
+def reasons(fields):
+    """Fields that a refusal may name; empty where there is a kernel."""
+    return {*_contradicted(fields), *_not_there(fields)} or {*_unfit(fields)}
+
+
+def _contradicted(fields):
+    d, dv = widths(fields)
+    if fields.get("output") == "unnormalized" and fields.get("lse") is False:
+        yield "lse"
+    if fields.get("kv_shared") and dv > d:
+        yield "kv_shared"
+    if fields.get("limit2") and fields.get("kv_sources", 1) == 1:
+        yield "limit2"
+    if fields.get("pack_heads") is True and ROWS % fields.get("q_heads_per_kv", 1):
+        yield "pack_heads"
+    if d > 512 and dv != 512:  # only Q and K of multi-head latent attention are wider
+        yield "head_dim"
+
+
+def _not_there(fields):
+    """What no template has (yet)."""
+    d, dv = widths(fields)
+    where = strategies(fields)
+    for name in ("kv_shared", "kv_sources"):
+        if fields.get(name) and where != ("tiles",):
+            yield name
+    if where == ("tiles",) and max(d, dv) > MMA_COLUMNS:
+        yield "strategy"
+    if where == ("two_tiles",):
+        if dv > MMA_COLUMNS:
+            yield "head_dim_v"
+        if "window_left" in fields:
+            yield "window_left"
+        if fields.get("p_staging") == "smem":
+            yield "p_staging"
+    if where == ("pair",):
+        if fields.get("p_staging") == "tmem":
+            yield "p_staging"
+        if fields.get("tile_n", 32) % 32:
+            yield "tile_n"
+    rows = {64 if strategy == "pair" else ROWS for strategy in where}
+    if fields.get("tile_m", min(rows)) not in rows:
+        yield "tile_m"
+    if fields.get("tile_n", 16) > 128:
+        yield "tile_n"
+
+
+def _unfit(fields):
+    """The fields to blame where nothing fits."""
+    if fits(fields):
+        return
+    cured = [name for name in SEARCHED if name in fields and any(map(fits, _others(fields, name)))]
+    yield from cured or ["head_dim"]
+
+
+def _others(fields, name):
+    """The fields with one of them changed to what else it may be."""
+    rest = {key: value for key, value in fields.items() if key != name}
+    if name == "strategy":
+        narrow = ("tiles",) if max(widths(fields)) <= MMA_COLUMNS else ()
+        return [{**rest, name: other} for other in (*narrow, *WIDE)]
+    if name == "tile_m":
+        return [{**rest, "strategy": other} for other in WIDE] if fields.get("strategy", "auto") == "auto" else []
+    return [rest]
+
+
+def fits(fields):
+    """Whether any candidate fits a CTA, where P may wait in tensor memory or in shared memory."""
+    tiles = [fields["tile_n"]] if "tile_n" in fields else [128, 64, 32, 16]
+    stagings = [fields["p_staging"]] if "p_staging" in fields else ["tmem", "smem"]
+    stages = fields.get("kv_stage")
+    return any(
+        _FITS[strategy](fields, n, stages, staging)
+        for strategy in strategies(fields)
+        for n in tiles
+        for staging in stagings
+    )
+
+
+def _kib(size):
+    return -(-size // 1024) * 1024
+
+
+def _out_bytes(fields):
+    return 4 if fields.get("output") == "unnormalized" else 2
+
+
+def _tiles(fields, n, stages, staging):
+    """With O staged 16 columns at a time, in shared memory of its own or over Q."""
+    (d, dv), shared = widths(fields), fields.get("kv_shared", False)
+    stages = stages or 1 + shared
+    if shared and stages == 1:
+        return False  # the next QK would wait for a stage that only the PV after it frees
+    columns = n + (n // 2 if staging == "tmem" else 0) + dv
+    q, k, v = ROWS * d * 2, stages * n * d * 2, 0 if shared else stages * n * dv * 2
+    p, out = ROWS * n * 2 if staging == "smem" else 0, ROWS * 16 * _out_bytes(fields)
+    held = 1024 + sum(map(_kib, (q, k, v, p)))
+    return columns <= COLUMNS and (held if out <= q else held + _kib(out)) <= SMEM
+
+
+def _two_tiles(fields, n, stages, staging):
+    """Everything of a query tile twice, P over S, and a factor, a sum and a reference a row."""
+    (d, dv), stages = widths(fields), stages or 1
+    q, k, v = 2 * ROWS * d * 2, stages * n * d * 2, stages * n * dv * 2
+    rows, out = 3 * 2 * ROWS * 4, 2 * ROWS * 16 * _out_bytes(fields)
+    held = 1024 + sum(map(_kib, (rows, q, k, v)))
+    fit = 2 * n + 2 * dv <= COLUMNS and (held if out <= q else held + _kib(out)) <= SMEM
+    return fit and staging == "tmem"
+
+
+def _wide(fields, n, stages, staging, ctas=1, passes=1):
+    """Q whole, a ring of at least two buffers, O in as many columns as its MMAs write, staged over Q."""
+    if n % (16 * ctas) or (ctas > 1 and staging == "tmem"):
+        return False
+    d, dv = widths(fields)
+    wanted = -(-dv // passes)
+    mmas = -(-wanted // MMA_COLUMNS)
+    width = 16 * ctas
+    while mmas * width < wanted:
+        width += 16 * ctas
+    columns = mmas * width // ctas
+    if n // ctas + (n // 2 if staging == "tmem" else 0) + columns > COLUMNS:
+        return False
+    rows = ROWS // ctas
+    rest = 1024 + (rows * n * 2 if staging == "smem" else 0) + (1024 if ctas > 1 else 0)
+    for chunk in (64, 128):
+        q = rows * -(-d // chunk) * chunk * 2
+        for keys in (keys for keys in range(16, n + 1, 16) if n % keys == 0):
+            buffer = _kib(max(n // ctas * chunk * 2, keys * (width // ctas) * 2))
+            if _kib(q) + (stages or 2) * buffer + rest <= SMEM and ROWS * 16 * _out_bytes(fields) <= q:
+                return True
+    return False
+
+
+_FITS = {
+    "tiles": _tiles,
+    "two_tiles": _two_tiles,
+    "chunks": _wide,
+    "passes": lambda *case: _wide(*case, passes=2),
+    "pair": lambda *case: _wide(*case, ctas=2),
+}
