@@ -63,20 +63,21 @@ class Cost:
 def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     """The Cost of a candidate, whether or not it fits."""
     queries, by_fma = (QUERY_TILES, len(POLYNOMIAL_PAIRS)) if tiling.strategy == "two_tiles" else (1, 0)
+    one_load, qk_columns = spec.kv_shared and tiling.strategy in ("tiles", "chunks"), spec.head_dim
     if tiling.strategy in ("tiles", "two_tiles"):
         ctas, groups = 1, -(-spec.v_dim // arch.mma_n_max)
-        width, k_columns, v_columns = spec.v_dim // groups, spec.head_dim, spec.v_dim
+        width, k_columns, v_columns = spec.v_dim // groups, spec.head_dim, 0 if one_load else spec.v_dim
     else:
         shape = geometry(spec, arch, tiling)
-        ctas, groups, width = shape.ctas, shape.v_groups, shape.v_width
-        k_columns, v_columns = shape.k_chunks * tiling.k_chunk, shape.o_columns
+        ctas, groups, width, qk_columns = shape.ctas, shape.v_groups, shape.v_width, shape.qk_columns
+        k_columns, v_columns = shape.k_chunks * tiling.k_chunk, 0 if one_load else shape.o_columns
     rows, keys = tiling.tile_m, tiling.tile_n
     step_bytes = HEAD_DIM_STEP * ELEMENT_BYTES  # of one row of A or B that one tcgen05.mma multiplies
-    qk_steps, pv_steps = spec.head_dim // HEAD_DIM_STEP, groups * (keys // HEAD_DIM_STEP)
+    qk_steps, pv_steps = qk_columns // HEAD_DIM_STEP, groups * (keys // HEAD_DIM_STEP)
     p_rows = rows if tiling.p_staging == "smem" else 0
     qk_read, pv_read = qk_steps * (rows + keys // ctas), pv_steps * (p_rows + width // ctas)
     mma_rows = arch.mma_m // ctas
-    loaded = keys // ctas * spec.head_dim + keys * spec.v_dim // tiling.passes // ctas
+    loaded = keys // ctas * spec.head_dim + (0 if one_load else keys * spec.v_dim // tiling.passes // ctas)
     written = keys // ctas * k_columns + keys * v_columns + p_rows * keys
     return Cost(
         rows=rows * queries,
