@@ -50,7 +50,7 @@ class Tiling:
     strategy: str = "tiles"
     passes: int = 1
     k_chunk: int = 0  # columns of K in a buffer of the ring
-    v_keys: int = 0  # keys of V in a buffer of the ring
+    v_keys: int = 0  # keys of V in a buffer of the ring; 0: V has none of its own
 
     def __str__(self) -> str:
         reuse = "sO over sQ" if self.o_over_q else "own sO"
@@ -64,7 +64,7 @@ class Tiling:
         if self.passes > 1:
             how += f"O in {self.passes} passes, "
         if self.k_chunk:
-            how += f"{self.k_chunk} columns of K or {self.v_keys} keys of V a buffer, "
+            how += f"{self.k_chunk} columns of K {f'or {self.v_keys} keys of V' if self.v_keys else 'and V'} a buffer, "
         return (
             f"{how}tile {self.tile_m}x{self.tile_n}, kv_stage {self.kv_stages}, P in {self.p_staging.upper()}, "
             f"{reuse} by {self.o_chunk} columns"

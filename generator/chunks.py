@@ -6,6 +6,12 @@ Pure arithmetic, as in budget.py. Where the two strategies agree:
     ring    kv_stages equal buffers; each holds k_chunk columns of tile_n keys of K, or v_width of v_keys keys of V
     O       v_groups x v_width columns, one tcgen05.mma wide each; in passes, each pass with as many columns
 
+With kv_shared one CTA's ring holds K alone, k_chunk columns of tile_n keys a buffer. The chunks that a CTA has as V
+come last in each tile: QK reads them K-major and PV, later, MN-major from the same buffers, so that only PV releases
+them, and the ring is at least as deep as lifetime.py finds. A pair loads V's columns a second time, from K's tensor:
+its tcgen05.mma takes one descriptor for both CTAs, so at one address both have the same keys for PV, and for QK each
+has keys of its own.
+
 In a pair (cta_group::2) one tcgen05.mma multiplies 128 rows of Q, 64 of each CTA, with K and V of which each CTA holds
 half, and each CTA keeps its 64 rows of the product: the left half of the columns in lanes 0 to 63, the right half in
 the same columns of lanes 64 to 127 (layout B, PTX ISA 9.1 section 9.7.16.10.5). So S and O take half as many columns.
@@ -44,6 +50,7 @@ from .budget import (
     smem_overflows,
     softmax_role,
 )
+from .lifetime import fewest_buffers
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_ctas import two_cta_budget
 from .two_tiles import two_tile_budget
@@ -57,8 +64,11 @@ class Geometry:
 
     ctas: int  # that share one tcgen05.mma
     k_chunks: int  # of head_dim
+    qk_columns: int  # of head_dim that QK multiplies, with those past it where it cannot tell the chunk that has them
+    kept: int  # chunks of a K tile that are V's too; 0: V has buffers of its own
     v_groups: int  # of O's columns, a pass
     v_width: int  # columns of O that one tcgen05.mma writes, over all CTAs
+    v_keys: int  # of V in a buffer
     v_key_blocks: int  # of tile_n
     k_rows: int  # keys of K in a buffer
     v_columns: int  # columns of V in a buffer, and of one group of O in TMEM
@@ -85,11 +95,18 @@ class Geometry:
 
     @property
     def chunks_a_tile(self) -> int:
-        return self.k_chunks + self.v_groups * self.v_key_blocks
+        return self.k_chunks if self.kept else self.k_chunks + self.v_groups * self.v_key_blocks
+
+    @property
+    def fewest_buffers(self) -> int:
+        """The shallowest ring with which the kernel does not wait for itself."""
+        return fewest_buffers(self.k_chunks - self.kept, self.kept) if self.kept else 1
 
 
 def geometry(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Geometry:
     """The Geometry of a candidate whose strategy streams K and V in chunks."""
+    if one_buffer(spec, tiling):
+        return _shared_geometry(spec, tiling)
     ctas = 2 if tiling.strategy == "pair" else 1
     step = HEAD_DIM_STEP * ctas  # of N: a pair's tcgen05.mma takes multiples of 32 [PTX 9.7.16.2]
     a_pass = -(-spec.v_dim // tiling.passes)
@@ -99,12 +116,41 @@ def geometry(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Geometry:
     return Geometry(
         ctas=ctas,
         k_chunks=-(-spec.head_dim // tiling.k_chunk),
+        qk_columns=spec.head_dim,
+        kept=0,
         v_groups=groups,
         v_width=width,
+        v_keys=tiling.v_keys,
         v_key_blocks=tiling.tile_n // tiling.v_keys,
         k_rows=k_rows,
         v_columns=columns,
         chunk_bytes=(k_rows * tiling.k_chunk * ELEMENT_BYTES, tiling.v_keys * columns * ELEMENT_BYTES),
+    )
+
+
+def one_buffer(spec: KernelSpec, tiling: Tiling) -> bool:
+    """Whether the buffers of the ring serve K and V both."""
+    return spec.kv_shared and tiling.strategy == "chunks"
+
+
+def _shared_geometry(spec: KernelSpec, tiling: Tiling) -> Geometry:
+    """Each pass has as many whole chunks as V, the last one past head_dim_v where it does not come out even. At which
+    place head_dim's last chunk is multiplied differs from pass to pass, so that QK multiplies every chunk whole.
+    """
+    chunk, n = tiling.k_chunk, tiling.tile_n
+    kept, chunks = -(-spec.v_dim // (chunk * tiling.passes)), -(-spec.head_dim // chunk)
+    return Geometry(
+        ctas=1,
+        k_chunks=chunks,
+        qk_columns=spec.head_dim if tiling.passes == 1 else chunks * chunk,
+        kept=kept,
+        v_groups=kept,
+        v_width=chunk,
+        v_keys=n,
+        v_key_blocks=1,
+        k_rows=n,
+        v_columns=chunk,
+        chunk_bytes=(n * chunk * ELEMENT_BYTES, n * chunk * ELEMENT_BYTES),
     )
 
 
@@ -150,10 +196,13 @@ def _mbarriers(tiling: Tiling, shape: Geometry) -> tuple[tuple[Mbarrier, ...], i
     warps = SOFTMAX_WARPS * shape.ctas
     both = ", in both CTAs" if shape.ctas > 1 else ""
     of_both = " of both CTAs" if shape.ctas > 1 else ""
+    landed, read = "a chunk of K or V", "QK or PV has read the chunk"
+    if shape.kept:
+        landed, read = "a chunk of K", "QK has read the chunk, and PV one that V has"
     families = (
         ("q_full", 1, shape.ctas, f"TMA: Q{of_both} has landed"),
-        ("ring_full", tiling.kv_stages, shape.ctas, f"TMA: a chunk of K or V{of_both} has landed"),
-        ("ring_empty", tiling.kv_stages, 1, f"commit{both}: QK or PV has read the chunk"),
+        ("ring_full", tiling.kv_stages, shape.ctas, f"TMA: {landed}{of_both} has landed"),
+        ("ring_empty", tiling.kv_stages, 1, f"commit{both}: {read}"),
         ("s_full", 1, 1, f"commit{both}: QK has written S"),
         ("s_empty", 1, warps, f"softmax{of_both}, one lane a warp: S is in registers"),
         ("p_full", 1, warps, f"softmax{of_both}, one lane a warp: P is written and O is rescaled"),
@@ -167,6 +216,12 @@ def _buffers(
 ) -> tuple[tuple[Buffer, ...], int]:
     rows, n, lanes, o_bytes = tiling.tile_m, tiling.tile_n, arch.tmem_lanes, output_bytes(spec)
     ring = f"{shape.k_rows} x {tiling.k_chunk} of K or {tiling.v_keys} x {shape.v_columns} of V a buffer"
+    if spec.kv_shared:
+        ring += ", V loaded a second time, from K"
+    if shape.kept:
+        saved = n * shape.o_columns * ELEMENT_BYTES
+        held = "all of them V's" if shape.kept == shape.k_chunks else f"{shape.kept} of a tile's {shape.k_chunks} V's"
+        ring = f"{n} x {tiling.k_chunk} of K a buffer, {held} too, which saves {saved} bytes a tile"
     q_columns = shape.k_chunks * tiling.k_chunk
     wanted = [
         ("barriers", barrier_bytes, 1, None, "mbarriers and the slot of the TMEM base address"),
@@ -206,11 +261,15 @@ def _named_barriers(threads: int, shape: Geometry) -> tuple[NamedBarrier, ...]:
 
 
 def _overflows(budget: Budget, arch: Arch, tiling: Tiling, shape: Geometry) -> Iterator[Overflow]:
-    options = ["fewer kv_stage buffers"] if tiling.kv_stages > 2 else ["a smaller tile_n"]
+    options = ["fewer kv_stage buffers"] if tiling.kv_stages > max(2, shape.fewest_buffers) else ["a smaller tile_n"]
     options += [] if tiling.strategy == "pair" else ["a CTA pair (strategy = pair)"]
     options += ["P in TMEM"] if tiling.p_staging == "smem" and tiling.strategy != "pair" else []
     options += [] if tiling.o_over_q else ["sO over sQ"]
     yield from smem_overflows(budget, " or ".join(options))
+    if tiling.kv_stages < shape.fewest_buffers:
+        reason = f"QK of a tile, {shape.k_chunks} chunks, is issued before PV of the one before, {shape.kept} chunks"
+        remedy = f"at least {shape.fewest_buffers} buffers"
+        yield Overflow("kv_stage", "buffers", shape.fewest_buffers, tiling.kv_stages, reason, remedy)
     if budget.tmem_used > budget.tmem_limit:
         rows_columns = (tiling.tile_m, shape.o_width)
         yield accumulator_overflow(budget, arch, rows_columns, shape.o_columns, WIDE_REMEDY)
@@ -219,6 +278,7 @@ def _overflows(budget: Budget, arch: Arch, tiling: Tiling, shape: Geometry) -> I
 # --- candidates -------------------------------------------------------------------------------------------------------
 
 K_CHUNKS = (64, 128)  # columns: one 128-byte swizzle span, or two
+SHARED_CHUNKS = (16, *range(32, 257, 32))  # columns of K, and of O that one tcgen05.mma writes
 RING_MIN = 2  # buffers: the next chunk is loaded while this one is multiplied
 PASSES = 2
 
@@ -233,12 +293,24 @@ def chunked_tilings(
     kind, passes = ("pair", 1) if strategy == "pair" else ("chunks", PASSES if strategy == "passes" else 1)
     for tile_n in tile_ns:
         for staging in stagings:
-            for k_chunk in K_CHUNKS:
-                for v_keys in (n for n in range(HEAD_DIM_STEP, tile_n + 1, HEAD_DIM_STEP) if tile_n % n == 0):
-                    plain = Tiling(rows, tile_n, RING_MIN, staging, True, 0, kind, passes, k_chunk, v_keys)
-                    chunk = _o_chunk(spec, arch, plain)
-                    depth = spec.kv_stage if spec.kv_stage != "auto" else _depth(spec, arch, plain, chunk, depth_max)
-                    yield replace(plain, kv_stages=depth, o_chunk=chunk)
+            for k_chunk, v_keys in _buffer_sizes(spec, kind, passes, tile_n, depth_max):
+                plain = Tiling(rows, tile_n, RING_MIN, staging, True, 0, kind, passes, k_chunk, v_keys)
+                chunk = _o_chunk(spec, arch, plain)
+                depth = spec.kv_stage if spec.kv_stage != "auto" else _depth(spec, arch, plain, chunk, depth_max)
+                yield replace(plain, kv_stages=depth, o_chunk=chunk)
+
+
+def _buffer_sizes(spec: KernelSpec, kind: str, passes: int, tile_n: int, depth_max: int) -> Iterator[tuple[int, int]]:
+    """(columns of K, keys of V) in a buffer; no keys where K's chunks are V's too: then each pass has its own."""
+    if spec.kv_shared and kind == "chunks":
+        for k_chunk in SHARED_CHUNKS:
+            kept, chunks = -(-spec.v_dim // (k_chunk * passes)), -(-spec.head_dim // k_chunk)
+            used = (passes - 1) * kept * k_chunk < spec.v_dim and kept * passes <= chunks
+            if used and fewest_buffers(chunks - kept, kept) <= depth_max:
+                yield k_chunk, 0
+        return
+    whole = [n for n in range(HEAD_DIM_STEP, tile_n + 1, HEAD_DIM_STEP) if tile_n % n == 0]
+    yield from ((k_chunk, v_keys) for k_chunk in K_CHUNKS for v_keys in whole)
 
 
 def _o_chunk(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
@@ -251,7 +323,8 @@ def _o_chunk(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
 
 
 def _depth(spec: KernelSpec, arch: Arch, tiling: Tiling, o_chunk: int, depth_max: int) -> int:
-    """Ring buffers that fit beside the rest."""
-    budget = budget_of(spec, arch, replace(tiling, kv_stages=RING_MIN, o_chunk=o_chunk))
+    """Ring buffers that fit beside the rest, or the fewest that there can be."""
+    fewest = max(RING_MIN, geometry(spec, arch, tiling).fewest_buffers)
+    budget = budget_of(spec, arch, replace(tiling, kv_stages=fewest, o_chunk=o_chunk))
     buffer = budget.buffer("ring").stage_bytes
-    return max(RING_MIN, min(depth_max, RING_MIN + (budget.smem_limit - budget.smem_total) // buffer))
+    return max(fewest, min(depth_max, fewest + (budget.smem_limit - budget.smem_total) // buffer))

@@ -67,20 +67,22 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     by_fma = len(POLYNOMIAL_PAIRS) if tiling.strategy == "two_tiles" else 0
     if tiling.strategy == "two_ctas":
         by_fma = len(polynomial_pairs(spec, arch))
+    one_load, qk_columns = spec.kv_shared and tiling.strategy in ("tiles", "chunks"), spec.head_dim
     if tiling.strategy in ("tiles", "two_tiles", "two_ctas"):
         ctas, groups = CTAS if tiling.strategy == "two_ctas" else 1, -(-spec.v_dim // arch.mma_n_max)
-        width, k_columns, v_columns = spec.v_dim // groups, spec.head_dim, spec.v_dim // ctas
+        width, k_columns = spec.v_dim // groups, spec.head_dim
+        v_columns = 0 if one_load else spec.v_dim // ctas
     else:
         shape = geometry(spec, arch, tiling)
-        ctas, groups, width = shape.ctas, shape.v_groups, shape.v_width
-        k_columns, v_columns = shape.k_chunks * tiling.k_chunk, shape.o_columns
+        ctas, groups, width, qk_columns = shape.ctas, shape.v_groups, shape.v_width, shape.qk_columns
+        k_columns, v_columns = shape.k_chunks * tiling.k_chunk, 0 if one_load else shape.o_columns
     rows, keys = tiling.tile_m, tiling.tile_n
     step_bytes = HEAD_DIM_STEP * ELEMENT_BYTES  # of one row of A or B that one tcgen05.mma multiplies
-    qk_steps, pv_steps = spec.head_dim // HEAD_DIM_STEP, groups * (keys // HEAD_DIM_STEP)
+    qk_steps, pv_steps = qk_columns // HEAD_DIM_STEP, groups * (keys // HEAD_DIM_STEP)
     p_rows = rows if tiling.p_staging == "smem" else 0
     qk_read, pv_read = qk_steps * (rows + keys // ctas), pv_steps * (p_rows + width // ctas)
     mma_rows = arch.mma_m if tiling.strategy == "two_ctas" else arch.mma_m // ctas
-    loaded = keys // ctas * spec.head_dim + keys * spec.v_dim // tiling.passes // ctas
+    loaded = keys // ctas * spec.head_dim + (0 if one_load else keys * spec.v_dim // tiling.passes // ctas)
     written = keys // ctas * k_columns + keys * v_columns + p_rows * keys
     return Cost(
         rows=rows * queries,

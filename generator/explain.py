@@ -36,6 +36,12 @@ SAYS = {
     "passes": "as chunks, O's columns in two passes, scores recomputed",
     "pair": "CTA pair (cta_group::2): half of K, V and of the rows each",
 }
+SHARED_SAYS = {
+    "tiles": "whole K tiles through one ring, V a part of them",
+    "chunks": "K in chunks through one ring, V a part of them, Q resident; two K tiles in it, for QK goes ahead of PV",
+    "pair": "CTA pair (cta_group::2): half of K, V and of the rows each; V is loaded a second time, for one descriptor "
+    "serves both CTAs: at one address PV wants the same keys in both, QK other keys in each",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,12 @@ class Explained:
     cost: Cost
     status: str
     remedy: str
+
+    @property
+    def says(self) -> str:
+        """What the strategy is, of this specification."""
+        shared = SHARED_SAYS.get(self.strategy) if self.spec.kv_shared else None
+        return shared or SAYS[self.strategy]
 
     @property
     def chosen(self) -> bool:

@@ -15,7 +15,7 @@ from .budget import (
     output_bytes,
     swizzle_bytes,
 )
-from .chunks import Geometry, geometry
+from .chunks import Geometry, geometry, one_buffer
 from .mask import Mask, mask_of
 from .partials import PARTIALS, Partials
 from .signature import Parameter, signature
@@ -163,6 +163,44 @@ class Plan:
         return geometry(self.spec, self.arch, self.tiling)
 
     @property
+    def separate_v(self) -> bool:
+        """V is loaded into buffers of its own."""
+        return not self.spec.kv_shared or self.pair
+
+    @property
+    def chunk(self) -> str:
+        """The chunk of K that is loaded and multiplied c-th where K's chunks are V's too: V's come last."""
+        if self.shape.kept == self.shape.k_chunks:
+            return "c"
+        return "chunk_at(c, o_pass)" if self.passes > 1 else "chunk_at(c)"
+
+    @property
+    def pads_head_dim(self) -> bool:
+        """QK multiplies columns past head_dim."""
+        return self.shape.qk_columns > self.spec.head_dim
+
+    @property
+    def chunk_columns(self) -> str:
+        """How many columns of it QK multiplies."""
+        whole = self.pads_head_dim or self.spec.head_dim % self.tiling.k_chunk == 0
+        return "K_CHUNK" if whole else f"min(K_CHUNK, HEAD_DIM - {self.chunk} * K_CHUNK)"
+
+    @property
+    def kv_tiles(self) -> str:
+        """KV tiles that a CTA visits, of all sources, by the kernel's `span` and `spans`."""
+        return "span[0] + spans[1][0]" if self.spec.kv_sources == 2 else "span[0]"
+
+    @property
+    def load_tiles(self) -> str:
+        """The same by what the load warp has."""
+        return "spans[0][0] + spans[1][0]" if self.spec.kv_sources == 2 else "span[0]"
+
+    @property
+    def tile_of_j(self) -> str:
+        """The KV tile of the first source that is visited j-th."""
+        return "kv_tile(j, span)" if self.mask.left is not None else "j"
+
+    @property
     def o_tmem_columns(self) -> int:
         """TMEM columns of O."""
         return self.budget.region("O0" if self.query_tiles == 2 else "O").columns
@@ -175,7 +213,7 @@ class Plan:
     @property
     def partials(self) -> Partials:
         """The template's parts for this strategy."""
-        found = PARTIALS[self.tiling.strategy]
+        found = PARTIALS["chunks_shared" if one_buffer(self.spec, self.tiling) else self.tiling.strategy]
         if not self.spec.sink:
             return found
         at = next(i for i, part in enumerate(found.parts) if part.startswith("_kernel"))
@@ -303,14 +341,26 @@ class Plan:
         return f"{names[0]}," if len(names) == 1 else ", ".join(names)
 
     @property
+    def uses_row(self) -> bool:
+        """A softmax thread asks which row of the tile it has: for its mask, its LSE or its head."""
+        return self.mask.rows_differ or self.spec.lse or (self.packed and bool(self.rows))
+
+    @property
     def tma_operands(self) -> str:
         """TMA atoms and tensors of Q, of each source's K and V, and of O, as the kernel takes them."""
+        return ", ".join(f"tma_{name}, m{name}" for name in self._matrices)
+
+    @property
+    def _matrices(self) -> list[str]:
+        """What TMA loads and stores: a pair loads V's columns of a shared K as if they were a tensor of their own."""
         names = [parameter.name for parameter in self.parameters if parameter.matrix]
-        return ", ".join(f"tma_{name}, m{name}" for name in names)
+        if self.spec.kv_shared and self.pair:
+            names = [name for own in names for name in ([own, own.replace("k", "v")] if own[0] == "k" else [own])]
+        return names
 
     @property
     def tma_atoms(self) -> str:
-        return ", ".join(f"tma_{parameter.name}" for parameter in self.parameters if parameter.matrix)
+        return ", ".join(f"tma_{name}" for name in self._matrices)
 
     @property
     def call(self) -> str:
@@ -350,7 +400,7 @@ class Plan:
                 k_rows, v_columns = k_rows // self.ctas, v_width(spec) // self.ctas
         else:
             shape = self.shape
-            k_columns, k_rows, v_columns, v_rows = tiling.k_chunk, shape.k_rows, shape.v_columns, tiling.v_keys
+            k_columns, k_rows, v_columns, v_rows = tiling.k_chunk, shape.k_rows, shape.v_columns, shape.v_keys
         shapes = [
             ("sQ", tiling.tile_m, k_columns, ELEMENT_BYTES, "K"),
             ("sK", k_rows, k_columns, ELEMENT_BYTES, "K"),
@@ -363,7 +413,8 @@ class Plan:
         half = tiling.tile_n // 2 * ELEMENT_BYTES  # of a row of P, which is what a thread of a pair stores
         if self.pair and half % spans["sP"] and spans["sP"] % half:
             spans["sP"] = swizzle_bytes(half)
-        if spec.kv_shared:  # K and V are the same bytes, so one span must divide the rows of both
+        if spec.kv_shared and tiling.strategy in WHOLE_TILES:
+            # K and V are the same bytes, so one span must divide the rows of both
             spans["sK"] = spans["sV"] = swizzle_bytes(gcd(spec.head_dim, spec.v_dim) * ELEMENT_BYTES)
         return {
             name: TileLayout(name, rows, columns, size, spans[name], major)

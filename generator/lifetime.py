@@ -15,6 +15,9 @@ The events of one CTA and what orders each before the next, for a launch of TILE
 With S and P of two KV tiles (`scores` = 2), S and P of tile j lie where those of j + 2 do, read S j is before QK j + 2
 only, and another warpgroup rescales O, so that PV j is not before write P j + 1.
 
+A ring's buffer holds one chunk after another: the next is loaded once the last reader of the one before is complete.
+Readers are not in the order of the loads where a chunk of K is V's too: `fewest_buffers`.
+
 Two buffers may overlap only if, tile by tile, every use of one is ordered before every use of the other. What is not
 ordered by a chain of these is taken to happen at the same time.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 TILES = 4  # of KV in the model: a tile, its neighbours, and one that is neither
@@ -74,6 +78,41 @@ def check_overlaps(pairs: Iterable[tuple[str, str]], qk_first: bool = True, scor
                 together = {one, other} != {"S", "P"} or i % scores == j % scores
                 if together and not (_before(first, second, order) or _before(second, first, order)):
                     raise Overlap(_why(one, other, first, second, order))
+
+
+@cache
+def fewest_buffers(rest: int, kept: int) -> int:
+    """The shallowest ring through which K tiles can go of which QK alone reads the first `rest` chunks, and PV, after
+    QK, the last `kept`: with fewer buffers the load of some chunk waits for a reader that waits for that load.
+    """
+    depth = 1
+    while _waits_for_itself(rest, kept, depth):
+        depth += 1
+    return depth
+
+
+def _waits_for_itself(rest: int, kept: int, depth: int) -> bool:
+    """Whether what the load warp and the MMA warp do, each in its order, goes round in a circle: TILES tiles, chunk by
+    chunk through a ring of that many buffers, QK of a tile before PV of the one before it.
+    """
+    size = rest + kept
+    qk = [[("QK", i) for i in range(j * size, j * size + size)] for j in range(TILES)]
+    pv = [[("PV", i) for i in range(j * size + rest, j * size + size)] for j in range(TILES)]
+    mmas = qk[0] + [event for j in range(1, TILES) for event in qk[j] + pv[j - 1]] + pv[-1]
+    loads = [("load", i) for i in range(TILES * size)]
+    follows = [*zip(loads, loads[1:], strict=False), *zip(mmas, mmas[1:], strict=False)]
+    for i in range(TILES * size):
+        follows.append((("load", i), ("QK", i)))
+        if i + depth < TILES * size:  # the last reader frees the buffer
+            follows.append((("QK" if i % size < rest else "PV", i), ("load", i + depth)))
+    before: dict[Event, set[Event]] = {}
+    for first, second in follows:
+        before.setdefault(second, set()).add(first)
+    try:
+        TopologicalSorter(before).prepare()
+    except CycleError:
+        return True
+    return False
 
 
 def _before(first: Use, second: Use, order: Order) -> bool:

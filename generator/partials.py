@@ -19,9 +19,9 @@ def _partials(overview: str, constants: str, *parts: str) -> Partials:
     return Partials(names[0], names[1], tuple(names[2:]))
 
 
-_CHUNKS = (
-    *("overview_chunks", "constants_chunks", "operands_chunks", "tiles", "mask", "load_chunks", "mma_chunks", "tmem"),
-)
+_CHUNKS = ("overview_chunks", "constants_chunks", "operands_chunks", "tiles", "mask")
+_APART = ("load_chunks", "mma_chunks", "tmem")  # chunks of V in buffers of their own
+_OUT = ("rows", "store_columns", "stage", "kernel_chunks", "launch_chunks")
 PARTIALS = {
     "tiles": _partials(
         *("overview_tiles", "constants_tiles", "operands", "tiles", "mask", "load", "mma", "tmem"),
@@ -35,6 +35,7 @@ PARTIALS = {
         *("overview_ctas", "constants_ctas", "operands_ctas", "tiles", "mask", "work_ctas", "load_ctas", "mma_ctas"),
         *("tmem", "softmax_ctas", "rows", "correction_ctas", "epilogue_ctas", "stage", "kernel_ctas", "launch"),
     ),
-    "chunks": _partials(*_CHUNKS, "softmax", "rows", "store_columns", "stage", "kernel_chunks"),
-    "pair": _partials(*_CHUNKS, "softmax_pair", "rows", "store_columns", "stage", "kernel_chunks"),
+    "chunks": _partials(*_CHUNKS, *_APART, "softmax", *_OUT),
+    "chunks_shared": _partials(*_CHUNKS, "load_shared", "mma_shared", "tmem", "softmax", *_OUT),
+    "pair": _partials(*_CHUNKS, *_APART, "softmax_pair", *_OUT),
 }

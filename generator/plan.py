@@ -28,11 +28,12 @@ from .budget import Tiling
 from .chunks import budget_of, chunked_tilings, geometry
 from .cost import cost_of
 from .layout import TILE_M, WHOLE_TILES, Plan, Rejected
-from .spec import KV_STAGE_MAX, KernelSpec, SpecError
+from .spec import HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
 
 __all__ = ["CHUNKED", "WHOLE_TILES", "DoesNotFit", "NotImplementedYet", "Plan", "candidates", "plan_kernel"]
 
 TILE_NS = (128, 64, 32, 16)
+SHARED_TILE_NS = tuple(range(128, 0, -16))  # two K tiles must fit where K in chunks is V too: finer steps fill the rest
 TILE_N_MAX = 128
 PAIR_N_STEP = 32  # keys: N of a tcgen05.mma of two CTAs [PTX 9.7.16.2]
 CHUNKED = ("chunks", "passes", "pair")
@@ -103,6 +104,8 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
         else:
             places = tuple(p for p in stagings if p == "smem") if strategy == "pair" else stagings
             wide = tuple(n for n in tile_ns if strategy != "pair" or n % PAIR_N_STEP == 0)
+            if spec.kv_shared and strategy != "pair" and spec.tile_n == "auto":
+                wide = SHARED_TILE_NS
             found += chunked_tilings(spec, arch, strategy, wide, places, KV_STAGE_MAX)
     return found
 
@@ -204,10 +207,12 @@ def check_implemented(spec: KernelSpec) -> None:
 
 def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
-    if spec.kv_shared and strategies(spec) != ("tiles",):
-        yield "kv_shared", "leave it out (default: false); sharing needs whole tiles of K and V (strategy = tiles)"
-    if spec.kv_sources != 1 and strategies(spec) not in (("tiles",), ("two_ctas",)):
-        yield "kv_sources", "leave it out (default: 1); a second source needs whole tiles of K and V (strategy = tiles)"
+    if spec.kv_shared and spec.strategy in ("two_tiles", "two_ctas"):
+        yield "kv_shared", "leave it out (default: false), or one query tile (strategy = tiles)"
+    if spec.kv_sources != 1 and spec.strategy == "two_tiles":
+        yield "kv_sources", "leave it out (default: 1), or one query tile (strategy = tiles)"
+    if spec.strategy == "passes" and spec.v_dim < 2 * HEAD_DIM_STEP:
+        yield "strategy", f'O has {spec.v_dim} columns, two passes need {2 * HEAD_DIM_STEP}: use "auto" or "chunks"'
     if spec.strategy == "two_tiles":
         yield from _later_in_two_tiles(spec)
     if spec.strategy == "two_ctas":

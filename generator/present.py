@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .arch import SM100A
-from .explain import SAYS, Explained
+from .explain import Explained
 from .layout import Plan
 from .survey import Row
 
@@ -199,7 +199,7 @@ def strategy_notes(rows: Iterable[Explained]) -> list[str]:
     """What each strategy is, and of those not taken why and what to do."""
     notes = []
     for row in rows:
-        notes.append(f"{row.strategy}: {SAYS[row.strategy]}")
+        notes.append(f"{row.strategy}: {row.says}")
         notes.append(f"  {row.tiling}: {row.status}")
         notes += [f"    remedy: {row.remedy}"] if row.remedy and not row.chosen else []
     return notes

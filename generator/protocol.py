@@ -64,11 +64,14 @@ def _ring(plan: Plan, who: _Warps) -> Told:
     first = f"opposite parity of i div {n}: passes at once in the first round"
     if plan.tiling.strategy != "tiles":
         size = " or ".join(map(str, dict.fromkeys(plan.shape.loaded_bytes)))
+        full, freed = "before the MMAs of chunk i", "after the MMAs of chunk i"
+        if plan.shape.kept:
+            full, freed = "before QK of chunk i", "after the MMAs of chunk i: of QK, or of PV where it is V's too"
         return {
             "q_full": (tma, f"{who.mma}, once", "0", plan.budget.buffer("sQ").bytes * plan.shape.ctas),
-            "ring_full": (tma, f"{who.mma}, before the MMAs of chunk i", parity, size),
+            "ring_full": (tma, f"{who.mma}, {full}", parity, size),
             "ring_empty": (
-                f"{who.commit} after the MMAs of chunk i",
+                f"{who.commit} {freed}",
                 f"{who.loader}, before loading chunk i",
                 first,
                 0,
