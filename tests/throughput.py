@@ -2,8 +2,8 @@
 
 What one CTA executes for a KV tile, by unit, and how long the timeline's model (docs/timeline.md) says it takes: both
 kernels compiled here and executed by the emulator on the same model. A CTA has 256 query rows and sees all of 2048 or
-4096 keys; the difference of the two launches is 16 KV tiles of 128 keys, without beginning and end. Needs flash-attn-4
-and CPU PyTorch for its half; what is missing is said.
+4096 keys; the difference of the two launches is 16 KV tiles of 128 keys, without beginning and end. Then whole launches
+of more query tiles than multiprocessors. Needs flash-attn-4 and CPU PyTorch for its half; what is missing is said.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from generator.compile import compile_kernel
 from generator.cubin import read_cubin
 from generator.emulator import Tracer, attach, attached
 from generator.emulator.clock import FLOAT, INTEGER, ISSUE, MEMORY, SPECIAL, unit_of
+from generator.emulator.timeline import WARP
 from generator.plan import plan_kernel
 from generator.resources import checkout_root
 from generator.run import run_observed
@@ -35,7 +36,9 @@ from generator.spec import load_spec
 from generator.verify import random_inputs
 
 QUERIES, KEYS, TILE = 256, (2048, 4096), 128
-CASES = [(d, v, causal) for d, v in ((64, 64), (96, 96), (128, 128), (192, 128)) for causal in (False, True)]
+DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+CASES = [(d, v, causal) for d, v in DIMS for causal in (False, True)]
+SMS, HEADS, SQUARE = 2, 2, 1024  # of the whole launches: 8 query tiles of 256 rows, all keys
 PAGE = checkout_root() / "docs" / "throughput.md"
 ROWS = {
     "tensor core, cycles": "mma_cycles",
@@ -169,10 +172,80 @@ def flash(d: int, v: int, causal: bool, folder: Path) -> Measured:
     return measured(found, "FlashAttention-4")
 
 
-def table(d: int, v: int, causal: bool, columns: list[Measured]) -> list[str]:
-    title = f"head_dim {d}" + (f"/{v}" if v != d else "") + (", causal" if causal else "")
+@dataclass(frozen=True)
+class Whole:
+    """A launch of many query tiles on SMS multiprocessors. tensor: share of the time that their tensor cores work."""
+
+    name: str
+    ctas: int
+    cycles: float
+    tensor: float
+
+
+def whole(timeline: Any, model: dict[str, Any], cluster: int, flop: int, name: str) -> Whole:
+    """The model gives each CTA a multiprocessor: here the clusters of a launch take their turns on SMS of them, in the
+    order of their numbers, each when the one before it is done.
+    """
+    ends: dict[int, float] = {}
+    for track in timeline.tracks:
+        if track.kind == WARP and track.slices:
+            ends[track.cta] = max(ends.get(track.cta, 0.0), max(piece.end for piece in track.slices))
+    free = [0.0] * (SMS // cluster)
+    for first in range(0, model["ctas"], cluster):
+        free.sort()
+        free[0] += max(ends[first + i] for i in range(cluster))
+    cycles = max(free)
+    return Whole(name, model["ctas"], cycles, flop / 8192 / SMS / cycles)
+
+
+def our_whole(d: int, v: int, causal: bool, strategy: str, folder: Path) -> Whole:
+    binary = compile_kernel(plan_kernel(load_spec(None, head_dim=d, head_dim_v=v, causal=causal, strategy=strategy)))
+    inputs = random_inputs("bf16", (1, HEADS, HEADS, SQUARE, SQUARE), d, v, 0)
+    tracer = Tracer(folder / "t.json", ctas=64)
+    launch = run_observed(binary, *inputs, strict=False, trace=tracer, sms=SMS).launches[0]
+    return whole(tracer.timelines[0], launch.model, binary.plan.ctas, launch.mma_flop, binary.plan.kernel_name)
+
+
+def their_whole(d: int, v: int, causal: bool, folder: Path) -> Whole:
+    import foreign
+
+    module, tracer = foreign.load("foreign_fa4"), Tracer(folder / "t.json", ctas=64)
+    with attached("sm_100a", False, SMS, trace=tracer) as device:
+        foreign.forget_devices()
+        module.run(module.Attention("sm_100a", d, SQUARE, SQUARE, HEADS, HEADS, v, causal=causal))
+        (launch,) = device.launches
+    cluster = math.prod(launch.cluster)
+    return whole(tracer.timelines[0], launch.model, cluster, launch.mma_flop, "FlashAttention-4")
+
+
+def whole_lines(folder: Path, theirs: bool) -> list[str]:
     lines = [
-        f"## {title}",
+        "## More query tiles than multiprocessors",
+        "",
+        f"{HEADS} heads of {SQUARE} queries and as many keys, 256 rows a query tile, on {SMS} multiprocessors. A "
+        "persistent",
+        "launch has a CTA a multiprocessor; the CTAs of another take their turns, each when the one before it is done.",
+        "Tensor core busy: of its time; what a kernel multiplies past the mask's edge counts.",
+        "",
+        "| head_dim | kernel | CTAs | cycles | tensor core busy |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for d, v, causal in CASES:
+        found = [our_whole(d, v, causal, _strategies(d, v)[-1], folder)]
+        found += [their_whole(d, v, causal, folder)] if theirs else []
+        for one in found:
+            lines.append(f"| {_title(d, v, causal)} | {one.name} | {one.ctas} | {one.cycles:.0f} | {one.tensor:.1%} |")
+        print("\n".join(lines[-len(found) :]), flush=True)
+    return [*lines, ""]
+
+
+def _title(d: int, v: int, causal: bool) -> str:
+    return f"{d}" + (f"/{v}" if v != d else "") + (", causal" if causal else "")
+
+
+def table(d: int, v: int, causal: bool, columns: list[Measured]) -> list[str]:
+    lines = [
+        f"## head_dim {_title(d, v, causal)}",
         "",
         "| a KV tile of a CTA, 256 x 128 scores | " + " | ".join(m.name for m in columns) + " |",
     ]
@@ -202,29 +275,33 @@ def main() -> None:
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for d, v, causal in CASES:
-            title = f"head_dim {d}" + (f"/{v}" if v != d else "") + (", causal" if causal else "")
-            if options.only and options.only not in title:
+            if options.only and options.only not in f"head_dim {_title(d, v, causal)}":
                 continue
             columns = [ours(d, v, causal, strategy, Path(folder)) for strategy in _strategies(d, v)]
             columns += [flash(d, v, causal, Path(folder))] if theirs else []
             part = table(d, v, causal, columns)
             print("\n".join(part), flush=True)
             lines += part
+        if not options.only:
+            lines += whole_lines(Path(folder), theirs)
     if options.write_docs:
         PAGE.write_text("\n".join([HEAD, *lines]))
 
 
 def _strategies(d: int, v: int) -> list[str]:
+    """Those that are compared, the throughput schedule last."""
+    if d == 256:
+        return ["tiles", "two_ctas"]
     return ["tiles", "two_tiles"] if d == v else ["two_tiles"]
 
 
 HEAD = """# Throughput, predicted
 
 What is executed for each KV tile, and what the timeline's model makes of it ([timeline.md](timeline.md)), for our
-kernels with one and with two query tiles in flight and for FlashAttention-4 (4.0.0b36), compiled by the same CuTe DSL
-and executed by the emulator. Nothing here was measured on a GPU. 256 query rows: one CTA, or two of 128 with a
-multiprocessor each. Counts are of warp-instructions where no unit is given, exponentials of single elements. Written by
-`python tests/throughput.py --write-docs`.
+kernels with one query tile and with two in flight, or at head_dim 256 in two CTAs that multiply as one, and for
+FlashAttention-4 (4.0.0b36), compiled by the same CuTe DSL and executed by the emulator. Nothing here was measured on a
+GPU. 256 query rows: one CTA, or two of 128 with a multiprocessor each. Counts are of warp-instructions where no unit is
+given, exponentials of single elements. Written by `python tests/throughput.py --write-docs`.
 """
 
 if __name__ == "__main__":
