@@ -207,10 +207,8 @@ def check_implemented(spec: KernelSpec) -> None:
 
 def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
-    if spec.kv_shared and spec.strategy in ("two_tiles", "two_ctas"):
-        yield "kv_shared", "leave it out (default: false), or one query tile (strategy = tiles)"
-    if spec.kv_sources != 1 and spec.strategy == "two_tiles":
-        yield "kv_sources", "leave it out (default: 1), or one query tile (strategy = tiles)"
+    if spec.kv_shared and spec.strategy == "two_ctas":
+        yield "kv_shared", "leave it out (default: false), or whole tiles in one CTA (strategy = two_tiles)"
     if spec.strategy == "passes" and spec.v_dim < 2 * HEAD_DIM_STEP:
         yield "strategy", f'O has {spec.v_dim} columns, two passes need {2 * HEAD_DIM_STEP}: use "auto" or "chunks"'
     if spec.strategy == "two_tiles":
@@ -235,8 +233,6 @@ def _later_in_two_tiles(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     one = "or one query tile (strategy = tiles)"
     if spec.v_dim > ARCHS[spec.arch].mma_n_max:
         yield "head_dim_v", f"at most {ARCHS[spec.arch].mma_n_max}, {one}"
-    if spec.window_left is not None:
-        yield "window_left", f"leave it out, {one}"
     if spec.p_staging == "smem":
         yield "p_staging", f'P lies over S in tensor memory: use "auto" or "tmem", {one}'
 
