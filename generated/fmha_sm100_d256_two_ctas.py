@@ -228,29 +228,36 @@ def place_in_turn(turn):
 
 
 def query_tiles(seqlen_q):
-    return (seqlen_q + TILE_M - 1) // TILE_M
+    return (seqlen_q + TILE_M - 1) // (TILE_M)
 
 
 @cute.jit
 def turns(call):
     """How many query tiles this pair works on."""
     seqlen_q, heads, batches = call[:3]
-    pairs, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
-    whole = tiles // pairs
-    rest = tiles - whole * pairs
+    workers, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
+    whole = tiles // workers
+    rest = tiles - whole * workers
     return whole + (1 if place_in_turn(whole) < rest else 0)
 
 
 @cute.jit
 def work(turn, call):
-    """(query tile, head, batch entry), lengths and KV tiles of this pair's turn."""
+    """(query tile, head, batch entry) of this pair's turn, and lengths."""
     seqlen_q, heads, batches, seqlen_k = call
     q_tiles = query_tiles(seqlen_q)
-    i = turn * (cute.arch.grid_dim()[0] // 2) + place_in_turn(turn)
+    i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
     # The query tiles of a head one after another: pairs that work at the same time read the same K and V.
     block = i % q_tiles, i // q_tiles % heads, i // (q_tiles * heads)
+    return block, (seqlen_q, seqlen_k)
+
+
+@cute.jit
+def visits_of(block, lengths):
+    """KV tiles of a query tile: how many, and their span."""
+    seqlen_q, seqlen_k = lengths
     span = kv_span(seqlen_k)
-    return block, (seqlen_q, seqlen_k), span
+    return span[0], span
 
 
 def tma_views(atom, smem, gmem):
@@ -267,8 +274,8 @@ def load_warp(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, rank, call):
     """
     n = q_loads = Int32(0)  # KV tiles and query tiles so far
     for turn in cutlass.range(turns(call), unroll=1):
-        block, _, span = work(turn, call)
-        kv_tiles = span[0]
+        block, lengths = work(turn, call)
+        kv_tiles, span = visits_of(block, lengths)
         load_tiles(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, rank, block, span, kv_tiles, n, q_loads)
         q_loads += 1
         n += kv_tiles
@@ -343,7 +350,8 @@ def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, call):
     n = q_loads = Int32(0)  # KV tiles and query tiles so far
     adds = cutlass.Boolean(False)  # PV of tile n - 1 adds to O: its query tile has an earlier one
     for turn in cutlass.range(turns(call), unroll=1):
-        kv_tiles = work(turn, call)[2][0]
+        block, lengths = work(turn, call)
+        kv_tiles, _ = visits_of(block, lengths)
         cute.arch.mbarrier_wait(bars + Q_FULL, q_loads & 1)
         q_loads += 1
         for j in cutlass.range(kv_tiles, unroll=1):
@@ -579,8 +587,8 @@ def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, ra
     """Warps 4-7: O follows its rows' references, then leaves."""
     n = Int32(0)  # KV tiles so far
     for turn in cutlass.range(turns(call), unroll=1):
-        block, _, span = work(turn, call)
-        kv_tiles = span[0]
+        block, lengths = work(turn, call)
+        kv_tiles, _ = visits_of(block, lengths)
         for j in cutlass.range(kv_tiles, unroll=1):
             correct(o_tmem, row_stats[0], bars, n + j)
         n += kv_tiles
@@ -670,9 +678,10 @@ def softmax_warps(s_tmem, p_tmem, row_stats, bars, scale, rank, call):
     scale_log2 = scale * LOG2_E
     n = Int32(0)  # KV tiles so far
     for turn in cutlass.range(turns(call), unroll=1):
-        block, lengths, span = work(turn, call)
+        block, lengths = work(turn, call)
         seqlen_q, seqlen_k = lengths
-        kv_tiles, whole_tiles = span
+        kv_tiles, span = visits_of(block, lengths)
+        whole_tiles = span[1]
         end = seqlen_k
         m, total = -Float32.inf, Float32(0.0)
         for j in cutlass.range(whole_tiles, unroll=1):

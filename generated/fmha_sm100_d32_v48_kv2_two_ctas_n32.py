@@ -252,30 +252,37 @@ def place_in_turn(turn):
 
 
 def query_tiles(seqlen_q):
-    return (seqlen_q + TILE_M - 1) // TILE_M
+    return (seqlen_q + TILE_M - 1) // (TILE_M)
 
 
 @cute.jit
 def turns(call):
     """How many query tiles this pair works on."""
     seqlen_q, heads, batches = call[:3]
-    pairs, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
-    whole = tiles // pairs
-    rest = tiles - whole * pairs
+    workers, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
+    whole = tiles // workers
+    rest = tiles - whole * workers
     return whole + (1 if place_in_turn(whole) < rest else 0)
 
 
 @cute.jit
 def work(turn, call):
-    """(query tile, head, batch entry), lengths and KV tiles of this pair's turn, of both sources."""
+    """(query tile, head, batch entry) of this pair's turn, and lengths."""
     seqlen_q, heads, batches, seqlen_k, seqlen_k2 = call
     q_tiles = query_tiles(seqlen_q)
-    i = turn * (cute.arch.grid_dim()[0] // 2) + place_in_turn(turn)
+    i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
     # The query tiles of a head one after another: pairs that work at the same time read the same K and V.
     block = i % q_tiles, i // q_tiles % heads, i // (q_tiles * heads)
+    return block, (seqlen_q, seqlen_k, seqlen_k2)
+
+
+@cute.jit
+def visits_of(block, lengths):
+    """KV tiles of a query tile: how many of both sources, and the span of each."""
+    seqlen_q, seqlen_k, seqlen_k2 = lengths
     span = kv_span(seqlen_k)
     span2 = kv_span2(seqlen_k2, seqlen_k2)
-    return block, (seqlen_q, seqlen_k, seqlen_k2), (span, span2)
+    return span[0] + span2[0], (span, span2)
 
 
 def tma_views(atom, smem, gmem):
@@ -292,8 +299,8 @@ def load_warp(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, rank, call):
     """
     n = q_loads = Int32(0)  # KV tiles and query tiles so far
     for turn in cutlass.range(turns(call), unroll=1):
-        block, _, spans = work(turn, call)
-        kv_tiles = spans[0][0] + spans[1][0]
+        block, lengths = work(turn, call)
+        kv_tiles, spans = visits_of(block, lengths)
         load_tiles(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, rank, block, spans, kv_tiles, n, q_loads)
         q_loads += 1
         n += kv_tiles
@@ -374,8 +381,8 @@ def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, call):
     n = q_loads = Int32(0)  # KV tiles and query tiles so far
     adds = cutlass.Boolean(False)  # PV of tile n - 1 adds to O: its query tile has an earlier one
     for turn in cutlass.range(turns(call), unroll=1):
-        spans = work(turn, call)[2]
-        kv_tiles = spans[0][0] + spans[1][0]
+        block, lengths = work(turn, call)
+        kv_tiles, _ = visits_of(block, lengths)
         cute.arch.mbarrier_wait(bars + Q_FULL, q_loads & 1)
         q_loads += 1
         for j in cutlass.range(kv_tiles, unroll=1):
@@ -611,8 +618,8 @@ def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, ra
     """Warps 4-7: O follows its rows' references, then leaves."""
     n = Int32(0)  # KV tiles so far
     for turn in cutlass.range(turns(call), unroll=1):
-        block, _, spans = work(turn, call)
-        kv_tiles = spans[0][0] + spans[1][0]
+        block, lengths = work(turn, call)
+        kv_tiles, _ = visits_of(block, lengths)
         for j in cutlass.range(kv_tiles, unroll=1):
             correct(o_tmem, row_stats[0], bars, n + j)
         n += kv_tiles
@@ -702,10 +709,10 @@ def softmax_warps(s_tmem, p_tmem, row_stats, bars, scale, rank, call):
     scale_log2 = scale * LOG2_E
     n = Int32(0)  # KV tiles so far
     for turn in cutlass.range(turns(call), unroll=1):
-        block, lengths, spans = work(turn, call)
+        block, lengths = work(turn, call)
         seqlen_q, seqlen_k, seqlen_k2 = lengths
-        span, span2 = spans
-        whole_tiles, whole_tiles2, kv_tiles = span[1], span2[1], span[0] + span2[0]
+        kv_tiles, (span, span2) = visits_of(block, lengths)
+        whole_tiles, whole_tiles2 = span[1], span2[1]
         end = seqlen_k
         end2 = seqlen_k2
         m, total = -Float32.inf, Float32(0.0)

@@ -378,6 +378,32 @@ class Plan:
         return ", ".join(f"tma_{name}" for name in self._matrices)
 
     @property
+    def worker(self) -> str:
+        """Who takes turns in a persistent launch, in words."""
+        return "pair" if self.two_ctas else "CTA"
+
+    @property
+    def workers(self) -> str:
+        """How many of them there are."""
+        return "cute.arch.grid_dim()[0]" + (" // 2" if self.two_ctas else "")
+
+    @property
+    def place(self) -> str:
+        """Which one of them this is."""
+        return "cute.arch.block_idx()[0]" + (" // 2" if self.two_ctas else "")
+
+    @property
+    def lengths(self) -> str:
+        """Lengths of queries and keys, as the inside of a tuple."""
+        names = ["seqlen_q", "seqlen_k"] + ["seqlen_k2"] * (self.spec.kv_sources == 2)
+        return f"({', '.join(names)})"
+
+    @property
+    def call_for_visits(self) -> str:
+        """The last argument of visits_of, which reads limits."""
+        return ", call" if self.mask.limits else ""
+
+    @property
     def call(self) -> str:
         """What of a call the work of a persistent CTA follows from, as the kernel names it."""
         names = ["seqlen_q", "heads", "batches", "seqlen_k"] + ["seqlen_k2"] * (self.spec.kv_sources == 2)

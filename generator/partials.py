@@ -32,7 +32,7 @@ PARTIALS = {
         *("softmax_two", "rows", "correction_two", "epilogue", "stage", "kernel_two", "launch"),
     ),
     "two_ctas": _partials(
-        *("overview_ctas", "constants_ctas", "operands_ctas", "tiles", "mask", "work_ctas", "load_ctas", "mma_ctas"),
+        *("overview_ctas", "constants_ctas", "operands_ctas", "tiles", "mask", "work", "spans_ctas", "load_ctas", "mma_ctas"),
         *("tmem", "softmax_ctas", "rows", "correction_ctas", "epilogue_ctas", "stage", "kernel_ctas", "launch"),
     ),
     "chunks": _partials(*_CHUNKS, *_APART, "softmax", *_OUT),
