@@ -133,7 +133,7 @@ class Plan:
     @property
     def persistent(self) -> bool:
         """A CTA works on one query tile after another, and is told how many CTAs there may be."""
-        return self.two_ctas
+        return self.corrected
 
     @property
     def ctas(self) -> int:
@@ -349,9 +349,9 @@ class Plan:
     @property
     def rows(self) -> str:
         """Those of them that belong to a row: what the warps of the epilogue take, as the inside of a tuple; "" for none.
-        With one query tile they are the softmax warps, which read limit2 too.
+        Where no others correct O they are the softmax warps, which read limit2 too.
         """
-        wanted = ("limit2", "sink", "lse", "m")[self.query_tiles - 1 :]
+        wanted = ("limit2", "sink", "lse", "m")[self.corrected :]
         names = [parameter.spelled for parameter in self.thread_tensors if parameter.name in wanted]
         return f"{names[0]}," if len(names) == 1 else ", ".join(names)
 

@@ -28,8 +28,8 @@ PARTIALS = {
         *("softmax", "rows", "epilogue", "stage", "kernel", "launch"),
     ),
     "two_tiles": _partials(
-        *("overview_two", "constants_two", "operands", "tiles", "mask", "spans_two", "load", "mma_two", "tmem"),
-        *("softmax_two", "rows", "correction_two", "epilogue", "stage", "kernel_two", "launch"),
+        *("overview_two", "constants_two", "operands", "tiles", "mask", "work", "spans_two", "load", "mma_two"),
+        *("tmem", "softmax_two", "rows", "correction_two", "epilogue_turns", "stage", "kernel_two", "launch"),
     ),
     "two_ctas": _partials(
         *("overview_ctas", "constants_ctas", "operands_ctas", "tiles", "mask", "work", "spans_ctas", "load_ctas", "mma_ctas"),

@@ -97,7 +97,8 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
         if strategy == "tiles":
             found += _whole_tiles(spec, tile_ns, stagings)
         elif strategy == "two_tiles":
-            found += [replace(t, strategy=strategy) for t in _whole_tiles(spec, tile_ns, ("tmem",))]
+            whole = _whole_tiles(spec, tile_ns, ("tmem",))
+            found += [replace(t, strategy=strategy) for t in whole if not t.o_over_q]
         elif strategy == "two_ctas":
             whole = _whole_tiles(spec, tuple(n for n in tile_ns if n % PAIR_N_STEP == 0), ("tmem",))
             found += [replace(t, strategy=strategy) for t in whole if not t.o_over_q]

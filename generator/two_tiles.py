@@ -104,12 +104,14 @@ def _mbarriers(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Mbarrier, ...], 
         rings = [rings[0], ("k_empty", stages, 1, "commit: PV of both query tiles, and QK before, have read the K tile")]
     families = (
         ("q_full", tiles, 1, "TMA: Q has landed"),
+        ("q_empty", tiles, 1, "commit: the last QK has read Q"),
         *rings,
         ("s_full", tiles, 1, "commit: QK has written S, and PV before it has read P and written O"),
         ("p_full", tiles, 2 * warps, "softmax and correction, one lane a warp: P is written, O is rescaled"),
         ("factor_full", tiles, warps, "softmax, one lane a warp: the factors of O are in shared memory"),
+        ("o_full", tiles, 1, "commit: PV has written O and read P"),
         ("sum_full", tiles, warps, "softmax, one lane a warp: sums and references are in shared memory"),
-        ("o_full", tiles, 1, "commit: the last PV has written O"),
+        ("sum_empty", tiles, warps, "correction, one lane a warp: they are in registers"),
     )
     return place_mbarriers(families)
 
