@@ -109,7 +109,7 @@ def _mbarriers(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Mbarrier, ...], 
         ("s_full", tiles, 1, "commit: QK has written S, and PV before it has read P and written O"),
         ("p_full", tiles, 2 * warps, "softmax and correction, one lane a warp: P is written, O is rescaled"),
         ("factor_full", tiles, warps, "softmax, one lane a warp: the factors of O are in shared memory"),
-        ("o_full", tiles, 1, "commit: PV has written O and read P"),
+        ("o_full", tiles, 1, "commit: the last PV has written O"),
         ("sum_full", tiles, warps, "softmax, one lane a warp: sums and references are in shared memory"),
         ("sum_empty", tiles, warps, "correction, one lane a warp: they are in registers"),
     )
