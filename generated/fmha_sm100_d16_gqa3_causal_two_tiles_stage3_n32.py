@@ -36,11 +36,11 @@
 #
 # Warps: 512 threads, 65536 registers by estimate
 #   role        first warp  warps  registers  why
-#   softmax              0      8        184  setmaxnreg: a row of S, part of P, what the exponentials need
-#   correction           8      4         96  setmaxnreg: part of a row of O, its factor
-#   mma                 12      1         48  setmaxnreg: descriptors, coordinates, loop state
-#   tma                 13      1         48  setmaxnreg: descriptors, coordinates, loop state
-#   idle                14      2         48  setmaxnreg counts whole warpgroups
+#   softmax              0      8        192  setmaxnreg: a row of S, part of P, what the exponentials need
+#   correction           8      4         88  setmaxnreg: part of a row of O, its factor
+#   mma                 12      1         40  setmaxnreg: descriptors, coordinates, loop state
+#   tma                 13      1         40  setmaxnreg: descriptors, coordinates, loop state
+#   idle                14      2         40  setmaxnreg counts whole warpgroups
 """Fused attention forward: one CTA two tiles of 128 query rows, a query head and a batch entry.
 
 Grid (ceil(Sq / 256), Hq, B), 512 threads:
@@ -75,9 +75,9 @@ O_TILE_BYTES = 4096
 
 TILE_WARPS = 4
 CORRECTION_WARP = 8
-SOFTMAX_REGISTERS = 184
-CORRECTION_REGISTERS = 96
-ISSUER_REGISTERS = 48
+SOFTMAX_REGISTERS = 192
+CORRECTION_REGISTERS = 88
+ISSUER_REGISTERS = 40
 
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see softmax_tile
 POLYNOMIAL_PAIRS = (1, 4, 6)  # of each 8 pairs of columns: exponentials by FMA
@@ -216,6 +216,27 @@ def hide_columns(s, end):
         s[c] = s[c] if c < end else -Float32.inf
 
 
+@cute.jit
+def tile_span(q_tile, lengths):
+    """KV tiles that some row of a query tile sees, and how many of them every row sees; none of a tile past Sq."""
+    seqlen_q, seqlen_k = lengths
+    there = q_tile * TILE_M < seqlen_q
+    kv_tiles, whole_tiles = kv_span(q_tile, seqlen_q, seqlen_k)
+    return (kv_tiles if there else Int32(0)), (whole_tiles if there else Int32(0))
+
+
+@cute.jit
+def visits_of(pair, lengths):
+    """KV tiles that a CTA loads; how many of them each of its query tiles sees; and which query tiles see them, in
+    stretches (query tiles, first, one past the last).
+    """
+    span, other = (tile_span(2 * pair + i, lengths) for i in range(2))
+    tiles = span[0], other[0]
+    both, kv_tiles = cutlass.min(*tiles), cutlass.max(*tiles)
+    stretches = ((0, 1), 0, both), ((0,), both, tiles[0]), ((1,), both, tiles[1])
+    return kv_tiles, tiles, stretches
+
+
 def tma_views(atom, smem, gmem):
     """Both sides of a TMA load: mode 0 is one tile, mode 1 the stage or the tile number."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
@@ -233,23 +254,22 @@ def source_views(source, k_smem, v_smem, kv_head, batch):
 
 
 @cute.jit
-def load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, tiles):
+def load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, kv_tiles, tiles):
     """Warp 13: Q of both tiles, and K and V in the order in which the MMA warp consumes them, K a tile ahead."""
     pair, head, batch = block
     kv_head = head // Q_HEADS_PER_KV
     k, v = source_views(source, k_smem, v_smem, kv_head, batch)
 
-    kv_tiles = cutlass.max(*tiles)
     if kv_tiles > 0:
         for i in cutlass.range_constexpr(2):
             if tiles[i] > 0:
                 load_q(tma_q, mq, q_smem[i], bars + Q_FULL + i, (2 * pair + i, head, batch))
             if cutlass.const_expr(i == 0):
-                load_k(k, bars, 0, tiles)
+                load_k(k, bars, 0)
         for j in cutlass.range(1, kv_tiles, unroll=1):
-            load_v(v, bars, j - 1, tiles)
-            load_k(k, bars, j, tiles)
-        load_v(v, bars, kv_tiles - 1, tiles)
+            load_v(v, bars, j - 1)
+            load_k(k, bars, j)
+        load_v(v, bars, kv_tiles - 1)
 
 
 @cute.jit
@@ -263,17 +283,17 @@ def load_q(tma, mq, smem, full, block):
 
 
 @cute.jit
-def load_k(k, bars, j, tiles):
-    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, tiles)
+def load_k(k, bars, j):
+    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j)
 
 
 @cute.jit
-def load_v(v, bars, j, tiles):
-    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, tiles)
+def load_v(v, bars, j):
+    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j)
 
 
 @cute.jit
-def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, tiles):
+def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j):
     """The j-th K or V tile into its stage. Rows past the sequence arrive as zeros and count in tile_bytes."""
     stage, phase = ring(j)
     cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
@@ -284,63 +304,56 @@ def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, tiles):
 
 
 @cute.jit
-def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, tiles):
-    """Warp 12: for each KV tile and each query tile that sees it, PV of the tile before, then QK into the same columns.
-
-    MMAs of one thread run in order, so QK overwrites P, which lies over S, only when PV has read it.
-    """
+def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, tiles, stretches):
+    """Warp 12: the KV tiles stretch by stretch. counts: how many of them each query tile has seen before a stretch."""
     qk, pv = qk_mma(), pv_mma()
     q = tuple(qk.make_fragment_A(smem) for smem in q_smem)
     k, v = qk.make_fragment_B(k_smem), pv.make_fragment_B(v_smem)
-    both = cutlass.min(*tiles)
-    if both > 0:
-        wait_kv(bars + K_FULL, 0)
-        for i in cutlass.range_constexpr(2):
-            cute.arch.mbarrier_wait(bars + Q_FULL + i, 0)
-            issue_qk(s, q, k, bars, i, 0)
-        release_kv(bars + K_EMPTY, 0)
-        for j in cutlass.range(1, both, unroll=1):
-            wait_kv(bars + V_FULL, j - 1)
-            wait_kv(bars + K_FULL, j)
-            for i in cutlass.range_constexpr(2):
-                issue_pv(o, p, v, bars, i, j - 1)
-                issue_qk(s, q, k, bars, i, j)
-            release_kv(bars + V_EMPTY, j - 1)
-            release_kv(bars + K_EMPTY, j)
-        wait_kv(bars + V_FULL, both - 1)
-    for i in cutlass.range_constexpr(2):  # the tile that is done first
-        if (both > 0) & (tiles[i] == both):
-            issue_pv(o, p, v, bars, i, both - 1)
-            commit(bars + O_FULL + i)
-    for i in cutlass.range_constexpr(2):
-        if tiles[i] > both:
-            mma_rest(s, p, o, q, k, v, bars, i, both, tiles[i])
+    counts = 0, 0
+    for who, first, last in stretches:
+        multiply(s, p, o, q, k, v, bars, who, first, last, counts, tiles)
+        counts = advanced(counts, who, first, last)
+
+
+def advanced(counts, who, first, last):
+    """KV tiles that each query tile has seen, after a stretch."""
+    return tuple(count + (last - first if i in who else 0) for i, count in enumerate(counts))
 
 
 @cute.jit
-def mma_rest(s, p, o, q, k, v, bars, i: cutlass.Constexpr, first, kv_tiles):
-    """KV tiles from `first` on, which query tile i alone sees."""
-    if first == 0:
-        wait_kv(bars + K_FULL, 0)
-        cute.arch.mbarrier_wait(bars + Q_FULL + i, 0)
-        issue_qk(s, q, k, bars, i, 0)
-        release_kv(bars + K_EMPTY, 0)
-    for j in cutlass.range(cutlass.max(first, 1), kv_tiles, unroll=1):
-        wait_kv(bars + V_FULL, j - 1)
-        wait_kv(bars + K_FULL, j)
-        issue_pv(o, p, v, bars, i, j - 1)
-        issue_qk(s, q, k, bars, i, j)
-        release_kv(bars + V_EMPTY, j - 1)
-        release_kv(bars + K_EMPTY, j)
-    wait_kv(bars + V_FULL, kv_tiles - 1)
-    issue_pv(o, p, v, bars, i, kv_tiles - 1)
-    commit(bars + O_FULL + i)
+def multiply(s, p, o, q, k, v, bars, who: cutlass.Constexpr, first, last, counts, tiles):
+    """KV tiles from `first` to before `last`: for each and each query tile of `who`, PV of the one before, then QK into
+    the same columns.
+
+    MMAs of one thread run in order, so QK overwrites P, which lies over S, only when PV has read it.
+    """
+    if first < last:
+        wait_kv(bars + K_FULL, first)
+        for i in who:
+            if counts[i] == 0:
+                cute.arch.mbarrier_wait(bars + Q_FULL + i, 0)
+            issue_qk(s, q, k, bars, i, first)
+        release_kv(bars + K_EMPTY, first)
+        for n in cutlass.range(first + 1, last, unroll=1):
+            wait_kv(bars + V_FULL, n - 1)
+            wait_kv(bars + K_FULL, n)
+            for i in who:
+                issue_pv(o, p, v, bars, i, n - 1, counts[i] + n - 1 - first)
+                issue_qk(s, q, k, bars, i, n)
+            release_kv(bars + V_EMPTY, n - 1)
+            release_kv(bars + K_EMPTY, n)
+        wait_kv(bars + V_FULL, last - 1)
+        for i in who:
+            issue_pv(o, p, v, bars, i, last - 1, counts[i] + last - 1 - first)
+            if counts[i] + last - first == tiles[i]:
+                commit(bars + O_FULL + i)
+        release_kv(bars + V_EMPTY, last - 1)
 
 
 @cute.jit
-def issue_qk(s, q, k, bars, i: cutlass.Constexpr, j):
-    """S = Q K_j^T of query tile i, over all of head_dim. PV of tile j - 1 has been issued: P may be overwritten."""
-    stage, _ = ring(j)
+def issue_qk(s, q, k, bars, i: cutlass.Constexpr, n):
+    """S = Q K_n^T of query tile i, over all of head_dim. Its PV before has been issued: P may be overwritten."""
+    stage, _ = ring(n)
     mma = qk_mma()
     mma.set(Field.ACCUMULATE, False)
     for c in cutlass.range_constexpr(HEAD_DIM // MMA_K):
@@ -350,27 +363,27 @@ def issue_qk(s, q, k, bars, i: cutlass.Constexpr, j):
 
 
 @cute.jit
-def issue_pv(o, p, v, bars, i: cutlass.Constexpr, j):
-    """O += P_j V_j of query tile i, once P_j is written and O is rescaled to P_j's reference."""
-    stage, _ = ring(j)
-    wait_tmem(bars + P_FULL + i, j & 1)
+def issue_pv(o, p, v, bars, i: cutlass.Constexpr, n, count):
+    """O += P_n V_n of query tile i, once P_n is written and O is rescaled to P_n's reference; count: its PVs before."""
+    stage, _ = ring(n)
+    wait_tmem(bars + P_FULL + i, count & 1)
     mma = pv_mma()
-    mma.set(Field.ACCUMULATE, j > 0)  # tile 0 overwrites what TMEM held before
+    mma.set(Field.ACCUMULATE, count > 0)  # the first one overwrites what TMEM held before
     for c in cutlass.range_constexpr(TILE_N // MMA_K):
         cute.gemm(mma, o[i], p[i][None, None, c], v[None, None, c, stage], o[i])
         mma.set(Field.ACCUMULATE, True)
 
 
 @cute.jit
-def wait_kv(full, j):
-    stage, phase = ring(j)
+def wait_kv(full, n):
+    stage, phase = ring(n)
     cute.arch.mbarrier_wait(full + stage, phase)
 
 
 @cute.jit
-def release_kv(empty, j):
-    """The stage of tile j is free once every MMA issued so far is complete."""
-    stage, _ = ring(j)
+def release_kv(empty, n):
+    """The stage of the n-th KV tile is free once every MMA issued so far is complete."""
+    stage, _ = ring(n)
     commit(empty + stage)
 
 
@@ -540,19 +553,18 @@ def rescale(o_tmem, factor):
 
 
 @cute.jit
-def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, block, lengths, tiles):
+def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, block, lengths, tiles, stretches):
     """Warps 8-11: O of both query tiles follows its rows' references, then leaves."""
     factors, _, _ = row_stats
-    both = cutlass.min(*tiles)
     for i in cutlass.range_constexpr(2):
         if tiles[i] > 0:
-            arrive_rows(bars + P_FULL + i)  # there is no O to rescale before KV tile 0
-    for j in cutlass.range(1, both, unroll=1):
-        for i in cutlass.range_constexpr(2):
-            correct(o_tmem, factors, bars, i, j)
-    for i in cutlass.range_constexpr(2):
-        for j in cutlass.range(cutlass.max(both, 1), tiles[i], unroll=1):
-            correct(o_tmem, factors, bars, i, j)
+            arrive_rows(bars + P_FULL + i)  # there is no O to rescale before the first KV tile
+    counts = 0, 0
+    for who, first, last in stretches:
+        for n in cutlass.range(first, last, unroll=1):
+            for i in who:
+                correct(o_tmem, factors, bars, i, counts[i] + n - first)
+        counts = advanced(counts, who, first, last)
 
     pair, head, batch = block
     for i in cutlass.range_constexpr(2):
@@ -562,21 +574,24 @@ def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, bl
 
 
 @cute.jit
-def correct(o_tmem, factors, bars, i: cutlass.Constexpr, j):
-    """O of query tile i to the reference of KV tile j. PV of tile j - 1 is complete: S of tile j came after it."""
-    wait_tmem(bars + FACTOR_FULL + i, (j + 1) & 1)
-    factor = factors[i, cute.arch.thread_idx()[0] % TILE_M]
-    if cute.arch.vote_any_sync(factor < 1.0):
-        rescale(o_tmem[i], factor)
-        cute.arch.fence_view_async_tmem_store()
-    arrive_warp(bars + P_FULL + i)
+def correct(o_tmem, factors, bars, i: cutlass.Constexpr, count):
+    """O of query tile i to the reference of its next KV tile, `count` having been before. PV of the one before is
+    complete: S of this one came after it.
+    """
+    if count > 0:
+        wait_tmem(bars + FACTOR_FULL + i, (count + 1) & 1)
+        factor = factors[i, cute.arch.thread_idx()[0] % TILE_M]
+        if cute.arch.vote_any_sync(factor < 1.0):
+            rescale(o_tmem[i], factor)
+            cute.arch.fence_view_async_tmem_store()
+        arrive_warp(bars + P_FULL + i)
 
 
 @cute.jit
 def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, i: cutlass.Constexpr, block, lengths, kv_tiles):
     """O of query tile i out, by the sums and references that its softmax warps have left."""
     q_tile, head, batch = block
-    seqlen_q, _ = lengths
+    seqlen_q = lengths[0]
     row = cute.arch.thread_idx()[0] % TILE_M
     (lse,) = rows
     token = q_tile * TILE_M + row
@@ -661,15 +676,6 @@ def arrive_rows(bar):
         cute.arch.mbarrier_arrive(bar)
 
 
-@cute.jit
-def tile_span(q_tile, lengths):
-    """KV tiles that some row of a query tile sees, and how many of them every row sees; none of a tile past Sq."""
-    seqlen_q, seqlen_k = lengths
-    kv_tiles, whole_tiles = kv_span(q_tile, seqlen_q, seqlen_k)
-    there = q_tile * TILE_M < seqlen_q
-    return (kv_tiles if there else Int32(0)), (whole_tiles if there else Int32(0))
-
-
 def smem_tile(smem, offset, layout, dtype):
     """A swizzled tile at a byte offset of shared memory."""
     return cute.make_tensor(cute.recast_ptr(smem + offset, layout.inner, dtype=dtype), layout.outer)
@@ -739,15 +745,17 @@ def fmha_sm100_d16_gqa3_causal_two_tiles_stage3_n32(
     if warp >= MMA_WARP:
         cute.arch.setmaxregister_decrease(ISSUER_REGISTERS)
         if warp == LOAD_WARP:
-            tiles = tiles_of_pair(pair, lengths)
-            load_warp(tma_q, mq, q_smem, (tma_k, mk, tma_v, mv), k_smem, v_smem, bars, block, tiles)
+            kv_tiles, tiles, _ = visits_of(pair, lengths)
+            source = tma_k, mk, tma_v, mv
+            load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, kv_tiles, tiles)
         if warp == MMA_WARP:
-            mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, tiles_of_pair(pair, lengths))
+            _, tiles, stretches = visits_of(pair, lengths)
+            mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, tiles, stretches)
     elif warp >= CORRECTION_WARP:
         cute.arch.setmaxregister_decrease(CORRECTION_REGISTERS)
-        tiles = tiles_of_pair(pair, lengths)
+        _, tiles, stretches = visits_of(pair, lengths)
         rows = (lse,)
-        correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, block, lengths, tiles)
+        correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, block, lengths, tiles, stretches)
     else:
         cute.arch.setmaxregister_increase(SOFTMAX_REGISTERS)
         for i in cutlass.range_constexpr(2):
@@ -764,11 +772,6 @@ def fmha_sm100_d16_gqa3_causal_two_tiles_stage3_n32(
 def row_table(pointer):
     """A float32 of each row of each query tile."""
     return cute.make_tensor(pointer, cute.make_layout((2, TILE_M), stride=(TILE_M, 1)))
-
-
-def tiles_of_pair(pair, lengths):
-    """KV tiles that each of the two query tiles sees."""
-    return tile_span(2 * pair, lengths)[0], tile_span(2 * pair + 1, lengths)[0]
 
 
 @cute.jit

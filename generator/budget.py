@@ -280,18 +280,13 @@ def place_mbarriers(wanted: Iterable[tuple[str, int, int, str]]) -> tuple[tuple[
 
 def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tuple[Buffer, ...], int]:
     """Shared memory in order of address. The total is a multiple of 1024, as a struct of aligned tiles is."""
-    m, n, stages = tiling.tile_m, tiling.tile_n, tiling.kv_stages
+    m, n = tiling.tile_m, tiling.tile_n
     o_bytes = output_bytes(spec)
     wanted = [
         ("barriers", barrier_bytes, 1, None, "mbarriers and the slot of the TMEM base address"),
         ("sQ", m * spec.head_dim * ELEMENT_BYTES, 1, None, f"{m} x {spec.head_dim}"),
-        ("sK", stages * n * spec.head_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.head_dim} a stage"),
-        ("sV", stages * n * spec.v_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.v_dim} a stage"),
+        *kv_buffers(spec, tiling),
     ]
-    if spec.kv_shared:
-        _, saved, *_ = wanted.pop()
-        name, size, *rest, reason = wanted.pop()
-        wanted.append((name, size, *rest, f"{reason}, V its first {spec.v_dim} columns, which saves {saved}"))
     if tiling.p_staging == "smem":
         wanted.append(("sP", m * n * ELEMENT_BYTES, 1, None, f"{m} x {n}"))
     steps = spec.v_dim // tiling.o_chunk
@@ -300,6 +295,17 @@ def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tupl
         staging += ", over sQ once the last QK is done"
     wanted.append(("sO", m * tiling.o_chunk * o_bytes, 1, "sQ" if tiling.o_over_q else None, staging))
     return place_buffers(wanted)
+
+
+def kv_buffers(spec: KernelSpec, tiling: Tiling) -> list[tuple[str, int, int, str | None, str]]:
+    """The rings of K and V with whole tiles, as place_buffers takes them: one where V is a part of K."""
+    n, stages = tiling.tile_n, tiling.kv_stages
+    k_bytes, v_bytes = (stages * n * columns * ELEMENT_BYTES for columns in (spec.head_dim, spec.v_dim))
+    why = f"{n} x {spec.head_dim} a stage"
+    if spec.kv_shared:
+        why += f", V its first {spec.v_dim} columns, which saves {v_bytes}"
+        return [("sK", k_bytes, stages, None, why)]
+    return [("sK", k_bytes, stages, None, why), ("sV", v_bytes, stages, None, f"{n} x {spec.v_dim} a stage")]
 
 
 def place_buffers(wanted: Iterable[tuple[str, int, int, str | None, str]]) -> tuple[tuple[Buffer, ...], int]:
@@ -369,12 +375,17 @@ def named_barriers(threads: int) -> tuple[NamedBarrier, ...]:
 
 def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> Iterator[Overflow]:
     yield from smem_overflows(budget, _smem_remedy(spec, tiling))
-    if spec.kv_shared and tiling.kv_stages < 2:
-        reason = "QK of the next tile is issued before PV of this one, which reads the same stage"
-        yield Overflow("kv_stage", "stages", 2, tiling.kv_stages, reason, "at least two kv stages")
+    yield from shared_ring_overflow(spec, tiling)
     if budget.tmem_columns > budget.tmem_limit:
         yield _tmem_overflow(budget, arch, spec, tiling)
     yield from register_overflow(budget, arch)
+
+
+def shared_ring_overflow(spec: KernelSpec, tiling: Tiling) -> Iterator[Overflow]:
+    """One stage where V is a part of K: it is free after PV only, and QK of the next tile comes before."""
+    if spec.kv_shared and tiling.kv_stages < 2:
+        reason = "QK of the next tile is issued before PV of this one, which reads the same stage"
+        yield Overflow("kv_stage", "stages", 2, tiling.kv_stages, reason, "at least two kv stages")
 
 
 def smem_overflows(budget: Budget, remedy: str) -> Iterator[Overflow]:

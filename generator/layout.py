@@ -175,8 +175,22 @@ class Plan:
 
     @property
     def span_name(self) -> str:
-        """What the load warp calls its KV tiles."""
-        return "tiles" if self.query_tiles == 2 else "spans" if self.spec.kv_sources == 2 else "span"
+        """The argument that tells the load warp which KV tiles it loads; "" where they are the first ones."""
+        if self.query_tiles == 2:
+            return "span" if self.spans_differ else ""
+        return "spans" if self.spec.kv_sources == 2 else "span"
+
+    @property
+    def loaded_tile(self) -> str:
+        """Which KV tile of source 1 is the j-th that is loaded."""
+        if self.mask.left is None:
+            return "j"
+        return "span[1] + j" if self.query_tiles == 2 else "kv_tile(j, span)"
+
+    @property
+    def loaded_tile2(self) -> str:
+        """The same of source 2, of whose tiles span[0] of source 1 come first."""
+        return "j - span[0]" if self.query_tiles == 2 else "kv_tile(j - span[0], span2)"
 
     @property
     def o_tile_bytes(self) -> int:
@@ -262,10 +276,11 @@ class Plan:
 
     @property
     def rows(self) -> str:
-        """Those of them that the softmax warps take, as the inside of a tuple; "" for none."""
-        names = [
-            parameter.spelled for parameter in self.thread_tensors if parameter.name in ("limit2", "sink", "lse", "m")
-        ]
+        """Those of them that belong to a row: what the warps of the epilogue take, as the inside of a tuple; "" for none.
+        With one query tile they are the softmax warps, which read limit2 too.
+        """
+        wanted = ("limit2", "sink", "lse", "m")[self.query_tiles - 1 :]
+        names = [parameter.spelled for parameter in self.thread_tensors if parameter.name in wanted]
         return f"{names[0]}," if len(names) == 1 else ", ".join(names)
 
     @property
@@ -280,7 +295,12 @@ class Plan:
 
     @property
     def rotated(self) -> bool:
-        """Tiles of some source are not visited from the left."""
+        """Tiles of some source are not visited from the left; two query tiles, which share them, visit all in order."""
+        return self.query_tiles == 1 and (self.mask.left is not None or self.mask.sources == 2)
+
+    @property
+    def spans_differ(self) -> bool:
+        """What a query tile sees is not the first KV tiles of a single source."""
         return self.mask.left is not None or self.mask.sources == 2
 
     @property

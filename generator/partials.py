@@ -28,7 +28,7 @@ PARTIALS = {
         *("softmax", "rows", "epilogue", "stage", "kernel", "launch"),
     ),
     "two_tiles": _partials(
-        *("overview_two", "constants_two", "operands", "tiles", "mask", "load", "mma_two", "tmem"),
+        *("overview_two", "constants_two", "operands", "tiles", "mask", "spans_two", "load", "mma_two", "tmem"),
         *("softmax_two", "rows", "correction_two", "epilogue", "stage", "kernel_two", "launch"),
     ),
     "chunks": _partials(*_CHUNKS, "softmax", "rows", "store_columns", "stage", "kernel_chunks"),

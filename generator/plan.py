@@ -200,9 +200,10 @@ def check_implemented(spec: KernelSpec) -> None:
 
 def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
-    if spec.kv_shared and strategies(spec) != ("tiles",):
+    whole_tiles = set(strategies(spec)) <= set(WHOLE_TILES)
+    if spec.kv_shared and not whole_tiles:
         yield "kv_shared", "leave it out (default: false); sharing needs whole tiles of K and V (strategy = tiles)"
-    if spec.kv_sources != 1 and strategies(spec) != ("tiles",):
+    if spec.kv_sources != 1 and not whole_tiles:
         yield "kv_sources", "leave it out (default: 1); a second source needs whole tiles of K and V (strategy = tiles)"
     if spec.strategy == "two_tiles":
         yield from _later_in_two_tiles(spec)
@@ -224,8 +225,6 @@ def _later_in_two_tiles(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     one = "or one query tile (strategy = tiles)"
     if spec.v_dim > ARCHS[spec.arch].mma_n_max:
         yield "head_dim_v", f"at most {ARCHS[spec.arch].mma_n_max}, {one}"
-    if spec.window_left is not None:
-        yield "window_left", f"leave it out, {one}"
     if spec.p_staging == "smem":
         yield "p_staging", f'P lies over S in tensor memory: use "auto" or "tmem", {one}'
 

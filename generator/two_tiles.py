@@ -25,10 +25,12 @@ from .budget import (
     Role,
     Tiling,
     allocated_columns,
+    kv_buffers,
     named_barriers,
     output_bytes,
     place_buffers,
     place_mbarriers,
+    shared_ring_overflow,
     smem_overflows,
 )
 from .lifetime import check_overlaps
@@ -36,10 +38,11 @@ from .spec import KernelSpec
 
 QUERY_TILES = 2
 GROUP_WARPS = 4  # of a warpgroup: warp w of one reaches TMEM lanes 32w to 32w+31 only
-# Of 512 threads' 65536: with 192 and 80, ptxas spills 884 bytes in the epilogue at head_dim 128, with these none.
-SOFTMAX_REGISTERS = 184  # a row of S (128), 32 columns of P, and what the exponentials need
-CORRECTION_REGISTERS = 96  # 32 columns of O, a factor and addresses
-ISSUER_REGISTERS = 48  # descriptors, coordinates, loop state
+# Of 512 threads' 65536. At head_dim 128, full and causal, ptxas spills 0 and 28 bytes a thread with these; with 184, 96
+# and 48 168 and 208 in the softmax loop, with 192, 80 and 48 0 and 84.
+SOFTMAX_REGISTERS = 192  # a row of S (128), 32 columns of P, and what the exponentials need
+CORRECTION_REGISTERS = 88  # 32 columns of O, a factor and addresses
+ISSUER_REGISTERS = 40  # descriptors, coordinates, loop state
 # 2^x on [0, 1) as 1 + c1 x + c2 x^2 + c3 x^3 with the least relative error, 8.8e-5 (found by Remez' exchange)
 EXP2_CUBIC = (0.077119089663028717, 0.22756439447402954, 0.69514614343643188)
 # Three exponentials of eight leave the special-function unit, 16 a cycle, at 5/8 of the time that the tensor core takes
@@ -49,7 +52,7 @@ POLYNOMIAL_PAIRS = (1, 4, 6)
 
 def two_tile_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     """The Budget of a candidate. Never raises for what does not fit: see Budget.overflows."""
-    mbarriers, slot_offset = _mbarriers(tiling)
+    mbarriers, slot_offset = _mbarriers(spec, tiling)
     buffers, smem_total = _buffers(spec, tiling, slot_offset + TMEM_SLOT_BYTES)
     regions, used = _regions(spec, tiling)
     roles = _roles()
@@ -71,7 +74,7 @@ def two_tile_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
         registers_total=arch.warp_size * sum(role.warps * role.registers for role in roles),
         overflows=(),
     )
-    return replace(budget, overflows=tuple(_overflows(budget, tiling)))
+    return replace(budget, overflows=tuple(_overflows(budget, spec, tiling)))
 
 
 def _roles() -> tuple[Role, ...]:
@@ -86,14 +89,19 @@ def _roles() -> tuple[Role, ...]:
     )
 
 
-def _mbarriers(tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
+def _mbarriers(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
     stages, tiles, warps = tiling.kv_stages, QUERY_TILES, GROUP_WARPS
-    families = (
-        ("q_full", tiles, 1, "TMA: Q has landed"),
+    rings = [
         ("k_full", stages, 1, "TMA: a K tile has landed"),
         ("k_empty", stages, 1, "commit: QK of both query tiles has read its K tile"),
         ("v_full", stages, 1, "TMA: a V tile has landed"),
         ("v_empty", stages, 1, "commit: PV of both query tiles has read its V tile"),
+    ]
+    if spec.kv_shared:
+        rings = [rings[0], ("k_empty", stages, 1, "commit: PV of both query tiles, and QK before, have read the K tile")]
+    families = (
+        ("q_full", tiles, 1, "TMA: Q has landed"),
+        *rings,
         ("s_full", tiles, 1, "commit: QK has written S, and PV before it has read P and written O"),
         ("p_full", tiles, 2 * warps, "softmax and correction, one lane a warp: P is written, O is rescaled"),
         ("factor_full", tiles, warps, "softmax, one lane a warp: the factors of O are in shared memory"),
@@ -104,7 +112,7 @@ def _mbarriers(tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
 
 
 def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tuple[Buffer, ...], int]:
-    m, n, stages, tiles = tiling.tile_m, tiling.tile_n, tiling.kv_stages, QUERY_TILES
+    m, tiles = tiling.tile_m, QUERY_TILES
     o_bytes = output_bytes(spec)
     steps = spec.v_dim // tiling.o_chunk
     staging = f"two tiles of {m} x {tiling.o_chunk} of {o_bytes} bytes, in {steps} step{'s' if steps > 1 else ''}"
@@ -116,8 +124,7 @@ def _buffers(spec: KernelSpec, tiling: Tiling, barrier_bytes: int) -> tuple[tupl
             ("barriers", barrier_bytes, 1, None, "mbarriers and the slot of the TMEM base address"),
             ("rows", rows_bytes, 1, None, f"factor, sum and reference of {tiles} x {m} rows"),
             ("sQ", tiles * m * spec.head_dim * ELEMENT_BYTES, tiles, None, f"two tiles of {m} x {spec.head_dim}"),
-            ("sK", stages * n * spec.head_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.head_dim} a stage"),
-            ("sV", stages * n * spec.v_dim * ELEMENT_BYTES, stages, None, f"{n} x {spec.v_dim} a stage"),
+            *kv_buffers(spec, tiling),
             ("sO", tiles * m * tiling.o_chunk * o_bytes, tiles, "sQ" if tiling.o_over_q else None, staging),
         ]
     )
@@ -137,10 +144,11 @@ def _regions(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Region, ...], int]
     return (*regions, *over, *outputs), first + QUERY_TILES * width
 
 
-def _overflows(budget: Budget, tiling: Tiling) -> Iterator[Overflow]:
+def _overflows(budget: Budget, spec: KernelSpec, tiling: Tiling) -> Iterator[Overflow]:
     options = ["a lower kv_stage"] if tiling.kv_stages > 1 else ["a smaller tile_n"]
     options += [] if tiling.o_over_q else ["sO over sQ"]
     yield from smem_overflows(budget, " or ".join([*options, "one query tile (strategy = tiles)"]))
+    yield from shared_ring_overflow(spec, tiling)
     if budget.tmem_used > budget.tmem_limit:
         names = ("S0", "S1", "O0", "O1")
         reason = " + ".join(f"{name} {budget.region(name).columns}" for name in names)

@@ -160,7 +160,6 @@ def test_p_staging_that_does_not_fit():
         ({"head_dim": 512, "tile_m": 96}, "tile_m"),
         ({"head_dim": 512, "kv_sources": 2}, "kv_sources"),
         ({"head_dim": 512, "kv_shared": True}, "kv_shared"),
-        ({"head_dim": 128, "kv_shared": True, "strategy": "two_tiles"}, "kv_shared"),
         ({"tile_m": 64}, "tile_m"),
         ({"tile_n": 256}, "tile_n"),
     ],
