@@ -5,7 +5,7 @@
 #
 # Shared memory: 26624 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    196       1  mbarriers and the slot of the TMEM base address
+#   barriers       0    228       1  mbarriers and the slot of the TMEM base address
 #   rows        1024   3072       1  factor, sum and reference of 2 x 128 rows
 #   sQ          4096   8192       2  two tiles of 128 x 16
 #   sK         12288   3072       3  32 x 16 a stage
@@ -24,26 +24,29 @@
 # mbarriers
 #   name         offset  stages  arrivals  a phase completes when
 #   q_full            0       2         1  TMA: Q has landed
-#   k_full           16       3         1  TMA: a K tile has landed
-#   k_empty          40       3         1  commit: QK of both query tiles has read its K tile
-#   v_full           64       3         1  TMA: a V tile has landed
-#   v_empty          88       3         1  commit: PV of both query tiles has read its V tile
-#   s_full          112       2         1  commit: QK has written S, and PV before it has read P and written O
-#   p_full          128       2         8  softmax and correction, one lane a warp: P is written, O is rescaled
-#   factor_full     144       2         4  softmax, one lane a warp: the factors of O are in shared memory
-#   sum_full        160       2         4  softmax, one lane a warp: sums and references are in shared memory
+#   q_empty          16       2         1  commit: the last QK has read Q
+#   k_full           32       3         1  TMA: a K tile has landed
+#   k_empty          56       3         1  commit: QK of both query tiles has read its K tile
+#   v_full           80       3         1  TMA: a V tile has landed
+#   v_empty         104       3         1  commit: PV of both query tiles has read its V tile
+#   s_full          128       2         1  commit: QK has written S, and PV before it has read P and written O
+#   p_full          144       2         8  softmax and correction, one lane a warp: P is written, O is rescaled
+#   factor_full     160       2         4  softmax, one lane a warp: the factors of O are in shared memory
 #   o_full          176       2         1  commit: the last PV has written O
+#   sum_full        192       2         4  softmax, one lane a warp: sums and references are in shared memory
+#   sum_empty       208       2         4  correction, one lane a warp: they are in registers
 #
 # Warps: 512 threads, 65536 registers by estimate
 #   role        first warp  warps  registers  why
-#   softmax              0      8        184  setmaxnreg: a row of S, part of P, what the exponentials need
-#   correction           8      4         96  setmaxnreg: part of a row of O, its factor
-#   mma                 12      1         48  setmaxnreg: descriptors, coordinates, loop state
-#   tma                 13      1         48  setmaxnreg: descriptors, coordinates, loop state
-#   idle                14      2         48  setmaxnreg counts whole warpgroups
-"""Fused attention forward: one CTA two tiles of 128 query rows, a query head and a batch entry.
+#   softmax              0      8        192  setmaxnreg: a row of S, part of P, what the exponentials need
+#   correction           8      4         88  setmaxnreg: part of a row of O, its factor
+#   mma                 12      1         40  setmaxnreg: descriptors, coordinates, loop state
+#   tma                 13      1         40  setmaxnreg: descriptors, coordinates, loop state
+#   idle                14      2         40  setmaxnreg counts whole warpgroups
+"""Fused attention forward: a CTA two query tiles at a time, 128 rows each of a query head.
 
-Grid (ceil(Sq / 256), Hq, B), 512 threads:
+Grid (as many CTAs as run at once, or as there is work for), 512 threads each. O of two query tiles leaves while
+the next two are begun.
 
     warps 0-7    softmax, warps 0-3 of the first tile and 4-7 of the second, one thread a query row
     warps 8-11   correction of both tiles' O, and epilogue
@@ -75,9 +78,9 @@ O_TILE_BYTES = 4096
 
 TILE_WARPS = 4
 CORRECTION_WARP = 8
-SOFTMAX_REGISTERS = 184
-CORRECTION_REGISTERS = 96
-ISSUER_REGISTERS = 48
+SOFTMAX_REGISTERS = 192
+CORRECTION_REGISTERS = 88
+ISSUER_REGISTERS = 40
 
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see softmax_tile
 POLYNOMIAL_PAIRS = (1, 4, 6)  # of each 8 pairs of columns: exponentials by FMA
@@ -96,7 +99,7 @@ SQ_OFFSET = 4096
 SK_OFFSET = 12288
 SV_OFFSET = 15360
 SO_OFFSET = 18432
-TMEM_SLOT_OFFSET = 192
+TMEM_SLOT_OFFSET = 224
 
 # Tensor memory: 32-bit columns from the start of the allocation.
 TMEM_COLUMNS = 128
@@ -109,17 +112,20 @@ O1_COLUMN = 80
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-K_FULL = 2
-K_EMPTY = 5
-V_FULL = 8
-V_EMPTY = 11
-S_FULL = 14
-P_FULL = 16
-FACTOR_FULL = 18
-SUM_FULL = 20
+Q_EMPTY = 2
+K_FULL = 4
+K_EMPTY = 7
+V_FULL = 10
+V_EMPTY = 13
+S_FULL = 16
+P_FULL = 18
+FACTOR_FULL = 20
 O_FULL = 22
+SUM_FULL = 24
+SUM_EMPTY = 26
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 2, 1),
+    (Q_EMPTY, 2, 1),
     (K_FULL, 3, 1),
     (K_EMPTY, 3, 1),
     (V_FULL, 3, 1),
@@ -127,8 +133,9 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (S_FULL, 2, 1),
     (P_FULL, 2, 8),
     (FACTOR_FULL, 2, 4),
-    (SUM_FULL, 2, 4),
     (O_FULL, 2, 1),
+    (SUM_FULL, 2, 4),
+    (SUM_EMPTY, 2, 4),
 )
 
 # Columns that one tcgen05.ld or tcgen05.st moves, and columns of O that one TMA store takes.
@@ -216,6 +223,65 @@ def hide_columns(s, end):
         s[c] = s[c] if c < end else -Float32.inf
 
 
+@cute.jit
+def place_in_turn(turn):
+    """This CTA's place among the CTAs. Every other turn goes through them backwards: who had much gets little."""
+    workers, place = cute.arch.grid_dim()[0], cute.arch.block_idx()[0]
+    return place if turn % 2 == 0 else workers - 1 - place
+
+
+def query_tiles(seqlen_q):
+    """Pairs of query tiles."""
+    return (seqlen_q + 2 * TILE_M - 1) // (2 * TILE_M)
+
+
+@cute.jit
+def turns(call):
+    """How many pairs of query tiles this CTA works on."""
+    seqlen_q, heads, batches = call[:3]
+    workers, tiles = cute.arch.grid_dim()[0], query_tiles(seqlen_q) * heads * batches
+    whole = tiles // workers
+    rest = tiles - whole * workers
+    return whole + (1 if place_in_turn(whole) < rest else 0)
+
+
+@cute.jit
+def work(turn, call):
+    """(pair of query tiles, head, batch entry) of this CTA's turn, and lengths."""
+    seqlen_q, heads, batches, seqlen_k = call
+    q_tiles = query_tiles(seqlen_q)
+    i = turn * cute.arch.grid_dim()[0] + place_in_turn(turn)
+    # The last query tiles see the most keys: all heads' first, then the tiles before them.
+    block = q_tiles - 1 - i // (heads * batches), i % heads, i // heads % batches
+    return block, (seqlen_q, seqlen_k)
+
+
+@cute.jit
+def tile_span(q_tile, lengths):
+    """KV tiles that some row of a query tile sees, and how many of them every row sees; none of a tile past Sq."""
+    seqlen_q, seqlen_k = lengths
+    there = q_tile * TILE_M < seqlen_q
+    kv_tiles, whole_tiles = kv_span(q_tile, seqlen_q, seqlen_k)
+    return (kv_tiles if there else Int32(0)), (whole_tiles if there else Int32(0))
+
+
+@cute.jit
+def visits_of(block, lengths):
+    """KV tiles that a CTA loads for two query tiles; how many of them each query tile sees, and which, see `sees`."""
+    pair = block[0]
+    span, other = (tile_span(2 * pair + i, lengths) for i in range(2))
+    tiles = span[0], other[0]
+    kv_tiles = cutlass.max(*tiles)
+    seen = tuple((0, end) for end in tiles)
+    return kv_tiles, tiles, seen
+
+
+def sees(own, j):
+    """Whether a query tile sees the j-th KV tile that is loaded."""
+    first, end = own
+    return (j >= first) & (j < end)
+
+
 def tma_views(atom, smem, gmem):
     """Both sides of a TMA load: mode 0 is one tile, mode 1 the stage or the tile number."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
@@ -233,49 +299,60 @@ def source_views(source, k_smem, v_smem, kv_head, batch):
 
 
 @cute.jit
-def load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, tiles):
-    """Warp 13: Q of both tiles, and K and V in the order in which the MMA warp consumes them, K a tile ahead."""
-    pair, head, batch = block
-    kv_head = head // Q_HEADS_PER_KV
-    k, v = source_views(source, k_smem, v_smem, kv_head, batch)
-
-    kv_tiles = cutlass.max(*tiles)
-    if kv_tiles > 0:
-        for i in cutlass.range_constexpr(2):
-            if tiles[i] > 0:
-                load_q(tma_q, mq, q_smem[i], bars + Q_FULL + i, (2 * pair + i, head, batch))
-            if cutlass.const_expr(i == 0):
-                load_k(k, bars, 0, tiles)
+def load_warp(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, call):
+    """Warp 13: Q of both query tiles, and K and V in the order in which the MMA warp consumes them, K a tile ahead."""
+    n = Int32(0)  # KV tiles so far
+    q_loads0 = q_loads1 = Int32(0)
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        visits = visits_of(block, lengths)
+        kv_tiles, (tiles0, tiles1) = visits[0], visits[1]
+        pair, head, batch = block
+        kv_head = head // Q_HEADS_PER_KV
+        k, v = source_views(sources[0], k_smem, v_smem, kv_head, batch)
+        if kv_tiles > 0:
+            load_k(k, bars, n, 0)
+            if tiles0 > 0:
+                load_q(tma_q, mq, q_smem[0], bars, 0, q_loads0, (2 * pair, head, batch))
+                q_loads0 += 1
+            if tiles1 > 0:
+                load_q(tma_q, mq, q_smem[1], bars, 1, q_loads1, (2 * pair + 1, head, batch))
+                q_loads1 += 1
         for j in cutlass.range(1, kv_tiles, unroll=1):
-            load_v(v, bars, j - 1, tiles)
-            load_k(k, bars, j, tiles)
-        load_v(v, bars, kv_tiles - 1, tiles)
+            load_v(v, bars, n + j - 1, j - 1)
+            load_k(k, bars, n + j, j)
+        n += kv_tiles
+        if kv_tiles > 0:
+            load_v(v, bars, n - 1, kv_tiles - 1)
 
 
 @cute.jit
-def load_q(tma, mq, smem, full, block):
+def load_q(tma, mq, smem, bars, i: cutlass.Constexpr, q_loads, block):
     q_tile, head, batch = block
     gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
     smem, gmem = tma_views(tma, smem, qk_mma().get_slice(0).partition_A(gq))
+    cute.arch.mbarrier_wait(bars + Q_EMPTY + i, (q_loads + 1) & 1)  # passes at once for the first one
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(full, Q_TILE_BYTES)
-    cute.copy(tma, gmem, smem, tma_bar_ptr=full)
+        cute.arch.mbarrier_arrive_and_expect_tx(bars + Q_FULL + i, Q_TILE_BYTES)
+    cute.copy(tma, gmem, smem, tma_bar_ptr=bars + Q_FULL + i)
 
 
 @cute.jit
-def load_k(k, bars, j, tiles):
-    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, tiles)
+def load_k(k, bars, n, j):
+    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, n, j)
 
 
 @cute.jit
-def load_v(v, bars, j, tiles):
-    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, tiles)
+def load_v(v, bars, n, j):
+    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, n, j)
 
 
 @cute.jit
-def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, tiles):
-    """The j-th K or V tile into its stage. Rows past the sequence arrive as zeros and count in tile_bytes."""
-    stage, phase = ring(j)
+def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, n, j):
+    """The j-th K or V tile of a pair of query tiles, the n-th through its ring. Rows past the sequence arrive as zeros
+    and count in tile_bytes.
+    """
+    stage, phase = ring(n)
     cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive_and_expect_tx(full + stage, tile_bytes)
@@ -284,63 +361,68 @@ def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, tiles):
 
 
 @cute.jit
-def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, tiles):
-    """Warp 12: for each KV tile and each query tile that sees it, PV of the tile before, then QK into the same columns.
+def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, call):
+    """Warp 12: for each KV tile, and each query tile, PV of the KV tile before and then QK into the same columns, where
+    it sees them; without a break from one pair of query tiles to the next.
 
     MMAs of one thread run in order, so QK overwrites P, which lies over S, only when PV has read it.
     """
     qk, pv = qk_mma(), pv_mma()
     q = tuple(qk.make_fragment_A(smem) for smem in q_smem)
     k, v = qk.make_fragment_B(k_smem), pv.make_fragment_B(v_smem)
-    both = cutlass.min(*tiles)
-    if both > 0:
-        wait_kv(bars + K_FULL, 0)
-        for i in cutlass.range_constexpr(2):
-            cute.arch.mbarrier_wait(bars + Q_FULL + i, 0)
-            issue_qk(s, q, k, bars, i, 0)
-        release_kv(bars + K_EMPTY, 0)
-        for j in cutlass.range(1, both, unroll=1):
-            wait_kv(bars + V_FULL, j - 1)
-            wait_kv(bars + K_FULL, j)
-            for i in cutlass.range_constexpr(2):
-                issue_pv(o, p, v, bars, i, j - 1)
-                issue_qk(s, q, k, bars, i, j)
-            release_kv(bars + V_EMPTY, j - 1)
-            release_kv(bars + K_EMPTY, j)
-        wait_kv(bars + V_FULL, both - 1)
-    for i in cutlass.range_constexpr(2):  # the tile that is done first
-        if (both > 0) & (tiles[i] == both):
-            issue_pv(o, p, v, bars, i, both - 1)
+    n = Int32(0)  # KV tiles so far
+    # Of each query tile: KV tiles it has seen, times Q was loaded, whether a PV is to come, adds to O, and is the last.
+    no = cutlass.Boolean(False)
+    state0 = state1 = Int32(0), Int32(0), no, no, no
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        visits = visits_of(block, lengths)
+        (tiles0, tiles1), (seen0, seen1) = visits[1], visits[2]
+        last0, last1 = state0[0] + tiles0, state1[0] + tiles1
+        for j in cutlass.range(visits[0], unroll=1):
+            if n > 0:
+                wait_kv(bars + V_FULL, n - 1)
+            wait_kv(bars + K_FULL, n)
+            state0 = multiply(s, p, o, q, k, v, bars, 0, n, sees(seen0, j), last0 - tiles0, last0, state0)
+            state1 = multiply(s, p, o, q, k, v, bars, 1, n, sees(seen1, j), last1 - tiles1, last1, state1)
+            if n > 0:
+                release_kv(bars + V_EMPTY, n - 1)
+            release_kv(bars + K_EMPTY, n)
+            n += 1
+    if n > 0:
+        wait_kv(bars + V_FULL, n - 1)
+        multiply(s, p, o, q, k, v, bars, 0, n, no, n, n, state0)
+        multiply(s, p, o, q, k, v, bars, 1, n, no, n, n, state1)
+
+
+@cute.jit
+def multiply(s, p, o, q, k, v, bars, i: cutlass.Constexpr, n, seen, first, last, state):
+    """PV of KV tile n - 1 for query tile i, if its QK was issued, then QK of tile n, if `seen`. first, last: the count
+    of KV tiles with which this query tile began, and with which it ends.
+    """
+    count, q_loads, pending, adds, ends = state
+    begins = count == first
+    if pending:
+        issue_pv(o, p, v, bars, i, n - 1, count - 1, adds)
+        if ends:
             commit(bars + O_FULL + i)
-    for i in cutlass.range_constexpr(2):
-        if tiles[i] > both:
-            mma_rest(s, p, o, q, k, v, bars, i, both, tiles[i])
+    if seen:
+        if begins:
+            cute.arch.mbarrier_wait(bars + Q_FULL + i, q_loads & 1)
+            q_loads += 1
+        issue_qk(s, q, k, bars, i, n)
+        adds = count > first
+        count += 1
+        ends = count == last
+        if ends:
+            commit(bars + Q_EMPTY + i)
+    return count, q_loads, seen, adds, ends
 
 
 @cute.jit
-def mma_rest(s, p, o, q, k, v, bars, i: cutlass.Constexpr, first, kv_tiles):
-    """KV tiles from `first` on, which query tile i alone sees."""
-    if first == 0:
-        wait_kv(bars + K_FULL, 0)
-        cute.arch.mbarrier_wait(bars + Q_FULL + i, 0)
-        issue_qk(s, q, k, bars, i, 0)
-        release_kv(bars + K_EMPTY, 0)
-    for j in cutlass.range(cutlass.max(first, 1), kv_tiles, unroll=1):
-        wait_kv(bars + V_FULL, j - 1)
-        wait_kv(bars + K_FULL, j)
-        issue_pv(o, p, v, bars, i, j - 1)
-        issue_qk(s, q, k, bars, i, j)
-        release_kv(bars + V_EMPTY, j - 1)
-        release_kv(bars + K_EMPTY, j)
-    wait_kv(bars + V_FULL, kv_tiles - 1)
-    issue_pv(o, p, v, bars, i, kv_tiles - 1)
-    commit(bars + O_FULL + i)
-
-
-@cute.jit
-def issue_qk(s, q, k, bars, i: cutlass.Constexpr, j):
-    """S = Q K_j^T of query tile i, over all of head_dim. PV of tile j - 1 has been issued: P may be overwritten."""
-    stage, _ = ring(j)
+def issue_qk(s, q, k, bars, i: cutlass.Constexpr, n):
+    """S = Q K_n^T of query tile i, over all of head_dim. Its PV before has been issued: P may be overwritten."""
+    stage, _ = ring(n)
     mma = qk_mma()
     mma.set(Field.ACCUMULATE, False)
     for c in cutlass.range_constexpr(HEAD_DIM // MMA_K):
@@ -350,27 +432,27 @@ def issue_qk(s, q, k, bars, i: cutlass.Constexpr, j):
 
 
 @cute.jit
-def issue_pv(o, p, v, bars, i: cutlass.Constexpr, j):
-    """O += P_j V_j of query tile i, once P_j is written and O is rescaled to P_j's reference."""
-    stage, _ = ring(j)
-    wait_tmem(bars + P_FULL + i, j & 1)
+def issue_pv(o, p, v, bars, i: cutlass.Constexpr, n, count, adds):
+    """O += P_n V_n of query tile i, once P_n is written and O is rescaled to P_n's reference; count: its PVs before."""
+    stage, _ = ring(n)
+    wait_tmem(bars + P_FULL + i, count & 1)
     mma = pv_mma()
-    mma.set(Field.ACCUMULATE, j > 0)  # tile 0 overwrites what TMEM held before
+    mma.set(Field.ACCUMULATE, adds)  # the first one overwrites what TMEM held before
     for c in cutlass.range_constexpr(TILE_N // MMA_K):
         cute.gemm(mma, o[i], p[i][None, None, c], v[None, None, c, stage], o[i])
         mma.set(Field.ACCUMULATE, True)
 
 
 @cute.jit
-def wait_kv(full, j):
-    stage, phase = ring(j)
+def wait_kv(full, n):
+    stage, phase = ring(n)
     cute.arch.mbarrier_wait(full + stage, phase)
 
 
 @cute.jit
-def release_kv(empty, j):
-    """The stage of tile j is free once every MMA issued so far is complete."""
-    stage, _ = ring(j)
+def release_kv(empty, n):
+    """The stage of the n-th KV tile is free once every MMA issued so far is complete."""
+    stage, _ = ring(n)
     commit(empty + stage)
 
 
@@ -428,8 +510,9 @@ def write_row(tile, row, step: cutlass.Constexpr):
 
 
 @cute.jit
-def softmax_tile(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, j, seen, scale_log2, m, total):
-    """The j-th KV tile for this thread's row of query tile i: S becomes P = exp2((S - m) scale_log2).
+def softmax_tile(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, count, seen, scale_log2, m, total):
+    """The next KV tile for this thread's row of query tile i: S becomes P = exp2((S - m) scale_log2). count: its KV
+    tiles before.
 
     seen: columns of the tile that the row sees, None for all. m is the reference of the row's exponentials, total their
     sum; returns both, updated. m is at most the row's maximum so far, and at least that less SKIP_LOG2 / scale_log2: so
@@ -437,7 +520,7 @@ def softmax_tile(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, j, seen,
     O nor total is rescaled.
     """
     factors, _, _ = row_stats
-    wait_tmem(bars + S_FULL + i, j & 1)
+    wait_tmem(bars + S_FULL + i, count & 1)
     s = read_row(s_tmem[i], S_COLUMNS)
     if cutlass.const_expr(seen is not None):
         hide_columns(s, seen)
@@ -449,10 +532,9 @@ def softmax_tile(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, j, seen,
     if cutlass.const_expr(seen is not None):
         reference = m_new if m_new > -Float32.inf else Float32(0.0)  # nothing seen yet: -inf - -inf would be NaN
     factor = cute.math.exp2((m - reference) * scale_log2, fastmath=True)  # exactly 1 where m stays
-    if j > 0:
-        row = cute.arch.thread_idx()[0] % TILE_M
-        factors[i, row] = factor if m > -Float32.inf else Float32(1.0)  # a row that has seen nothing: O is 0
-        arrive_warp(bars + FACTOR_FULL + i)
+    seen_before = m > -Float32.inf  # else there is no O to rescale
+    factors[i, cute.arch.thread_idx()[0] % TILE_M] = factor if seen_before else Float32(1.0)
+    arrive_warp(bars + FACTOR_FULL + i)
 
     shift = -reference * scale_log2
     for c in cutlass.range_constexpr(0, TILE_N, 2 * P_COLUMNS):
@@ -540,53 +622,70 @@ def rescale(o_tmem, factor):
 
 
 @cute.jit
-def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, block, lengths, tiles):
+def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, call):
     """Warps 8-11: O of both query tiles follows its rows' references, then leaves."""
     factors, _, _ = row_stats
-    both = cutlass.min(*tiles)
-    for i in cutlass.range_constexpr(2):
-        if tiles[i] > 0:
-            arrive_rows(bars + P_FULL + i)  # there is no O to rescale before KV tile 0
-    for j in cutlass.range(1, both, unroll=1):
-        for i in cutlass.range_constexpr(2):
-            correct(o_tmem, factors, bars, i, j)
-    for i in cutlass.range_constexpr(2):
-        for j in cutlass.range(cutlass.max(both, 1), tiles[i], unroll=1):
-            correct(o_tmem, factors, bars, i, j)
-
-    pair, head, batch = block
-    for i in cutlass.range_constexpr(2):
-        place = 2 * pair + i, head, batch
-        if place[0] * TILE_M < lengths[0]:
-            finish(o_tmem[i], o_smem[i], tma_o, mo, rows, row_stats, bars, scale, i, place, lengths, tiles[i])
+    count0 = count1 = Int32(0)  # KV tiles that each query tile has seen so far
+    times0 = times1 = Int32(0)  # query tiles that have seen any
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        visits = visits_of(block, lengths)
+        (tiles0, tiles1), (seen0, seen1) = visits[1], visits[2]
+        for j in cutlass.range(visits[0], unroll=1):
+            if sees(seen0, j):
+                correct(o_tmem, factors, bars, 0, count0)
+                count0 += 1
+            if sees(seen1, j):
+                correct(o_tmem, factors, bars, 1, count1)
+                count1 += 1
+        times0 += 1 if tiles0 > 0 else 0
+        times1 += 1 if tiles1 > 0 else 0
+        sizes = call[0], tiles0
+        finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, 0, turn, times0, block, sizes)
+        sizes = call[0], tiles1
+        finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, 1, turn, times1, block, sizes)
+    cute.arch.cp_async_bulk_wait_group(0)
 
 
 @cute.jit
-def correct(o_tmem, factors, bars, i: cutlass.Constexpr, j):
-    """O of query tile i to the reference of KV tile j. PV of tile j - 1 is complete: S of tile j came after it."""
-    wait_tmem(bars + FACTOR_FULL + i, (j + 1) & 1)
+def correct(o_tmem, factors, bars, i: cutlass.Constexpr, count):
+    """O of query tile i to the reference of its next KV tile, `count` having been before. PV of the one before is
+    complete: S of this one came after it. All factors of the first are 1, and PV may overwrite O, which has left.
+    """
+    cute.arch.mbarrier_wait(bars + FACTOR_FULL + i, count & 1)
     factor = factors[i, cute.arch.thread_idx()[0] % TILE_M]
     if cute.arch.vote_any_sync(factor < 1.0):
+        cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
         rescale(o_tmem[i], factor)
         cute.arch.fence_view_async_tmem_store()
     arrive_warp(bars + P_FULL + i)
 
 
 @cute.jit
-def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, i: cutlass.Constexpr, block, lengths, kv_tiles):
-    """O of query tile i out, by the sums and references that its softmax warps have left."""
-    q_tile, head, batch = block
-    seqlen_q, _ = lengths
+def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, i: cutlass.Constexpr, turn, times, block, sizes):
+    """O of query tile i out, by the sums and references that its softmax warps have left; nothing of a tile past Sq."""
+    pair, head, batch = block
+    q_tile = 2 * pair + i
+    seqlen_q, kv_tiles = sizes
     row = cute.arch.thread_idx()[0] % TILE_M
-    (lse,) = rows
-    token = q_tile * TILE_M + row
     _, sums, references = row_stats
-    cute.arch.mbarrier_wait(bars + SUM_FULL + i, 0)
+    cute.arch.mbarrier_wait(bars + SUM_FULL + i, turn & 1)
     total, m = sums[i, row], references[i, row]
+    arrive_rows(bars + SUM_EMPTY + i)
+    wait_tmem(bars + O_FULL + i, (times + 1) & 1)  # the last PV
+    if q_tile * TILE_M < seqlen_q:
+        place = q_tile, head, batch
+        store_outputs(o_tmem[i], o_smem[i], tma_o, mo, rows, scale, total, m, place, seqlen_q, kv_tiles)
+
+
+@cute.jit
+def store_outputs(o_tmem, o_smem, tma_o, mo, rows, scale, total, m, block, seqlen_q, kv_tiles):
+    q_tile, head, batch = block
+    (lse,) = rows
+    row = cute.arch.thread_idx()[0] % TILE_M
+    token = q_tile * TILE_M + row
     if kv_tiles == 0:
         zero_o(o_tmem)
-    if kv_tiles > 0:
-        wait_tmem(bars + O_FULL + i, 0)  # the last PV
     factor = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)  # a row that sees no key: O = 0
     store_o(o_tmem, o_smem, tma_o, mo, factor, block)
     if token < seqlen_q:
@@ -598,16 +697,19 @@ def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
     """O from TMEM through registers and this warp's slab of sO to global memory; TMA drops rows past Sq."""
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx() % TILE_WARPS)
     q_tile, head, batch = block
-    slab = o_smem[None, None, warp]
     rows = q_tile * TILE_WARPS + warp
+    slab = o_smem[None, None, warp]
     tiles = cute.local_tile(mo[None, None, head, batch], (WARP_ROWS, O_CHUNK), (rows, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
-    stage_o(o_tmem, slab, factor)
-    with cute.arch.elect_one():
-        cute.copy(tma_o, source, target[None, 0])
-        cute.arch.cp_async_bulk_commit_group()
-    cute.arch.cp_async_bulk_wait_group(0)
+    for chunk in cutlass.range_constexpr(HEAD_DIM_V // O_CHUNK):
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has read the slab
+        cute.arch.sync_warp()
+        part = columns_of(o_tmem, chunk * O_CHUNK, O_CHUNK)
+        stage_o(part, slab, factor)
+        with cute.arch.elect_one():
+            cute.copy(tma_o, source, target[None, chunk])
+            cute.arch.cp_async_bulk_commit_group()
 
 
 @cute.jit
@@ -634,40 +736,40 @@ def zero_o(o_tmem):
 
 
 @cute.jit
-def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, q_tile, lengths):
+def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, call):
     """Four warps a query tile: the KV tiles that every row sees whole, then those that need a mask, then what the
-    correction warps need to finish O."""
-    seqlen_q, seqlen_k = lengths
-    kv_tiles, whole_tiles = tile_span(q_tile, lengths)
-    token = q_tile * TILE_M + cute.arch.thread_idx()[0] % TILE_M
-    end = end_key(token, seqlen_q, seqlen_k)
+    correction warps need to finish O.
+    """
     scale_log2 = scale * LOG2_E
-    m, total = -Float32.inf, Float32(0.0)
-    for j in cutlass.range(whole_tiles, unroll=1):
-        m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, j, None, scale_log2, m, total)
-    for j in cutlass.range(whole_tiles, kv_tiles, unroll=1):
-        m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, j, end - j * TILE_N, scale_log2, m, total)
-    _, sums, references = row_stats
     row = cute.arch.thread_idx()[0] % TILE_M
-    sums[i, row], references[i, row] = total, m
-    arrive_rows(bars + SUM_FULL + i)
+    count = Int32(0)  # KV tiles of this query tile so far
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        q_tile = 2 * block[0] + i
+        seqlen_q, seqlen_k = lengths
+        kv_tiles, whole_tiles = tile_span(q_tile, lengths)
+        token = q_tile * TILE_M + row
+        end = end_key(token, seqlen_q, seqlen_k)
+        m, total = -Float32.inf, Float32(0.0)
+        for _ in cutlass.range(whole_tiles, unroll=1):
+            m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, None, scale_log2, m, total)
+            count += 1
+        for j in cutlass.range(whole_tiles, kv_tiles, unroll=1):
+            seen = end - j * TILE_N
+            m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, seen, scale_log2, m, total)
+            count += 1
+        _, sums, references = row_stats
+        cute.arch.mbarrier_wait(bars + SUM_EMPTY + i, (turn + 1) & 1)  # passes at once in the first turn
+        sums[i, row], references[i, row] = total, m
+        arrive_rows(bars + SUM_FULL + i)
 
 
 @cute.jit
 def arrive_rows(bar):
-    """One arrival for the whole warp, once every lane's shared-memory stores are done."""
+    """One arrival for the whole warp, once every lane is done with shared memory."""
     cute.arch.sync_warp()
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive(bar)
-
-
-@cute.jit
-def tile_span(q_tile, lengths):
-    """KV tiles that some row of a query tile sees, and how many of them every row sees; none of a tile past Sq."""
-    seqlen_q, seqlen_k = lengths
-    kv_tiles, whole_tiles = kv_span(q_tile, seqlen_q, seqlen_k)
-    there = q_tile * TILE_M < seqlen_q
-    return (kv_tiles if there else Int32(0)), (whole_tiles if there else Int32(0))
 
 
 def smem_tile(smem, offset, layout, dtype):
@@ -695,12 +797,9 @@ def fmha_sm100_d16_gqa3_causal_two_tiles_stage3_n32(
     scale: Float32,
 ):
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    pair, head, batch = cute.arch.block_idx()
-    pair = cute.arch.grid_dim()[0] - 1 - pair  # the last tiles see the most keys: start them first
-    block = pair, head, batch
     seqlen_q = mq.shape[0]
-    seqlen_k = mk.shape[0]
-    lengths = seqlen_q, seqlen_k
+    heads, batches, seqlen_k = mq.shape[2], mq.shape[3], mk.shape[0]
+    call = seqlen_q, heads, batches, seqlen_k
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)
     bars = cute.recast_ptr(smem + BARRIERS_OFFSET, dtype=Int64)
@@ -739,20 +838,18 @@ def fmha_sm100_d16_gqa3_causal_two_tiles_stage3_n32(
     if warp >= MMA_WARP:
         cute.arch.setmaxregister_decrease(ISSUER_REGISTERS)
         if warp == LOAD_WARP:
-            tiles = tiles_of_pair(pair, lengths)
-            load_warp(tma_q, mq, q_smem, (tma_k, mk, tma_v, mv), k_smem, v_smem, bars, block, tiles)
+            load_warp(tma_q, mq, q_smem, ((tma_k, mk, tma_v, mv),), k_smem, v_smem, bars, call)
         if warp == MMA_WARP:
-            mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, tiles_of_pair(pair, lengths))
+            mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, call)
     elif warp >= CORRECTION_WARP:
         cute.arch.setmaxregister_decrease(CORRECTION_REGISTERS)
-        tiles = tiles_of_pair(pair, lengths)
         rows = (lse,)
-        correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, block, lengths, tiles)
+        correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, call)
     else:
         cute.arch.setmaxregister_increase(SOFTMAX_REGISTERS)
         for i in cutlass.range_constexpr(2):
             if warp // TILE_WARPS == i:
-                softmax_warps(s_tmem, p_tile, row_stats, bars, i, scale, 2 * pair + i, lengths)
+                softmax_warps(s_tmem, p_tile, row_stats, bars, i, scale, call)
 
     cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
     cute.arch.sync_threads()  # every warp is done with TMEM
@@ -766,11 +863,6 @@ def row_table(pointer):
     return cute.make_tensor(pointer, cute.make_layout((2, TILE_M), stride=(TILE_M, 1)))
 
 
-def tiles_of_pair(pair, lengths):
-    """KV tiles that each of the two query tiles sees."""
-    return tile_span(2 * pair, lengths)[0], tile_span(2 * pair + 1, lengths)[0]
-
-
 @cute.jit
 def launch(
     q: cute.Tensor,
@@ -779,12 +871,14 @@ def launch(
     o: cute.Tensor,
     lse: cute.Tensor,
     scale: Float32,
+    ctas: Int32,
     stream,
 ):
     """O of one attention call: q [B, Sq, Hq, HEAD_DIM], k and v [B, Skv, Hkv, ...], o [B, Sq, Hq, HEAD_DIM_V].
 
     lse is float32 [B, Hq, Sq], natural log.
     scale (positive) multiplies Q K^T. A row that sees no key gives O = 0 and LSE = -inf.
+    ctas: how many CTAs to launch at most, as many as run at once; each works on one query tile after another.
     """
     # TMA tensors put the MMA's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
     mq, mk, mo = (cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, o))
@@ -797,7 +891,8 @@ def launch(
     slab = cute.select(o_layout(), mode=[0, 1])
     tma_o, mo = cpasync.make_tiled_tma_atom(store, mo, slab, (WARP_ROWS, O_CHUNK))
 
-    grid = (cute.ceil_div(q.shape[1], 2 * TILE_M), q.shape[2], q.shape[0])
+    tiles = query_tiles(q.shape[1]) * q.shape[2] * q.shape[0]
+    grid = (cutlass.min(tiles, ctas), 1, 1)
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo)
     arguments = (*matrices, lse, scale)
     kernel = fmha_sm100_d16_gqa3_causal_two_tiles_stage3_n32(*arguments)

@@ -57,9 +57,7 @@ def test_p_may_lie_over_s_because_pv_is_issued_before_the_next_qk():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"head_dim": 128, "window_left": 5}, "window_left = 5: not implemented for sm_100a yet; leave it out, or one"),
         ({"head_dim": 128, "p_staging": "smem"}, "P lies over S in tensor memory"),
-        ({"head_dim": 128, "kv_sources": 2}, "kv_sources = 2: not implemented for sm_100a yet"),
         ({"head_dim": 576, "head_dim_v": 512}, "head_dim_v = 512: not implemented for sm_100a yet; at most 256"),
         ({"head_dim": 128, "tile_m": 64}, "tile_m = 64"),
     ],
