@@ -697,7 +697,7 @@ def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, turn, n, blo
     """O out, by the sums and references that the softmax warps have left. n: KV tiles up to the last of these rows."""
     q_tile, rank, head, batch = block
     row = rank * CTA_ROWS + cute.arch.thread_idx()[0] % CTA_ROWS
-    limit2, sink, lse, m_out = rows
+    sink, lse, m_out = rows
     token = q_tile * TILE_TOKENS + row // Q_HEADS_PER_KV
     head = head * Q_HEADS_PER_KV + row % Q_HEADS_PER_KV  # this row's query head
     _, sums, references = row_stats
@@ -721,8 +721,8 @@ def store_o(o_tmem, o_smem, tma_o, mo, block):
     """O from TMEM through registers and this warp's slab of sO to global memory; TMA drops rows past Sq."""
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx() % TILE_WARPS)
     q_tile, rank, head, batch = block
-    slab = o_smem[None, None, warp]
     rows = (q_tile * TILE_M + rank * CTA_ROWS) // WARP_ROWS + warp
+    slab = o_smem[None, None, warp]
     tiles = cute.local_tile(mo[None, None, head, batch], (WARP_ROWS, O_CHUNK), (rows, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
@@ -897,7 +897,7 @@ def fmha_sm100_d192_gqa8_causal_wl127_seqlens_sink_kv2_limit2_unnorm_two_ctas(
             mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, call)
     elif warp >= CORRECTION_WARP:
         cute.arch.setmaxregister_decrease(CORRECTION_REGISTERS)
-        rows = (limit2, sink, lse, m_out)
+        rows = (sink, lse, m_out)
         correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, rank, call)
     else:
         cute.arch.setmaxregister_increase(SOFTMAX_REGISTERS)

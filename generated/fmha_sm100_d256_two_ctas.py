@@ -642,8 +642,8 @@ def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
     """O from TMEM through registers and this warp's slab of sO to global memory; TMA drops rows past Sq."""
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx() % TILE_WARPS)
     q_tile, rank, head, batch = block
-    slab = o_smem[None, None, warp]
     rows = (q_tile * TILE_M + rank * CTA_ROWS) // WARP_ROWS + warp
+    slab = o_smem[None, None, warp]
     tiles = cute.local_tile(mo[None, None, head, batch], (WARP_ROWS, O_CHUNK), (rows, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
