@@ -348,7 +348,7 @@ class Plan:
 
     @property
     def rows(self) -> str:
-        """Those of them that belong to a row: what the warps of the epilogue take, as the inside of a tuple; "" for none.
+        """Those that belong to a row: what the warps of the epilogue take, as the inside of a tuple; "" for none.
         Where no others correct O they are the softmax warps, which read limit2 too.
         """
         wanted = ("limit2", "sink", "lse", "m")[self.corrected :]

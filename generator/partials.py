@@ -33,7 +33,8 @@ PARTIALS = {
     ),
     "two_ctas": _partials(
         *("overview_ctas", "constants_ctas", "operands_ctas", "tiles", "mask", "work", "spans_ctas", "load_ctas"),
-        *("mma_ctas", "tmem", "softmax_ctas", "rows", "correction_ctas", "epilogue_turns", "stage", "kernel_ctas", "launch"),
+        *("mma_ctas", "tmem", "softmax_ctas", "rows", "correction_ctas", "epilogue_turns", "stage", "kernel_ctas"),
+        "launch",
     ),
     "chunks": _partials(*_CHUNKS, *_APART, "softmax", *_OUT),
     "chunks_shared": _partials(*_CHUNKS, "load_shared", "mma_shared", "tmem", "softmax", *_OUT),

@@ -101,7 +101,7 @@ def _mbarriers(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Mbarrier, ...], 
         ("v_empty", stages, 1, "commit: PV of both query tiles has read its V tile"),
     ]
     if spec.kv_shared:
-        rings = [rings[0], ("k_empty", stages, 1, "commit: PV of both query tiles, and QK before, have read the K tile")]
+        rings = [rings[0], ("k_empty", stages, 1, "commit: QK and PV of both query tiles have read the K tile")]
     families = (
         ("q_full", tiles, 1, "TMA: Q has landed"),
         ("q_empty", tiles, 1, "commit: the last QK has read Q"),
