@@ -44,6 +44,23 @@ def read_entry(key: str) -> dict[str, bytes] | None:
         return None
 
 
+def require_cache(key: str) -> None:
+    """Whether `write_entry` can store an entry, asked before it is made. Raises CacheError."""
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _refused(error) from None
+
+
+def _refused(error: OSError) -> CacheError:
+    return CacheError(
+        "BESPOKE_CACHE", cache_dir(), f"cannot be written: {error.strerror}", "set it to a folder of yours"
+    )
+
+
 def write_entry(key: str, members: Mapping[str, bytes]) -> Path:
     """Store an entry atomically. Raises CacheError when the folder cannot be written."""
     path = _path(key)
@@ -56,9 +73,7 @@ def write_entry(key: str, members: Mapping[str, bytes]) -> Path:
                 archive.writestr(zipfile.ZipInfo(name), content)
         os.replace(part, path)
     except OSError as error:
-        raise CacheError(
-            "BESPOKE_CACHE", cache_dir(), f"cannot be written: {error.strerror}", "set it to a folder of yours"
-        ) from None
+        raise _refused(error) from None
     finally:
         if part is not None and os.path.exists(part):
             os.unlink(part)

@@ -31,7 +31,7 @@ from .command import (
     say_proofs,
     tracer_of,
 )
-from .emit import is_current, kernel_path, write_bytes, write_kernel, write_text
+from .emit import is_current, kernel_path, require_writable, write_bytes, write_kernel, write_text
 from .explain import explain_kernel
 from .matrix import SHAPE_FORMAT, Shape, load_matrix, parse_shape, run_cases, shapes_of
 from .options import kernel_spec, spec_options
@@ -212,6 +212,8 @@ def matrix(
 ) -> None:
     """Verify every kernel of specs/ on every shape of specs/matrix.toml."""
     cases = load_matrix(select)
+    if json_file is not None:
+        require_writable(json_file)
     finished = present.track(run_cases(cases, backend, jobs), len(cases), "matrix", present.row_summary)
     rows = sorted(finished, key=lambda row: (row["kernel"], row["shape"]))
     if json_file is not None:
@@ -225,6 +227,8 @@ def docs(out: Path | None = DocsOut, check: bool = Check) -> None:
     """Write docs/plans: a page a strategy, with maps of shared and tensor memory and the barrier protocol."""
     folder = out or checkout_root() / "docs" / "plans"
     stale = []
+    if not check:
+        require_writable(folder / "index.md")
     for name, text in write_pages().items():
         if check and (not (folder / name).is_file() or (folder / name).read_text() != text):
             stale.append(str(folder / name))

@@ -6,9 +6,7 @@ Exit codes: 0 good, 1 verification failed or hazard found, 2 bad input or does n
 from __future__ import annotations
 
 import functools
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +58,9 @@ def command(function: Callable[..., None] | None = None, **settings: Any) -> Cal
         try:
             function(*arguments, **options)
         except KeyboardInterrupt:
+            from .emulator.interrupt import end_workers
+
+            end_workers()
             present.say("interrupted; no half-written file is left")
             raise typer.Exit(INTERRUPTED) from None
         except typer.Exit:
@@ -82,27 +83,10 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 def compiled(chosen: Plan, source: Path | None, lineinfo: bool = False) -> Any:
     from .compile import compile_kernel
+    from .emulator.interrupt import interrupt_held_back
 
     with present.stage("compile"), interrupt_held_back():
         return compile_kernel(chosen, source, lineinfo=lineinfo)
-
-
-@contextmanager
-def interrupt_held_back() -> Iterator[None]:
-    """Deliver the first Ctrl-C when the block is done: one that meets the DSL's native code aborts the process."""
-    held = []
-
-    def hold(*_: object) -> None:
-        held.append(True)
-        signal.signal(signal.SIGINT, before)  # a second one is not held back
-
-    before = signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        raise KeyboardInterrupt
 
 
 def proof_of(wanted: bool) -> list[Any]:

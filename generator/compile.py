@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from .cache import cache_dir, cache_key, read_entry, write_entry
+from .cache import cache_dir, cache_key, read_entry, require_cache, write_entry
 from .cubin import read_cubin
 from .dsl import CompileError, HostFunction, TensorArgument, Traced, check_dsl, host_cpu, trace_kernel
 from .emit import emit_kernel, kernel_path, write_text
@@ -86,6 +86,8 @@ def compile_kernel(
     versions = check_dsl()
     key = _key(plan.spec, text, versions, path if lineinfo else None)
     entry = read_entry(key) if use_cache else None
+    if use_cache and not entry:
+        require_cache(key)
     binary = _from_entry(plan, path, entry) if entry else _compile(plan, path, versions, lineinfo)
     if path.read_bytes() != text:
         raise CompileError(f"{path}: the file changed while it was being compiled; compile it again")

@@ -229,10 +229,13 @@ class HostFunction:
 
     def __init__(self, host_object: bytes, symbol: str, library: Path) -> None:
         check_dsl()
-        import cutlass  # noqa: F401  (its import loads the extension below)
-        from cutlass._mlir._mlir_libs._cutlass_ir._execution_engine import BinaryExecutionEngine
+        from .emulator.interrupt import interrupt_held_back
 
-        self._engine = BinaryExecutionEngine(host_object, [str(library)], True)
+        with interrupt_held_back():
+            import cutlass  # noqa: F401  (its import loads the extension below)
+            from cutlass._mlir._mlir_libs._cutlass_ir._execution_engine import BinaryExecutionEngine
+
+            self._engine = BinaryExecutionEngine(host_object, [str(library)], True)
         self._symbol = symbol
         self._handle = ctypes.pointer(ctypes.c_void_p())  # to the loaded library
         self._devices: set[int] = set()

@@ -81,8 +81,10 @@ def require_writable(path: Path) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(b"")
-        part.unlink()
+        try:
+            part.write_bytes(b"")
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         limit = f"cannot be written: {error.strerror}"
         raise OutputError("out", path, limit, "choose a folder that you can write to") from None

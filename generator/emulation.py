@@ -132,9 +132,9 @@ def mutate(
     """
     from . import mutate as mutation
 
-    words = target or []
-    if json_file is not None:
-        require_writable(json_file)
+    words, folder = target or [], (checkout_root() or Path.cwd()) / "docs"
+    for file in filter(None, (json_file, folder / "mutation.md" if write_docs else None)):
+        require_writable(file)
     step = present.counted("mutants", lambda outcome: f"line {outcome.line} {outcome.kind}: {outcome.result}")
     if words and words[0].endswith(".py"):
         arch = fields.get("arch", "sm_100a")
@@ -154,9 +154,7 @@ def mutate(
     if json_file is not None:
         write_text(json_file, present.document([vars(outcome) for outcome in outcomes]) + "\n")
     if write_docs:
-        present.say(
-            f"wrote {mutation.write_docs(outcomes, (checkout_root() or Path.cwd()) / 'docs', mutation.command())}"
-        )
+        present.say(f"wrote {mutation.write_docs(outcomes, folder, mutation.command())}")
     missed = [outcome for outcome in outcomes if outcome.result == "missed"]
     for outcome in missed:
         present.say(f"missed: {outcome.kernel} PTX line {outcome.line}, {outcome.kind} ({outcome.opcode})")
@@ -187,6 +185,8 @@ def crosscheck(
     if launches is not None:
         _replay_launches(check, launches)
         return
+    for file in filter(None, (record, markdown, json_file)):
+        require_writable(file)
     unknown = [name for name in group or () if name not in check.GROUPS]
     if unknown:
         raise SpecError("group", unknown[0], f"one of {', '.join(check.GROUPS)}", "leave it out for all")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import groupby
-from multiprocessing import active_children, get_context
 from typing import Any, NamedTuple
 
 from .plan import plan_kernel
@@ -71,27 +68,15 @@ def run_cases(cases: Sequence[Case], backend: str, jobs: int, seed: int = 0) -> 
         (name, [case.shape for case in group], backend, seed) for name, group in groupby(cases, key=lambda c: c.kernel)
     ]
     work.sort(key=lambda item: -len(item[1]))  # the longest first, so that no process is left with it at the end
+    from .emulator.interrupt import each
+
     if jobs == 1:
         for item in work:
             yield from _verify_shapes(*item)
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # inherited by the workers: one process a core, one thread each
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(work)), context, initializer=_ignore_interrupt)
-    try:
-        for done in as_completed([pool.submit(_verify_shapes, *item) for item in work]):
-            yield from done.result()
-    except BaseException:
-        for worker in active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches every process of a terminal; the parent alone answers it, by ending its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _, rows in each(min(jobs, len(work)), "spawn", _verify_shapes, work):
+        yield from rows
 
 
 def _verify_shapes(name: str, shapes: Sequence[Shape], backend: str, seed: int) -> list[dict[str, Any]]:

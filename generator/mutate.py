@@ -21,6 +21,7 @@ import numpy as np
 
 from .arrays import Output
 from .compile import Binary
+from .emit import write_text
 from .emulator.gpu import Gpu, LaunchCase, Observer
 from .emulator.mutation import RESULTS, Outcome, run_mutants
 from .emulator.script import ScriptRun, run_script
@@ -153,10 +154,8 @@ def write_docs(outcomes: Sequence[Outcome], folder: Path, command: str = "") -> 
     kernels = json.loads(data.read_text()) if data.exists() else {}
     for kernel in dict.fromkeys(outcome.kernel for outcome in outcomes):
         kernels[kernel] = summary([outcome for outcome in outcomes if outcome.kernel == kernel], command)
-    data.write_text(json.dumps(dict(sorted(kernels.items())), indent=1) + "\n")
-    path = folder / "mutation.md"
-    path.write_text(markdown(kernels))
-    return path
+    write_text(data, json.dumps(dict(sorted(kernels.items())), indent=1) + "\n")
+    return write_text(folder / "mutation.md", markdown(kernels))
 
 
 HEAD = """# The mutation test

@@ -15,6 +15,7 @@ Inside the block the DSL is changed in these places, all of them put back at its
     envar                   compiles for the Gpu's architecture, with line information if asked for; no compiled code is
                             taken from the disk
     _Tensor, _Pointer       arrays become known global memory
+    BaseDSL                 holds Ctrl-C back while it traces and compiles
     JitCompiledFunction     checks that a call's tensors are of the dtypes and static extents that were compiled for,
                             and raises what the emulator found, instead of a CUDA error code
     HardwareInfo            answers without a driver
@@ -49,6 +50,7 @@ from .errors import EmulatorError, LaunchError
 from .gpu import Gpu, LaunchReport
 from .host import HostError, Launch, Session, cubin_digest, cubins_of, library_path, runtime_symbols, serving
 from .imports import when_imported
+from .interrupt import interrupt_held_back
 
 DEFAULT_SMS = 4
 _TESTED = "nvidia-cutlass-dsl 4.8"
@@ -89,7 +91,8 @@ def attached(
     try:
         with ExitStack() as stack:
             session = _Attachment(gpu, _programs, _KNOWN)
-            _redirect_the_dsl(stack, session, sms, lineinfo)
+            with interrupt_held_back():  # it imports the DSL
+                _redirect_the_dsl(stack, session, sms, lineinfo)
             stack.enter_context(serving(session))
             yield gpu
     finally:
@@ -154,6 +157,8 @@ def _redirect_the_dsl(stack: ExitStack, session: _Attachment, sms: int, lineinfo
     _replace(stack, cute_runtime._Tensor, "__init__", lambda theirs: _registering_tensor(theirs, arrays))
     _replace(stack, cute_runtime._Pointer, "__init__", lambda theirs: _registering_pointer(theirs, arrays))
     _replace(stack, BaseDSL, "_build_jit_function", _remembering)
+    for native in ("generate_original_ir", "compile_and_cache"):
+        _replace(stack, BaseDSL, native, interrupt_held_back())
     _replace(stack, ExternalBinaryModule, "__init__", lambda _: _refuse_object_file)
     _replace(stack, JitCompiledFunction, "__call__", _checking_arguments)
     for caller in (JitCompiledFunction, JitExecutor):

@@ -16,8 +16,10 @@ computed does not matter. Dependence on t:
   wait         whoever completes another phase of the same mbarrier: its count while P stands still must not pass the
                phase that is waited for
   arrive, and  the same mbarrier: no phase of it may complete without P, the arrivals of all must fit into the phase,
-  completion   nobody may stand at a wait for a later phase (it would pass too early only before t), and of transactions
-               the bytes expected must cover all that is under way, whatever the order
+  completion   nobody may stand at a wait for a later phase (it would pass too early only before t), and if t expects
+               or brings bytes: what is expected must cover all that is under way, and no other warp may bring bytes
+               that it did not expect before. Then no order of the others lets the count fall short, or come to zero
+               without t, and sums need no order: the CTAs of a pair, which fill a phase together, go one by one
   sync, join   the same named barrier must not complete without P, and all who come must fit into it
   init         nobody may touch the mbarrier
 An order in which t comes later and somebody misses a phase that t completes is not lost: with t first the phase is

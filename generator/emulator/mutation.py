@@ -12,15 +12,14 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 
 from .equivalent import Context, why_equivalent
 from .errors import Deadlock, Hazard, LaunchError
 from .formal import Formal
 from .gpu import LaunchCase
+from .interrupt import each
 from .lanes import LanesApart
 from .memory import WINDOW_BASE
 from .mutants import Mutant, Mutator
@@ -124,11 +123,10 @@ def run_mutants(
         return replace(outcome, result="warned", message=warnings[0]) if warnings else outcome
 
     found: dict[int, Outcome] = {}
-    with _shared_with_children(outcome_of), ProcessPoolExecutor(jobs, get_context("fork")) as pool:
-        futures = {pool.submit(_run_one, index): index for index in range(len(mutants))}
-        for future in as_completed(futures):
-            found[futures[future]] = future.result()
-            done(future.result())
+    with _shared_with_children(outcome_of):
+        for index, outcome in each(jobs, "fork", _run_one, ((index,) for index in range(len(mutants)))):
+            found[index] = outcome
+            done(outcome)
     return [found[index] for index in sorted(found)]
 
 

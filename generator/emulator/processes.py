@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .errors import LaunchError
+from .interrupt import end_with_parent, without_interrupt
 from .memory import GlobalMemory
 from .snapshot import Snapshot
 
@@ -72,6 +74,10 @@ def run_shares(shares: list[Callable[[], Any]], gmem: GlobalMemory) -> list[Any]
         results.append(shares[0]())
     except Exception:
         failed = True
+    except BaseException:  # Ctrl-C: nobody will want their results
+        for pid, _ in running:
+            os.kill(pid, signal.SIGKILL)
+        raise
     finally:
         for pid, _ in running:
             os.waitpid(pid, 0)
@@ -101,13 +107,19 @@ def _arrays(gmem: GlobalMemory) -> dict[tuple[str, int], np.ndarray]:
 
 def _fork(share: Callable[[], Any], gmem: GlobalMemory, before: Snapshot) -> tuple[int, Any]:
     """Start a process; it leaves (result, stores) in the file, or nothing when the share raises."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115  (the parent closes it)
-    with warnings.catch_warnings():
+    file, parent = tempfile.TemporaryFile(), os.getpid()  # noqa: SIM115  (the parent closes it)
+    with warnings.catch_warnings(), without_interrupt():
         warnings.simplefilter("ignore", DeprecationWarning)  # threads of others: the child runs only what follows
         pid = os.fork()
-    if pid:
-        return pid, file
+        if not pid:
+            _run_share(share, gmem, before, file, parent)
+    return pid, file
+
+
+def _run_share(share: Callable[[], Any], gmem: GlobalMemory, before: Snapshot, file: Any, parent: int) -> None:
+    """All that a process does. Does not return."""
     try:
+        end_with_parent(parent)
         result = share()
         was = before.arrays()
         stores = {}
