@@ -16,6 +16,7 @@ from generator.emit import emit_kernel
 from generator.explain import explain_kernel
 from generator.plan import DoesNotFit, NotImplementedYet, candidates, plan_kernel
 from generator.reference import attention
+from generator.resources import checkout_root
 from generator.spec import load_spec
 from generator.verify import COS_MIN, cosine, random_operands, verify_kernel
 
@@ -79,6 +80,19 @@ def test_sharing_changes_the_plan_where_it_costs_less(fields, apart, shared):
     assert tuple(map(told, plans)) == (apart, shared)
     scores = [cost_of(plan.spec, SM100A, plan.tiling).score for plan in plans]
     assert scores[1] < scores[0] or (scores[1] == scores[0] and plans[1].pair)
+
+
+def test_documented_table_is_what_the_plans_say():
+    def told(plan):
+        cost, tiling = cost_of(plan.spec, SM100A, plan.tiling), plan.tiling
+        moved = cost.load_bytes * cost.passes * 128 * 128 // (cost.rows * cost.keys)
+        return f"{tiling.strategy}, {tiling.tile_m}x{tiling.tile_n} | {cost.score:.0f} | {moved}"
+
+    page = (checkout_root() / "docs" / "features.md").read_text()
+    for d in (272, 320, 336, 384, 416, 432, 448, 512, 576):
+        fields = {"head_dim": d, "head_dim_v": min(d, 512)}
+        dims = d if d <= 512 else f"{d}/512"
+        assert f"| {dims} | {told(plan_of(**fields))} | {told(plan_of(**fields, kv_shared=True))} |" in page
 
 
 def test_a_pair_says_that_it_loads_v_a_second_time():
