@@ -272,7 +272,8 @@ def _overflows(budget: Budget, arch: Arch, tiling: Tiling, shape: Geometry) -> I
     options += [] if tiling.o_over_q else ["sO over sQ"]
     yield from smem_overflows(budget, " or ".join(options))
     if tiling.kv_stages < shape.fewest_buffers:
-        reason = f"QK of a tile, {shape.k_chunks} chunks, is issued before PV of the one before, {shape.kept} chunks"
+        before = f"PV of the one before has read its {shape.kept} of them"
+        reason = f"QK of a tile, {shape.k_chunks} buffers, is issued before {before}"
         remedy = f"at least {shape.fewest_buffers} buffers"
         yield Overflow("kv_stage", "buffers", shape.fewest_buffers, tiling.kv_stages, reason, remedy)
     if budget.tmem_used > budget.tmem_limit:

@@ -99,7 +99,7 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
         elif strategy == "two_tiles":
             found += [replace(t, strategy=strategy) for t in _whole_tiles(spec, tile_ns, ("tmem",))]
         else:
-            places = ("smem",) if strategy == "pair" else stagings
+            places = tuple(place for place in stagings if strategy != "pair" or place == "smem")
             wide = tuple(n for n in tile_ns if strategy != "pair" or n % 32 == 0)
             if spec.kv_shared and strategy != "pair" and spec.tile_n == "auto":
                 wide = SHARED_TILE_NS

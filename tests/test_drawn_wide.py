@@ -105,6 +105,7 @@ def outcome(fields, shape):
         assert error.remedy and error.limit
         return "refused"
     assert not expected, f"{fields}: should have been refused for {expected}"
+    assert fields.get("p_staging", plan.p_staging) == plan.p_staging
     if shape is not None:
         report = verify_kernel(compile_kernel(plan), shape)
         assert report.passed, f"{fields} {shape}: {report}"

@@ -118,7 +118,7 @@ def test_too_shallow_a_ring_says_why_and_how_deep():
         plan_of(**PASSES, kv_stage=3)
     error = str(caught.value)
     assert error.startswith("kv_stage = 3: does not fit; the closest is K and V in chunks, O in 2 passes, ")
-    assert "kv_stage: QK of a tile, " in error and "is issued before PV of the one before, " in error
+    assert "kv_stage: QK of a tile, " in error and "is issued before PV of the one before has read its " in error
     assert caught.value.remedy.startswith("the deepest that fits is ")
 
 
