@@ -49,6 +49,7 @@ from .budget import (
     register_overflow,
     smem_overflows,
     softmax_role,
+    swizzle_bytes,
 )
 from .lifetime import fewest_buffers
 from .spec import HEAD_DIM_STEP, KernelSpec
@@ -96,6 +97,13 @@ class Geometry:
     @property
     def chunks_a_tile(self) -> int:
         return self.k_chunks if self.kept else self.k_chunks + self.v_groups * self.v_key_blocks
+
+    @property
+    def boxes_a_tile(self) -> int:
+        """TMA boxes of K and V, a swizzle span wide each."""
+        k, v = self.chunk_bytes[0] // self.k_rows, self.v_columns * ELEMENT_BYTES  # bytes of a row
+        of_v = 0 if self.kept else self.v_groups * self.v_key_blocks * v // swizzle_bytes(v)
+        return self.k_chunks * k // swizzle_bytes(k) + of_v
 
     @property
     def fewest_buffers(self) -> int:
@@ -267,7 +275,8 @@ def _overflows(budget: Budget, arch: Arch, tiling: Tiling, shape: Geometry) -> I
     options += [] if tiling.o_over_q else ["sO over sQ"]
     yield from smem_overflows(budget, " or ".join(options))
     if tiling.kv_stages < shape.fewest_buffers:
-        reason = f"QK of a tile, {shape.k_chunks} chunks, is issued before PV of the one before, {shape.kept} chunks"
+        before = f"PV of the one before has read its {shape.kept} of them"
+        reason = f"QK of a tile, {shape.k_chunks} buffers, is issued before {before}"
         remedy = f"at least {shape.fewest_buffers} buffers"
         yield Overflow("kv_stage", "buffers", shape.fewest_buffers, tiling.kv_stages, reason, remedy)
     if budget.tmem_used > budget.tmem_limit:
@@ -278,7 +287,7 @@ def _overflows(budget: Budget, arch: Arch, tiling: Tiling, shape: Geometry) -> I
 # --- candidates -------------------------------------------------------------------------------------------------------
 
 K_CHUNKS = (64, 128)  # columns: one 128-byte swizzle span, or two
-SHARED_CHUNKS = (16, *range(32, 257, 32))  # columns of K, and of O that one tcgen05.mma writes
+SHARED_GROUPS_MAX = 8  # of a pass's columns of V, where K's chunks are V's too
 RING_MIN = 2  # buffers: the next chunk is loaded while this one is multiplied
 PASSES = 2
 
@@ -291,23 +300,34 @@ def chunked_tilings(
     """
     rows = arch.mma_m // 2 if strategy == "pair" else arch.mma_m
     kind, passes = ("pair", 1) if strategy == "pair" else ("chunks", PASSES if strategy == "passes" else 1)
+    one_ring = spec.kv_shared and kind == "chunks"
+    shared = list(shared_chunks(spec, arch, passes, depth_max)) if one_ring else None
     for tile_n in tile_ns:
         for staging in stagings:
-            for k_chunk, v_keys in _buffer_sizes(spec, kind, passes, tile_n, depth_max):
+            for k_chunk, v_keys in _buffer_sizes(shared, tile_n):
                 plain = Tiling(rows, tile_n, RING_MIN, staging, True, 0, kind, passes, k_chunk, v_keys)
                 chunk = _o_chunk(spec, arch, plain)
                 depth = spec.kv_stage if spec.kv_stage != "auto" else _depth(spec, arch, plain, chunk, depth_max)
                 yield replace(plain, kv_stages=depth, o_chunk=chunk)
 
 
-def _buffer_sizes(spec: KernelSpec, kind: str, passes: int, tile_n: int, depth_max: int) -> Iterator[tuple[int, int]]:
-    """(columns of K, keys of V) in a buffer; no keys where K's chunks are V's too: then each pass has its own."""
-    if spec.kv_shared and kind == "chunks":
-        for k_chunk in SHARED_CHUNKS:
-            kept, chunks = -(-spec.v_dim // (k_chunk * passes)), -(-spec.head_dim // k_chunk)
-            used = (passes - 1) * kept * k_chunk < spec.v_dim and kept * passes <= chunks
-            if used and fewest_buffers(chunks - kept, kept) <= depth_max:
-                yield k_chunk, 0
+def shared_chunks(spec: KernelSpec, arch: Arch, passes: int, depth_max: int) -> Iterator[int]:
+    """Columns of K in a buffer where K's chunks are V's too: whole swizzle spans, or V's columns in even parts. Each
+    pass has chunks of its own, and the ring need not be deeper than depth_max.
+    """
+    widest, a_pass = arch.mma_n_max, -(-spec.v_dim // passes)
+    even = (-(-a_pass // (groups * HEAD_DIM_STEP)) * HEAD_DIM_STEP for groups in range(1, SHARED_GROUPS_MAX + 1))
+    for width in sorted({*range(K_CHUNKS[0], widest + 1, K_CHUNKS[0]), *even}):
+        kept, chunks = -(-a_pass // width), -(-spec.head_dim // width)
+        own = (passes - 1) * kept * width < spec.v_dim and passes * kept <= chunks
+        if width <= widest and own and fewest_buffers(chunks - kept, kept) <= depth_max:
+            yield width
+
+
+def _buffer_sizes(shared: list[int] | None, tile_n: int) -> Iterator[tuple[int, int]]:
+    """(columns of K, keys of V) in a buffer; no keys where K's chunks, of these widths, are V's too."""
+    if shared is not None:
+        yield from ((k_chunk, 0) for k_chunk in shared)
         return
     whole = [n for n in range(HEAD_DIM_STEP, tile_n + 1, HEAD_DIM_STEP) if tile_n % n == 0]
     yield from ((k_chunk, v_keys) for k_chunk in K_CHUNKS for v_keys in whole)

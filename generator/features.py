@@ -1,18 +1,42 @@
 """What a kernel exercises, as factors with few values: the rows that specs/ covers pair by pair.
 
-The factors are those of kernels with whole tiles of K and V, one query tile a CTA; the other strategies have features
-of their own, and tests of their own.
+A design is its own factors and kernels: TILES of those with whole tiles of K and V, one query tile a CTA, and in
+wide_features.py WIDE of those with K and V in chunks.
 
-`python -m generator.features` says which specifications would complete the cover of specs/, and which can go.
+`python -m generator.features` (and `generator.wide_features`) says which specifications would complete the cover of
+specs/, and which can go.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from .covering import cover, prune
 from .plan import plan_kernel
 from .spec import KernelSpec, SpecError, load_spec, spec_names
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Design:
+    """factors: name -> values; impossible: pair of them -> why no specification has it; features: the row of a
+    specification; specification: one of exactly that row, None when there is none; strategies: of the kernels in specs/
+    to which it applies, as a Tiling calls them.
+    """
+
+    factors: dict[str, tuple[Any, ...]]
+    impossible: dict[tuple[str, Any, str, Any], str]
+    features: Callable[[KernelSpec], Row]
+    specification: Callable[[Row], KernelSpec | None]
+    strategies: tuple[str, ...]
+
+    def names(self) -> list[str]:
+        """The kernels in specs/ to which the factors apply."""
+        return [name for name in spec_names() if plan_kernel(load_spec(name)).tiling.strategy in self.strategies]
+
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "head_dim": (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256),
@@ -42,7 +66,7 @@ IMPOSSIBLE = {  # pair -> why no specification has it
 }
 
 
-def features(spec: KernelSpec) -> dict[str, Any]:
+def features(spec: KernelSpec) -> Row:
     """The row of a specification, as its plan decided it."""
     plan = plan_kernel(spec)
     difference = spec.v_dim - spec.head_dim
@@ -66,12 +90,7 @@ def features(spec: KernelSpec) -> dict[str, Any]:
     }
 
 
-def covered_names() -> list[str]:
-    """The kernels in specs/ to which the factors apply."""
-    return [name for name in spec_names() if plan_kernel(load_spec(name)).tiling.strategy == "tiles"]
-
-
-def specification(row: dict[str, Any]) -> KernelSpec | None:
+def specification(row: Row) -> KernelSpec | None:
     """A specification of exactly these features; None when there is none."""
     d = row["head_dim"]
     fields = {
@@ -104,22 +123,30 @@ def specification(row: dict[str, Any]) -> KernelSpec | None:
         return None
 
 
-def completed(names: list[str], kept: set[str]) -> tuple[list[str], list[KernelSpec], list[tuple]]:
+TILES = Design(FACTORS, IMPOSSIBLE, features, specification, ("tiles",))
+
+
+def completed(design: Design, kept: set[str]) -> tuple[list[str], list[KernelSpec], list[tuple]]:
     """(names that stay, specifications to add, pairs that no specification has); those in `kept` stay anyhow."""
-    specs = {name: load_spec(name) for name in names}
-    rows = {name: features(spec) for name, spec in specs.items()}
-    added, impossible = cover(FACTORS, rows.values(), lambda row: specification(row) is not None, IMPOSSIBLE)
+    factors, specification = design.factors, design.specification
+    rows = {name: design.features(load_spec(name)) for name in design.names()}
+    added, impossible = cover(factors, rows.values(), lambda row: specification(row) is not None, design.impossible)
     by_row = [*rows.values(), *added]
-    stay = prune(FACTORS, by_row, lambda row: any(row is rows[name] for name in kept & set(names)))
+    stay = prune(factors, by_row, lambda row: any(row is rows[name] for name in kept & set(rows)))
     left = [name for name, row in rows.items() if any(row is other for other in stay)]
     return left, [specification(row) for row in added if any(row is other for other in stay)], impossible
 
 
-if __name__ == "__main__":
-    stay, add, impossible = completed(covered_names(), set())
-    for name in sorted(set(covered_names()) - set(stay)):
+def tell(design: Design) -> None:
+    """Print which specifications would complete the cover, and which can go."""
+    stay, add, impossible = completed(design, set())
+    for name in sorted(set(design.names()) - set(stay)):
         print(f"its pairs meet elsewhere: {name}")
     for spec in add:
         print(f"would add pairs: {spec.name}")
     for pair in impossible:
         print(f"no specification: {pair}")
+
+
+if __name__ == "__main__":
+    tell(TILES)

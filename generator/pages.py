@@ -13,7 +13,7 @@ from .cost import cost_of
 from .emit import budget_lines, command_options
 from .explain import Explained, explain_kernel
 from .maps import smem_map, tmem_map
-from .plan import Plan, plan_kernel
+from .plan import CHUNKED, Plan, plan_kernel
 from .protocol import protocol
 from .spec import load_spec
 
@@ -46,6 +46,13 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
         "of a group of V's columns. Q stays in shared memory. O's columns are written in groups of at most 256, one "
         "`tcgen05.mma` wide each; S, P and all of O fit tensor memory up to head_dim_v 320 with tiles of 128 keys, and "
         "to 480 with fewer.",
+    ),
+    "shared": (
+        {"head_dim": 384, "kv_shared": True},
+        "As chunks, where V is K's first columns (`kv_shared`): the ring holds chunks of K alone, and QK reads them "
+        "K-major, PV MN-major. Each is loaded once, which is half of the bytes where V is as wide as K. PV, not QK, "
+        "releases those that V has, and as QK of a tile is issued before PV of the one before, those of two tiles are "
+        "in the ring at once. What V no longer takes goes to more keys a tile, for which Q is read less often.",
     ),
     "passes": (
         {"head_dim": 512, "strategy": "passes"},
@@ -139,12 +146,28 @@ def _index(chosen: list[tuple[str, Plan]]) -> str:
     ]
     for fields in HEAD_DIMS:
         lines += strategy_lines(fields)
+    lines += [
+        "",
+        "## V within K (kv_shared)",
+        "",
+        "The same with V in K's first columns. One CTA reads both from one load. A pair cannot: a `tcgen05.mma` with",
+        "`cta_group::2` takes one descriptor for both CTAs, so at one address lie the same keys in both for PV, which",
+        "splits columns, and other keys in each for QK, which splits keys. A pair loads V's columns a second time.",
+        "",
+        *_table(heads),
+    ]
+    for fields in SHARED_HEAD_DIMS:
+        lines += _rows(_index_row(row) for row in explain_kernel(load_spec(fields)) if row.strategy in CHUNKED)
     return "\n".join([*lines, ""])
 
 
 HEAD_DIMS = (
     *({"head_dim": d} for d in (64, 96, 128, 192, 256, 272, 320, 384, 448, 512)),
     {"head_dim": 576, "head_dim_v": 512},
+)
+SHARED_HEAD_DIMS = (
+    *({"head_dim": d, "kv_shared": True} for d in (272, 320, 384, 432, 448, 512)),
+    {"head_dim": 576, "head_dim_v": 512, "kv_shared": True},
 )
 
 

@@ -13,7 +13,8 @@ Beyond, K and V stream in chunks, and of the strategies (chunks.py) take the can
   1. the fewest SM cycles a block of 128 x 128 scores, by the counts and rates of cost.py;
   2. then the fewest bytes from L2;
   3. then the most bytes in flight in the ring;
-  4. then the fewest chunks a tile: fewer barriers.
+  4. then the fewest TMA boxes a tile: wide swizzle spans;
+  5. then the fewest chunks a tile: fewer barriers.
 tile_m names the rows of one CTA: 64 asks for a pair, 128 for one CTA that keeps whole rows of O.
 A field that the specification sets is not searched over.
 """
@@ -25,7 +26,7 @@ from dataclasses import replace
 
 from .arch import ARCHS, Arch
 from .budget import Tiling
-from .chunks import budget_of, chunked_tilings, geometry
+from .chunks import PASSES, budget_of, chunked_tilings, geometry, shared_chunks
 from .cost import cost_of
 from .layout import TILE_M, WHOLE_TILES, Plan, Rejected
 from .spec import HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
@@ -137,7 +138,8 @@ def ranking(spec: KernelSpec, arch: Arch) -> Callable[[Tiling], tuple]:
     def by_cost(tiling: Tiling) -> tuple:
         cost, shape = cost_of(spec, arch, tiling), geometry(spec, arch, tiling)
         ahead = tiling.kv_stages * sum(shape.chunk_bytes) / 2 / cost.keys  # bytes in flight a key
-        return (cost.score, cost.load_bytes * cost.passes / cost.rows / cost.keys, -ahead, shape.chunks_a_tile)
+        bytes_a_score = cost.load_bytes * cost.passes / cost.rows / cost.keys
+        return (cost.score, bytes_a_score, -ahead, shape.boxes_a_tile, shape.chunks_a_tile)
 
     return by_cost
 
@@ -168,6 +170,7 @@ _COSTS = (  # one a component of `by_cost`
     "fits, but costs more: {} SM cycles a 128 x 128 block of scores, the chosen one {}",
     "fits at the same cost, but moves more bytes from L2",
     "fits at the same cost, but has fewer bytes in flight",
+    "fits at the same cost, but loads more boxes a tile",
     "fits at the same cost, but waits for more chunks a tile",
 )
 
@@ -208,10 +211,14 @@ def check_implemented(spec: KernelSpec) -> None:
 
 def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     """(field, remedy) of everything asked for that sm_100a's template does not have yet."""
+    arch = ARCHS[spec.arch]
     if spec.kv_shared and spec.strategy == "two_ctas":
         yield "kv_shared", "leave it out (default: false), or whole tiles in one CTA (strategy = two_tiles)"
     if spec.strategy == "passes" and spec.v_dim < 2 * HEAD_DIM_STEP:
         yield "strategy", f'O has {spec.v_dim} columns, two passes need {2 * HEAD_DIM_STEP}: use "auto" or "chunks"'
+    if spec.strategy == "passes" and spec.kv_shared and not any(shared_chunks(spec, arch, PASSES, KV_STAGE_MAX)):
+        limit = f"K in chunks of which each pass has its own as V fills more than {KV_STAGE_MAX} buffers"
+        yield "strategy", f'{limit}: use "auto" or "chunks"'
     if spec.strategy == "two_tiles":
         yield from _later_in_two_tiles(spec)
     if spec.strategy == "two_ctas":

@@ -119,6 +119,7 @@ def test_budgets_of_chunks_add_up(head_dim, data):
         ({"head_dim": 512}, "pair"),
         ({"head_dim": 576, "head_dim_v": 512}, "pair"),
         ({"head_dim": 512, "tile_m": 64}, "pair"),
+        ({"head_dim": 512, "p_staging": "tmem"}, "chunks"),  # in two passes: a pair keeps P in shared memory
         ({"head_dim": 320, "tile_m": 128}, "chunks"),
         ({"head_dim": 256, "head_dim_v": 288}, "chunks"),
         ({"head_dim": 64, "strategy": "pair"}, "pair"),

@@ -9,7 +9,7 @@ from generator.budget import Buffer, Region, place_buffers
 from generator.chunks import budget_of
 from generator.compile import compile_kernel
 from generator.emit import emit_kernel
-from generator.lifetime import Overlap, check_overlaps
+from generator.lifetime import Overlap, check_overlaps, fewest_buffers
 from generator.plan import candidates, plan_kernel
 from generator.spec import load_spec
 from generator.verify import verify_kernel
@@ -42,6 +42,16 @@ def test_buffers_that_are_alive_at_once_are_refused(one, other, missing):
 def test_a_buffer_that_the_model_does_not_know():
     with pytest.raises(KeyError):
         check_overlaps([("sX", "sQ")])
+
+
+@pytest.mark.parametrize("rest, kept", [(0, 1), (1, 1), (0, 5), (4, 4), (5, 4), (8, 1), (2, 6)])
+def test_a_ring_holds_the_chunks_that_stay_twice_and_the_others_once(rest, kept):
+    """QK of a tile, all of its chunks, is issued before PV of the tile before it has read those that stayed."""
+    assert fewest_buffers(rest, kept) == rest + 2 * kept
+
+
+def test_a_ring_of_which_qk_frees_every_buffer_needs_one():
+    assert fewest_buffers(4, 0) == 1
 
 
 def test_placing_refuses_an_illegal_overlap():

@@ -5,19 +5,21 @@ from itertools import product
 import pytest
 
 from generator.covering import all_pairs, pairs_of
-from generator.features import FACTORS, IMPOSSIBLE, covered_names, features, specification
+from generator.features import FACTORS, IMPOSSIBLE, TILES
 from generator.matrix import load_matrix, parse_shape, parse_sweeps, shapes_of
 from generator.plan import plan_kernel
 from generator.resources import specs_dir
 from generator.spec import SpecError, load_spec, spec_names
+from generator.wide_features import WIDE
 
 EDGES = (1, 127, 128, 129, 255, 300)
 
 
-def test_every_pair_of_features_meets_in_some_kernel():
-    met = set().union(*(pairs_of(features(load_spec(name)), FACTORS) for name in covered_names()))
-    assert sorted(set(all_pairs(FACTORS)) - met - set(IMPOSSIBLE), key=str) == []
-    assert not met & set(IMPOSSIBLE)
+@pytest.mark.parametrize("design", [TILES, WIDE], ids=["tiles", "wide"])
+def test_every_pair_of_features_meets_in_some_kernel(design):
+    met = set().union(*(pairs_of(design.features(load_spec(name)), design.factors) for name in design.names()))
+    assert sorted(set(all_pairs(design.factors)) - met - set(design.impossible), key=str) == []
+    assert not met & set(design.impossible)
 
 
 @pytest.mark.parametrize("pair", IMPOSSIBLE, ids=str)
@@ -49,11 +51,37 @@ def b_default(name, fields):
     return {"V": fields["head_dim"], "shared": False, "one kv stage": "auto", "lse": True}[name]
 
 
-def test_specifications_have_the_features_that_they_are_asked_for():
-    for name in covered_names():
-        row = features(load_spec(name))
-        spec = specification(row)
-        assert spec is not None and features(spec) == row
+@pytest.mark.parametrize("pair", WIDE.impossible, ids=str)
+def test_a_wide_pair_that_is_left_out_is_refused_by_itself(pair):
+    """With everything else plain: head_dim 320 by chunks, V as wide where it can be."""
+    a, x, b, y = pair
+    asked = {a: x, b: y}
+    d = asked.get("head_dim", 320)
+    wider = {"as wide": d, "wider": d + 16}[asked["V"]] if "V" in asked else 512 if d == 576 else d
+    fields = {
+        "head_dim": d,
+        "head_dim_v": wider,
+        "strategy": asked.get("strategy", "auto"),
+        "p_staging": asked.get("P in", "auto"),
+        "kv_shared": asked.get("shared", False),
+        "output": asked.get("output", "normalized"),
+        "lse": asked.get("lse", True),
+    }
+    with pytest.raises(SpecError):
+        plan_kernel(load_spec(fields))
+    cure = {"V": ("head_dim_v", min(d, 512)), "strategy": ("strategy", "auto"), "P in": ("p_staging", "auto")}
+    cure |= {"shared": ("kv_shared", False), "lse": ("lse", True)}
+    assert plan_kernel(load_spec(fields | dict([cure[b]]))).budget.fits
+
+
+@pytest.mark.parametrize("design", [TILES, WIDE], ids=["tiles", "wide"])
+def test_specifications_have_the_features_that_they_are_asked_for(design):
+    told = [design.features(load_spec(name)) for name in design.names()]
+    rows = [row for row in told if all(row[name] in values for name, values in design.factors.items())]
+    assert len(rows) > 20
+    for row in rows:
+        spec = design.specification(row)
+        assert spec is not None and design.features(spec) == row
 
 
 @pytest.mark.parametrize("name", spec_names())
