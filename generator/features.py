@@ -1,7 +1,7 @@
 """What a kernel exercises, as factors with few values: the rows that specs/ covers pair by pair.
 
-The factors are those of kernels with whole tiles of K and V, one query tile a CTA; the other strategies have features
-of their own, and tests of their own.
+The factors are those of kernels with whole tiles of K and V; the other strategies have features of their own, and tests
+of their own.
 
 `python -m generator.features` says which specifications would complete the cover of specs/, and which can go.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from .covering import cover, prune
+from .layout import WHOLE_TILES
 from .plan import plan_kernel
 from .spec import KernelSpec, SpecError, load_spec, spec_names
 
@@ -31,12 +32,14 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "lse": (True, False),
     "one kv stage": (False, True),
     "narrow tile": (False, True),
+    "query tiles": (1, 2),  # in flight
 }
 
 IMPOSSIBLE = {  # pair -> why no specification has it
     ("head_dim", 16, "V", "narrower"): "16 columns are the least",
     ("head_dim", 256, "V", "wider"): "one MMA instruction writes 256 columns of O at most",
     ("V", "wider", "shared", True): "V is a prefix of K's columns",
+    ("P in", "smem", "query tiles", 2): "with two query tiles P lies over S",
     ("shared", True, "one kv stage", True): "QK of the next tile is issued before PV of this one",
     ("output", "unnormalized", "lse", False): "without LSE partial results do not merge",
 }
@@ -63,12 +66,13 @@ def features(spec: KernelSpec) -> dict[str, Any]:
         "lse": spec.lse,
         "one kv stage": plan.kv_stages == 1,
         "narrow tile": plan.tile_n < 64,
+        "query tiles": plan.query_tiles,
     }
 
 
 def covered_names() -> list[str]:
     """The kernels in specs/ to which the factors apply."""
-    return [name for name in spec_names() if plan_kernel(load_spec(name)).tiling.strategy == "tiles"]
+    return [name for name in spec_names() if plan_kernel(load_spec(name)).tiling.strategy in WHOLE_TILES]
 
 
 def specification(row: dict[str, Any]) -> KernelSpec | None:
@@ -86,7 +90,7 @@ def specification(row: dict[str, Any]) -> KernelSpec | None:
         "kv_shared": row["shared"],
         "output": row["output"],
         "lse": row["lse"],
-        "strategy": "tiles",
+        "strategy": "two_tiles" if row["query tiles"] == 2 else "tiles",
         "q_heads_per_kv": {"one": 1, "packed": 2 if row["sink"] else 4, "apart": 3}[row["heads"]],
         "window_left": (0 if row["sink"] and d < 64 else d + 3) if row["left"] else None,
         "window_right": (5 if row["lengths"] else 40) if row["right"] else None,

@@ -20,7 +20,7 @@ from .mask import Mask, mask_of
 from .partials import PARTIALS, Partials
 from .signature import Parameter, signature
 from .spec import KernelSpec
-from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES
+from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES, SKIP_LOG2
 
 TILE_M = 128
 WHOLE_TILES = ("tiles", "two_tiles")
@@ -198,6 +198,11 @@ class Plan:
         return self.budget.buffer("sO").stage_bytes
 
     @property
+    def skip_log2(self) -> float:
+        """By how much, in log2, a row's maximum may move before its reference follows and O is rescaled."""
+        return SKIP_LOG2 if self.query_tiles == 2 else 0.0
+
+    @property
     def polynomial(self) -> tuple[float, ...]:
         """Coefficients of 2^x on [0, 1), from x^3 to x; the constant is 1."""
         return EXP2_CUBIC
@@ -276,8 +281,8 @@ class Plan:
 
     @property
     def rows(self) -> str:
-        """Those of them that belong to a row: what the warps of the epilogue take, as the inside of a tuple; "" for none.
-        With one query tile they are the softmax warps, which read limit2 too.
+        """Those of them that belong to a row: what the warps of the epilogue take, as the inside of a tuple; "" for
+        none. With one query tile they are the softmax warps, which read limit2 too.
         """
         wanted = ("limit2", "sink", "lse", "m")[self.query_tiles - 1 :]
         names = [parameter.spelled for parameter in self.thread_tensors if parameter.name in wanted]

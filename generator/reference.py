@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+LOG2_E = np.float32(1.4426950408889634)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -114,11 +116,13 @@ def rounding_model(
     causal: bool = False,
     unnormalized: bool = False,
     seen: Seen | None = None,
+    kept_log2: float = 0.0,
 ) -> Attention:
     """What a kernel in float32 gives that must round P, and a normalized O, to the inputs' dtype, and nothing else.
 
-    KV tiles of tile_n keys, source after source: P is rounded after the exponential against the row maximum so far, as
-    the online softmax does; its sum is not rounded. Exponentials, products and sums are float32.
+    KV tiles of tile_n keys, source after source: P is rounded after the exponential against the row's reference, as the
+    online softmax does; its sum is not rounded. The reference is the row maximum so far, or an earlier one that this is
+    at most kept_log2 (in log2) above. Exponentials, products and sums are float32.
     """
     seen = seen or Seen(causal)
     result = _empty(q, v, np.float32)
@@ -130,7 +134,10 @@ def rounding_model(
         o = np.zeros((len(qh), v.shape[3]), np.float32)
         for k_tile, v_tile, mask in _tiles(sources, tile_n):
             scores = _masked(qh @ k_tile.astype(np.float32).T * np.float32(scale), mask)
-            m_new, shift = _reference(np.maximum(m, scores.max(axis=1)))
+            m_new = np.maximum(m, scores.max(axis=1))
+            with np.errstate(invalid="ignore"):  # -inf - -inf is NaN: the reference stays -inf
+                m_new = np.where((m_new - m) * LOG2_E <= kept_log2, m, m_new)
+            m_new, shift = _reference(m_new)
             kept = np.exp(m - shift)
             p = np.exp(scores - shift[:, None])
             total = total * kept + p.sum(axis=1)

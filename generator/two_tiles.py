@@ -48,6 +48,7 @@ EXP2_CUBIC = (0.077119089663028717, 0.22756439447402954, 0.69514614343643188)
 # Three exponentials of eight leave the special-function unit, 16 a cycle, at 5/8 of the time that the tensor core takes
 # for a tile of head_dim 128; on the timeline's model more make no difference, fewer do.
 POLYNOMIAL_PAIRS = (1, 4, 6)
+SKIP_LOG2 = 8.0  # exponentials up to 2^8 against a row's reference: 16 bits hold them with the same relative error
 
 
 def two_tile_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
@@ -98,7 +99,7 @@ def _mbarriers(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Mbarrier, ...], 
         ("v_empty", stages, 1, "commit: PV of both query tiles has read its V tile"),
     ]
     if spec.kv_shared:
-        rings = [rings[0], ("k_empty", stages, 1, "commit: PV of both query tiles, and QK before, have read the K tile")]
+        rings = [rings[0], ("k_empty", stages, 1, "commit: PV of both query tiles, and QK, have read the K tile")]
     families = (
         ("q_full", tiles, 1, "TMA: Q has landed"),
         *rings,

@@ -58,7 +58,7 @@ class Figures:
 @dataclass(frozen=True)
 class Report:
     """One verification. shape: (B, Hq, Hkv, Sq, Skv[, Skv2]); figures: None when the kernel did not finish; tiles: KV
-    tiles that its CTAs visited, that some row of theirs saw, and that there were.
+    tiles that its query tiles visited, that some row of theirs saw, that there were, and that its CTAs loaded.
     """
 
     kernel: str
@@ -188,7 +188,8 @@ def compare(binary: Binary, operands: Mapping[str, np.ndarray], outputs: Sequenc
     seen = seen_of(spec, operands)
     with np.errstate(invalid="ignore"):  # scores of keys past a length may be NaN; they are hidden
         exact = attention(q, k, v, scale, seen=seen)
-        model = rounding_model(q, k, v, scale, binary.tile_n, unnormalized=spec.unnormalized, seen=seen)
+        how = {"unnormalized": spec.unnormalized, "seen": seen, "kept_log2": binary.skip_log2}
+        model = rounding_model(q, k, v, scale, binary.tile_n, **how)
     modelled = model.merged() if spec.unnormalized else model.o.astype(np.float64)
     o = arrays["o"].astype(np.float64)
     if spec.unnormalized:
