@@ -46,6 +46,7 @@ scores of its own.
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8
+from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.cute.nvgpu.tcgen05 import CtaGroup, Field, OperandSource, Repetition, SmemLayoutAtomKind
 
@@ -395,13 +396,18 @@ def softmax_tile(s_tmem, p_tile, o_tmem, bars, j, seen, scale_log2, m, total):
     return m_new, total
 
 
+def max3(a, b, c):
+    """The largest of three in one instruction."""
+    return Float32(nvvm.fmax(a.ir_value(), b.ir_value(), c=c.ir_value()))
+
+
 @cute.jit
 def row_max(s, m):
     """max(m, s), in four chains so that the maxima overlap."""
     best = [m, s[0], s[1], s[2]]
-    for c in cutlass.range_constexpr(3, cute.size(s)):
-        best[c % 4] = cute.arch.fmax(best[c % 4], s[c])
-    return cute.arch.fmax(cute.arch.fmax(best[0], best[1]), cute.arch.fmax(best[2], best[3]))
+    for c in cutlass.range_constexpr(3, cute.size(s) - 1, 2):
+        best[c // 2 % 4] = max3(best[c // 2 % 4], s[c], s[c + 1])
+    return max3(best[0], best[1], max3(best[2], best[3], s[cute.size(s) - 1]))
 
 
 @cute.jit

@@ -1,7 +1,7 @@
 """What a kernel exercises, as factors with few values: the rows that specs/ covers pair by pair.
 
-A design is its own factors and kernels: TILES of those with whole tiles of K and V, one query tile a CTA, and in
-wide_features.py WIDE of those with K and V in chunks.
+A design is its own factors and kernels: TILES of those with whole tiles of K and V, and in wide_features.py WIDE of
+those with K and V in chunks.
 
 `python -m generator.features` (and `generator.wide_features`) says which specifications would complete the cover of
 specs/, and which can go.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .covering import cover, prune
+from .layout import WHOLE_TILES
 from .plan import plan_kernel
 from .spec import KernelSpec, SpecError, load_spec, spec_names
 
@@ -55,12 +56,16 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "lse": (True, False),
     "one kv stage": (False, True),
     "narrow tile": (False, True),
+    "schedule": WHOLE_TILES,
 }
 
 IMPOSSIBLE = {  # pair -> why no specification has it
     ("head_dim", 16, "V", "narrower"): "16 columns are the least",
     ("head_dim", 256, "V", "wider"): "one MMA instruction writes 256 columns of O at most",
     ("V", "wider", "shared", True): "V is a prefix of K's columns",
+    ("P in", "smem", "schedule", "two_tiles"): "with two query tiles P lies over S",
+    ("P in", "smem", "schedule", "two_ctas"): "with two CTAs P lies over S",
+    ("shared", True, "schedule", "two_ctas"): "each CTA holds half of K's keys, but half of V's columns",
     ("shared", True, "one kv stage", True): "QK of the next tile is issued before PV of this one",
     ("output", "unnormalized", "lse", False): "without LSE partial results do not merge",
 }
@@ -87,6 +92,7 @@ def features(spec: KernelSpec) -> Row:
         "lse": spec.lse,
         "one kv stage": plan.kv_stages == 1,
         "narrow tile": plan.tile_n < 64,
+        "schedule": plan.tiling.strategy,
     }
 
 
@@ -105,7 +111,7 @@ def specification(row: Row) -> KernelSpec | None:
         "kv_shared": row["shared"],
         "output": row["output"],
         "lse": row["lse"],
-        "strategy": "tiles",
+        "strategy": row["schedule"],
         "q_heads_per_kv": {"one": 1, "packed": 2 if row["sink"] else 4, "apart": 3}[row["heads"]],
         "window_left": (0 if row["sink"] and d < 64 else d + 3) if row["left"] else None,
         "window_right": (5 if row["lengths"] else 40) if row["right"] else None,
@@ -123,7 +129,7 @@ def specification(row: Row) -> KernelSpec | None:
         return None
 
 
-TILES = Design(FACTORS, IMPOSSIBLE, features, specification, ("tiles",))
+TILES = Design(FACTORS, IMPOSSIBLE, features, specification, WHOLE_TILES)
 
 
 def completed(design: Design, kept: set[str]) -> tuple[list[str], list[KernelSpec], list[tuple]]:

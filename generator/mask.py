@@ -7,7 +7,8 @@ L2 of them, or fewer with limit2. Bounds never fall from a token to the next in 
 keys from its first token's `first` to its last token's `end`.
 
 A CTA visits the tiles of source 1 that every row sees whole, then those that need a mask, then those of source 2 that
-need one, then the whole ones: the i-th tile of a source is start + i, wrapped at `stop`.
+need one, then the whole ones: the i-th tile of a source is start + i, wrapped at `stop`. With two query tiles it loads
+what one of them sees, in order, and each visits its own.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ class Span(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def begin(self) -> int:
+        """The first of them from the left."""
+        return self.stop - self.tiles
+
     def tile(self, i: int) -> int:
         """The i-th tile that is visited."""
         tile = self.start + i
@@ -100,12 +106,22 @@ def kv_span2(limits: Sequence[int], length: int, tile_n: int) -> Span:
     return Span(stop, start, start, stop)
 
 
+def loaded_tiles(spans: Sequence[Span]) -> int:
+    """KV tiles of one source that a CTA loads for query tiles that visit these: from the first to the last of any."""
+    seen = [span for span in spans if span.tiles]
+    return max(span.stop for span in seen) - min(span.begin for span in seen) if seen else 0
+
+
 class TileCounts(NamedTuple):
-    """KV tiles over all CTAs of a launch: visited, seen by some row of the CTA, and in the tensors."""
+    """KV tiles over all query tiles of a launch: visited, seen by some row of the query tile, and in the tensors; and
+    loaded, over all CTAs: two query tiles of one share what both visit.
+    """
 
     visited: int
     needed: int
     all: int
+    loaded: int
 
     def __str__(self) -> str:
-        return f"{self.visited}/{self.needed}/{self.all}"
+        text = f"{self.visited}/{self.needed}/{self.all}"
+        return text if self.loaded == self.visited else f"{text}, {self.loaded} loaded"

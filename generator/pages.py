@@ -67,7 +67,11 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
         "share a query row: they exchange row maxima once a tile, and the sums at the end, through `peaks`.",
     ),
 }
-COUNTS = {"tiles": "", "two_tiles": ", i query tiles", "two_ctas": ", n those of all query tiles of the CTA"}
+COUNTS = {
+    "tiles": "",
+    "two_tiles": ", of a query tile i those that it sees",
+    "two_ctas": ", n those of all query tiles of the CTA",
+}
 REUSE = (
     "sO lies over sQ: the epilogue stages O only after `o_full` of the last PV, and by then every QK, the last reader "
     "of sQ, is complete, because MMAs of one thread complete in order. `generator/lifetime.py` holds the model; a "

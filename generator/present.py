@@ -22,6 +22,7 @@ from rich.table import Table
 from .arch import SM100A
 from .explain import Explained
 from .layout import Plan
+from .mask import TileCounts
 from .survey import Row
 
 if TYPE_CHECKING:
@@ -365,7 +366,7 @@ def report_table(rows: Iterable[dict[str, Any]]) -> Table:
     for row in rows:
         verdict = "[green]passed[/]" if row["passed"] else "[red]FAILED[/]"
         errors = (_number(row[key], "7.2e") for key in ("rel_err", "max_abs_err", "lse_max_abs_err"))
-        tiles = "/".join(map(str, row["tiles"].values())) if row["tiles"] else "-"
+        tiles = str(TileCounts(**row["tiles"])) if row["tiles"] else "-"
         cells = (_number(row["cos"], ".7f"), *errors, tiles, str(row["hazards"]), _number(row["seconds"], ".2f"))
         table.add_row(row["kernel"], row["shape"], row["backend"], *cells, verdict)
     return table

@@ -80,21 +80,23 @@ def _ring(plan: Plan, who: _Warps) -> Told:
     parity, first = parity.replace("buffer", "stage").replace("i ", "j "), first.replace("i div", "j div")
     found: Told = {"q_full": (tma, f"{who.mma}, once", "0", layouts["sQ"].bytes)}
     for name, gemm in (("k", "QK"), ("v", "PV")):
-        size = layouts[f"s{name.upper()}"].bytes
+        size, last = layouts[f"s{name.upper()}"].bytes, "PV" if plan.spec.kv_shared else gemm
         found[f"{name}_full"] = (tma, f"{who.mma}, before {gemm} j", parity, size)
-        found[f"{name}_empty"] = (f"{who.commit} after {gemm} j", f"{who.loader}, before loading tile j", first, 0)
+        found[f"{name}_empty"] = (f"{who.commit} after {last} j", f"{who.loader}, before loading tile j", first, 0)
     return found
 
 
 def _two_tiles(plan: Plan) -> Told:
-    """Barriers without "of tile i" serve both query tiles, i is a query tile."""
+    """Barriers without "of tile i" serve both query tiles: j counts what the CTA loads. With it i is a query tile, and
+    j counts what it sees.
+    """
     n, layouts = plan.kv_stages, plan.layouts
     parity, first = f"parity of j div {n}, stage j mod {n}", f"opposite parity of j div {n}: passes at once at first"
     told: Told = {"q_full": ("load warp and TMA, Q i", "MMA warp, once", "0", layouts["sQ"].bytes)}
     for name, gemm in (("k", "QK"), ("v", "PV")):
-        size = layouts[f"s{name.upper()}"].bytes
+        size, last = layouts[f"s{name.upper()}"].bytes, "PV" if plan.spec.kv_shared else gemm
         told[f"{name}_full"] = ("load warp and TMA", f"MMA warp, before {gemm} j", parity, size)
-        told[f"{name}_empty"] = (f"tcgen05.commit after {gemm} j of both", "load warp, before loading tile j", first, 0)
+        told[f"{name}_empty"] = (f"tcgen05.commit after {last} j of both", "load warp, before loading tile j", first, 0)
     softmax = "4 softmax warps of tile i, one lane each,"
     told |= {
         "s_full": (

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+LOG2_E = np.float32(1.4426950408889634)
+
 
 @dataclass(frozen=True)
 class Seen:

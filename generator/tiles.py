@@ -1,4 +1,6 @@
-"""KV tiles of a launch: visited, by the kernel's arithmetic (mask.py); needed, by the definition of who sees what."""
+"""KV tiles of a launch: visited and loaded, by the kernel's arithmetic (mask.py); needed, by the definition of who sees
+what.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .layout import Plan
-from .mask import Span, TileCounts, kv_span, kv_span2
+from .mask import Span, TileCounts, kv_span, kv_span2, loaded_tiles
 from .reference import Seen
 from .spec import KernelSpec
 
@@ -22,20 +24,25 @@ def seen_of(spec: KernelSpec, operands: Mapping[str, Any]) -> Seen:
 
 def count_tiles(plan: Plan, operands: Mapping[str, Any]) -> TileCounts:
     """Over all CTAs of the launch that the kernel makes for these arrays."""
-    visited = needed = total = 0
+    visited = needed = total = loaded = 0
     batch, queries, heads, _ = operands["q"].shape
     seen, ctas = seen_of(plan.spec, operands), heads // plan.heads_per_tile  # a batch entry and tile of tokens
     for b in range(batch):
         masks = [seen.first(b, queries, operands["k"].shape[1])]
         masks += [] if seen.k2 is None else [seen.second(b, queries)]
-        for tokens in _token_tiles(queries, plan.tokens):
+        tiles = list(_token_tiles(queries, plan.tokens))
+        spans = [list(_spans(plan, operands, b, tokens)) for tokens in tiles]
+        for tokens, own in zip(tiles, spans, strict=True):
             rows = slice(tokens.start, tokens.stop)
-            for mask, span in zip(masks, _spans(plan, operands, b, tokens), strict=True):
+            for mask, span in zip(masks, own, strict=True):
                 visited += ctas * span.tiles
                 blocks = range(0, mask.shape[1], plan.tile_n)
                 total += ctas * len(blocks)
                 needed += ctas * sum(bool(mask[rows, first : first + plan.tile_n].any()) for first in blocks)
-    return TileCounts(visited, needed, total)
+        for first in range(0, len(spans), plan.query_tiles):
+            of_a_cta = spans[first : first + plan.query_tiles]
+            loaded += ctas * sum(loaded_tiles(source) for source in zip(*of_a_cta, strict=True))
+    return TileCounts(visited, needed, total, loaded)
 
 
 def _token_tiles(queries: int, size: int) -> Iterator[range]:

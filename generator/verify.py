@@ -58,7 +58,7 @@ class Figures:
 @dataclass(frozen=True)
 class Report:
     """One verification. shape: (B, Hq, Hkv, Sq, Skv[, Skv2]); figures: None when the kernel did not finish; tiles: KV
-    tiles that its CTAs visited, that some row of theirs saw, and that there were.
+    tiles that its query tiles visited, that some row of theirs saw, that there were, and that its CTAs loaded.
     """
 
     kernel: str

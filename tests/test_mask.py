@@ -106,7 +106,9 @@ def test_kernels_execute_the_tiles_that_are_needed(fields):
 def test_a_window_leaves_most_tiles_alone():
     plan = generator.plan_kernel(load_spec(head_dim=64, causal=True, window_left=127))
     operands = {"q": np.empty((1, 4096, 1, 64)), "k": np.empty((1, 4096, 1, 64))}
-    assert count_tiles(plan, operands) == (63, 63, 1024)
+    assert count_tiles(plan, operands) == (63, 63, 1024, 63)
+    pairs = generator.plan_kernel(load_spec(plan.spec, strategy="two_tiles"))
+    assert count_tiles(pairs, operands) == (63, 63, 1024, 47)
     operands["seqlens"] = np.array([0])
     plan = generator.plan_kernel(load_spec(head_dim=64, causal=True, window_left=127, seqlens=True))
-    assert count_tiles(plan, operands) == (0, 0, 1024)
+    assert count_tiles(plan, operands) == (0, 0, 1024, 0)

@@ -270,7 +270,7 @@ def test_packed_heads_meet_fewer_tiles_of_a_mask():
     q, k = np.empty((1, 256, 16, 64)), np.empty((1, 256, 2, 64))
     fields = {"head_dim": 64, "q_heads_per_kv": 8, "causal": True, "window_left": 15, "tile_n": 32}
     packed, apart = (generator.plan_kernel(load_spec(pack_heads=pack, **fields)) for pack in (True, False))
-    assert count_tiles(apart, {"q": q, "k": k}) == (144, 144, 256)
+    assert count_tiles(apart, {"q": q, "k": k}) == (144, 144, 256, 144)
     assert count_tiles(packed, {"q": q, "k": k}).visited == 46
 
 

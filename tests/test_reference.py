@@ -147,6 +147,21 @@ def test_rounding_model_without_rounding_is_exact_to_float32():
         assert relative_error(model.o.astype(float), exact.o) < 5e-7
 
 
+def test_rounding_model_rounds_p_against_a_reference_that_stays():
+    """One row, two tiles of one key: the second score is 1 above the first, so against it P is exp(-1) and 1, and
+    against the first one 1 and exp(1), which bf16 rounds to 2.71875.
+    """
+    q, k, v = (np.array(x, ml_dtypes.bfloat16).reshape(1, -1, 1, 1) for x in ([1], [0, 1], [0, 1]))
+    follows = rounding_model(q, k, v, 1.0, 1, unnormalized=True)
+    stays = rounding_model(q, k, v, 1.0, 1, unnormalized=True, skip_log2=8.0)
+    moves = rounding_model(q, k, v, 8.0, 1, unnormalized=True, skip_log2=8.0)  # by 8 log2(e) = 11.5
+    assert (follows.o.item(), follows.m.item()) == (1, 1)
+    assert (stays.o.item(), stays.m.item()) == (2.71875, 0)
+    assert (moves.o.item(), moves.m.item()) == (1, 8)
+    for model in (follows, stays):
+        np.testing.assert_allclose(model.lse, np.log(1 + np.e), rtol=1e-6)
+
+
 def test_rounding_model_keeps_more_in_an_unnormalized_output():
     q, k, v = random_inputs("bf16", (1, 1, 1, 64, 256), 64, 64, seed=0)
     exact = attention(q, k, v, 0.125)

@@ -36,7 +36,8 @@ def test_a_pair_that_is_left_out_is_refused_by_itself(pair):
         "output": plain["output"],
         "lse": plain["lse"],
         "kv_stage": 1 if plain["one kv stage"] else "auto",
-        "strategy": "tiles",
+        "p_staging": "smem" if plain["P in"] == "smem" else "auto",
+        "strategy": plain["schedule"],
     }
     with pytest.raises(SpecError):
         plan_kernel(load_spec(fields))
@@ -44,11 +45,12 @@ def test_a_pair_that_is_left_out_is_refused_by_itself(pair):
 
 
 def b_field(name):
-    return {"V": "head_dim_v", "shared": "kv_shared", "one kv stage": "kv_stage", "lse": "lse"}[name]
+    fields = {"V": "head_dim_v", "shared": "kv_shared", "one kv stage": "kv_stage", "lse": "lse"}
+    return fields.get(name, "strategy")
 
 
 def b_default(name, fields):
-    return {"V": fields["head_dim"], "shared": False, "one kv stage": "auto", "lse": True}[name]
+    return {"V": fields["head_dim"], "shared": False, "one kv stage": "auto", "lse": True}.get(name, "tiles")
 
 
 @pytest.mark.parametrize("pair", WIDE.impossible, ids=str)

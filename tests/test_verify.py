@@ -27,7 +27,7 @@ def case(**fields):
     model = rounding_model(q, k, v, 32**-0.5, 16, True, spec.unnormalized)
     for output in outputs:
         output.array[:] = getattr(model, output.name)
-    return SimpleNamespace(spec=spec, tile_n=16), {"q": q, "k": k, "v": v}, outputs
+    return SimpleNamespace(spec=spec, tile_n=16, skip_log2=0.0), {"q": q, "k": k, "v": v}, outputs
 
 
 def failures(binary, inputs, outputs):
@@ -135,7 +135,7 @@ def test_one_key_allows_no_more_than_float32():
     outputs = [Output(*layout) for layout in output_layout(spec, view_of("q", q))]
     outputs[0].array[:] = np.broadcast_to(v, (1, 3, 1, 32))
     outputs[1].array[:] = np.einsum("bihd,bjhd->bhi", q.astype(float), k.astype(float)) * 32**-0.5
-    binary = SimpleNamespace(spec=spec, tile_n=128)
+    binary = SimpleNamespace(spec=spec, tile_n=128, skip_log2=0.0)
     assert failures(binary, {"q": q, "k": k, "v": v}, outputs) == []
     outputs[0].array[0, 0, 0, 0] *= 1.01
     (failure,) = failures(binary, {"q": q, "k": k, "v": v}, outputs)
