@@ -27,8 +27,11 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
         {"head_dim": 128, "strategy": "two_tiles"},
         "Whole tiles, and two query tiles a CTA: while the softmax warps of one turn S into P, the tensor core "
         "multiplies for the other, with the same K and V. A third warpgroup rescales O, where a row's maximum moved "
-        "by more than 2^8, and stores it. Part of the exponentials is a cubic on the FMA units. P lies over S: PV of a "
-        "tile is issued before QK of the next, and MMAs of one thread run in order.",
+        "by more than 2^8, and stores it. Part of the exponentials is a cubic on the FMA units. P lies over S: PV of "
+        "a tile is issued before QK of the next, and MMAs of one thread run in order. The kernel is persistent: as "
+        "many CTAs as run at once work on one pair of query tiles after another, and O of one leaves while the next "
+        "is begun. Under a causal mask the tiles that see most are taken first, and every other turn goes through "
+        "the CTAs backwards.",
     ),
     "two_ctas": (
         {"head_dim": 256, "strategy": "two_ctas"},

@@ -88,11 +88,20 @@ def _ring(plan: Plan, who: _Warps) -> Told:
 
 def _two_tiles(plan: Plan) -> Told:
     """Barriers without "of tile i" serve both query tiles: j counts what the CTA loads. With it i is a query tile, and
-    j counts what it sees.
+    j counts what that sees. Both go on from one turn of a persistent CTA to the next.
     """
     n, layouts = plan.kv_stages, plan.layouts
     parity, first = f"parity of j div {n}, stage j mod {n}", f"opposite parity of j div {n}: passes at once at first"
-    told: Told = {"q_full": ("load warp and TMA, Q i", "MMA warp, once", "0", layouts["sQ"].bytes)}
+    once = "parity of the query tiles before that see any key"
+    told: Told = {
+        "q_full": ("load warp and TMA, Q i", "MMA warp, before a query tile's first QK", once, layouts["sQ"].bytes),
+        "q_empty": (
+            "tcgen05.commit after a query tile's last QK",
+            "load warp, before loading the next Q i",
+            "opposite parity of them: passes at once for the first",
+            0,
+        ),
+    }
     for name, gemm in (("k", "QK"), ("v", "PV")):
         size, last = layouts[f"s{name.upper()}"].bytes, "PV" if plan.spec.kv_shared else gemm
         told[f"{name}_full"] = ("load warp and TMA", f"MMA warp, before {gemm} j", parity, size)
@@ -112,13 +121,29 @@ def _two_tiles(plan: Plan) -> Told:
             0,
         ),
         "factor_full": (
-            f"{softmax} when the factors for tile j are stored, from j = 1 on",
-            "correction warps, before rescaling O of tile i",
-            "opposite parity of j",
+            f"{softmax} when the factors for tile j are stored",
+            "correction warps, before p_full of j",
+            "parity of j",
             0,
         ),
-        "sum_full": (f"{softmax} after the last KV tile", "correction warps, before O of tile i leaves", "0", 0),
-        "o_full": ("tcgen05.commit after the last PV of tile i", "correction warps, before O of tile i leaves", "0", 0),
+        "o_full": (
+            "tcgen05.commit after a query tile's last PV",
+            "correction warps, before O of tile i leaves",
+            once,
+            0,
+        ),
+        "sum_full": (
+            f"{softmax} after the last KV tile of a turn",
+            "correction warps, before O of tile i leaves",
+            "parity of the turn",
+            0,
+        ),
+        "sum_empty": (
+            "4 correction warps, one lane each, when they have read them",
+            "softmax warps of tile i, before they write the next ones",
+            "opposite parity of the turn: passes at once in the first",
+            0,
+        ),
     }
     return told
 

@@ -173,6 +173,18 @@ def test_warning_of_lanes_that_are_not_in_step():
     assert "no bar.warp.sync: other lanes stored to shared memory since the warp's last one" in text
 
 
+READS = "ld.shared.b32 %r5, [%s4+64]; {between} elect.sync _|%p2, -1; setp.ge.u32 %p3, %tid, 32; "
+READS += "@%p3 bra END; @!%p2 bra END; mbarrier.arrive.shared.b64 _, [%s+8]; END:"
+
+
+def test_warning_of_lanes_that_may_still_read():
+    """The arrival lets somebody overwrite what they read."""
+    stored = INITIALIZED + "st.shared.b32 [%s4+64], %tid; bar.sync 0; "
+    assert warned(stored + READS.format(between="bar.warp.sync -1;")) == []
+    (text,) = warned(stored + READS.format(between=""))
+    assert "no bar.warp.sync: other lanes loaded from shared memory since the warp's last one" in text
+
+
 STAGES = """setp.ge.u32 %p3, %tid, 32; @%p3 bra END; st.shared.b32 [%s4], %tid; fence.proxy.async.shared::cta;
 bar.warp.sync -1; elect.sync _|%p2, -1; @%p2 cp.async.bulk.global.shared::cta.bulk_group [%y], [%s], 128;
 @%p2 cp.async.bulk.commit_group; cp.async.bulk.wait_group.read {left}; {between} st.shared.b32 [{place}], %tid;

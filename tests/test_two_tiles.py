@@ -30,12 +30,10 @@ def test_budget_of_head_dim_128():
     ]
     assert (budget.tmem_used, budget.tmem_columns, budget.threads) == (512, 512, 512)
     sizes = {b.name: b.bytes for b in budget.buffers}
-    assert (
-        sizes["sQ"] == sizes["sK"] == sizes["sV"] == sizes["sO"] == 2 * 128 * 128 * 2
-        and sizes["rows"] == 3 * 2 * 128 * 4
-    )
-    assert budget.buffer("sO").alias_of == "sQ"
-    assert budget.smem_total == 1024 + 3072 + 3 * 65536 == 200704
+    assert sizes["sQ"] == sizes["sK"] == sizes["sV"] == 2 * 128 * 128 * 2 and sizes["rows"] == 3 * 2 * 128 * 4
+    assert budget.buffer("sO").alias_of is None, "O of two query tiles leaves while Q of the next two arrives"
+    assert sizes["sO"] == 2 * 128 * 32 * 2
+    assert budget.smem_total == 1024 + 3072 + 3 * 65536 + 16384 == 217088
     registers = sum(32 * role.warps * role.registers for role in budget.roles)
     assert registers == budget.registers_total == SM100A.registers_per_sm, "setmaxnreg hands out all of them"
 

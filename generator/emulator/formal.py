@@ -6,7 +6,7 @@
   tcgen05.fence::after_thread_sync between a wait for somebody's tcgen05 work and the warp's own (§9.7.16.6.4)
 - a fence (fence.mbarrier_init, fence.proxy.async) between mbarrier.init and the asynchronous proxy's use (§9.7.13.4)
 - one lane that initializes an mbarrier, not a warp's lanes alike (§9.7.13.15.9)
-- bar.warp.sync between shared-memory stores of a warp's lanes and the signal that one of them gives for all, and
+- bar.warp.sync between shared-memory stores or loads of a warp's lanes and the signal that one of them gives for all, and
   between one lane's wait for its bulk store and other lanes' stores to what that has read (§9.7.13.2)
 """
 
@@ -40,6 +40,7 @@ class Formal:
         self.carrying: set[tuple[int, int]] = set()  # mbarriers (CTA, offset) that signal tcgen05 work
         self.fresh: dict[tuple[int, int], Warp] = {}  # initialized and not fenced since: by whom
         self.stored: dict[Warp, np.ndarray] = {}  # lanes that stored to shared memory since bar.warp.sync
+        self.loaded: dict[Warp, np.ndarray] = {}  # the same of loads
         self.reading: dict[
             Warp, list[tuple[int, tuple]]
         ] = {}  # lane and bulk store, to the first barrier after its end
@@ -64,6 +65,7 @@ class Formal:
         yield from ((prefix, self._bulk_load) for prefix in LOADS)
         yield from ((prefix, self._bulk_store) for prefix in BULK_STORES)
         yield from ((prefix, self._store) for prefix in STORES)
+        yield "ld.shared", self._load
         yield "tcgen05.fence", self._fence
         yield "tcgen05.commit", self._commit
         yield from ((prefix, self._tensor_work) for prefix in TENSOR_WORK)
@@ -191,6 +193,10 @@ class Formal:
         if instr.opcode.startswith("st.shared") and any(self.reading.values()):
             self._overwrite(m, ws, active, instr, operands[0])
 
+    def _load(self, m, ws, active, instr, operands, _) -> None:
+        for warp, lanes in self._warps(m, ws, active).items():
+            self.loaded[warp] = self.loaded.get(warp, np.zeros(32, bool)) | lanes
+
     def _overwrite(self, m, ws, active, instr, address) -> None:
         """A lane stores to what another lane's bulk store has read, and only that lane waited for it."""
         offsets = shared_offsets(m, ws, active, instr, address, 1)
@@ -210,6 +216,7 @@ class Formal:
     def _in_step(self, m, warp: Warp) -> None:
         """The lanes of a warp know what each of them did, and waited for."""
         self.stored.pop(warp, None)
+        self.loaded.pop(warp, None)
         self.reading[warp] = [read for read in self.reading.get(warp, ()) if not self._is_over(m, warp, *read)]
 
     def _warp_barrier(self, m, ws, active, instr, operands, _) -> None:
@@ -227,3 +234,5 @@ class Formal:
         for warp, lanes in self._warps(m, ws, active).items():
             if (self.stored.get(warp, lanes) & ~lanes).any():
                 self._warn(instr, "no bar.warp.sync: other lanes stored to shared memory since the warp's last one")
+            elif (self.loaded.get(warp, lanes) & ~lanes).any():
+                self._warn(instr, "no bar.warp.sync: other lanes loaded from shared memory since the warp's last one")
