@@ -301,8 +301,8 @@ def tile_span(q_tile, lengths, limit2, batch):
 
 @cute.jit
 def visits_of(block, lengths, call):
-    """KV tiles that a CTA loads for two query tiles, of source 1 and then of source 2, counted in this order; how many of
-    them each query tile sees, and which, see `sees`; and how many are of source 1, and the first of these in the source.
+    """KV tiles that a CTA loads for two query tiles, of source 1 and then of source 2, counted in this order; how many
+    of them each query tile sees; which, see `sees`; and how many are of source 1, and the first of these.
     """
     pair, _, batch = block
     limit2 = call[-1]
@@ -314,7 +314,7 @@ def visits_of(block, lengths, call):
     kv_tiles = cutlass.max(stop, stop1) - begin
     tiles = stop - begin, kv_tiles - alone
     seen = (0, stop - begin), (alone, kv_tiles)
-    seen = tuple((*own, kv_tiles, kv_tiles + more[0]) for own, more in zip(seen, (span2, other2)))
+    seen = (*seen[0], kv_tiles, kv_tiles + span2[0]), (*seen[1], kv_tiles, kv_tiles + other2[0])
     tiles = tiles[0] + span2[0], tiles[1] + other2[0]
     loaded = kv_tiles + cutlass.max(span2[0], other2[0])
     return loaded, tiles, seen, (kv_tiles, begin)

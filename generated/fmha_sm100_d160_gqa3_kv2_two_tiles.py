@@ -265,15 +265,15 @@ def tile_span(q_tile, lengths):
 
 @cute.jit
 def visits_of(block, lengths):
-    """KV tiles that a CTA loads for two query tiles, of source 1 and then of source 2, counted in this order; how many of
-    them each query tile sees, and which, see `sees`; and how many are of source 1.
+    """KV tiles that a CTA loads for two query tiles, of source 1 and then of source 2, counted in this order; how many
+    of them each query tile sees; which, see `sees`; and how many are of source 1.
     """
     pair = block[0]
     (span, span2), (other, other2) = (tile_span(2 * pair + i, lengths) for i in range(2))
     tiles = span[0], other[0]
     kv_tiles = cutlass.max(*tiles)
-    seen = tuple((0, end) for end in tiles)
-    seen = tuple((*own, kv_tiles, kv_tiles + more[0]) for own, more in zip(seen, (span2, other2)))
+    seen = tiles
+    seen = (seen[0], kv_tiles, kv_tiles + span2[0]), (seen[1], kv_tiles, kv_tiles + other2[0])
     tiles = tiles[0] + span2[0], tiles[1] + other2[0]
     loaded = kv_tiles + cutlass.max(span2[0], other2[0])
     return loaded, tiles, seen, (kv_tiles,)
@@ -281,8 +281,8 @@ def visits_of(block, lengths):
 
 def sees(own, j):
     """Whether a query tile sees the j-th KV tile that is loaded."""
-    first, end, first2, end2 = own
-    return ((j >= first) & (j < end)) | ((j >= first2) & (j < end2))
+    end, first2, end2 = own
+    return (j < end) | ((j >= first2) & (j < end2))
 
 
 def tma_views(atom, smem, gmem):

@@ -273,14 +273,13 @@ def visits_of(block, lengths):
     span, other = (tile_span(2 * pair + i, lengths) for i in range(2))
     tiles = span[0], other[0]
     kv_tiles = cutlass.max(*tiles)
-    seen = tuple((0, end) for end in tiles)
+    seen = tiles
     return kv_tiles, tiles, seen
 
 
 def sees(own, j):
     """Whether a query tile sees the j-th KV tile that is loaded."""
-    first, end = own
-    return (j >= first) & (j < end)
+    return j < own
 
 
 def tma_views(atom, smem, gmem):

@@ -6,7 +6,7 @@
   tcgen05.fence::after_thread_sync between a wait for somebody's tcgen05 work and the warp's own (§9.7.16.6.4)
 - a fence (fence.mbarrier_init, fence.proxy.async) between mbarrier.init and the asynchronous proxy's use (§9.7.13.4)
 - one lane that initializes an mbarrier, not a warp's lanes alike (§9.7.13.15.9)
-- bar.warp.sync between shared-memory stores or loads of a warp's lanes and the signal that one of them gives for all, and
+- bar.warp.sync between shared-memory stores or loads of a warp's lanes and the signal that one gives for all, and
   between one lane's wait for its bulk store and other lanes' stores to what that has read (§9.7.13.2)
 """
 
