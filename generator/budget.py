@@ -7,7 +7,7 @@ kernel is launched with exactly `smem_total` bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,6 +175,7 @@ class Budget:
     threads: int
     registers_limit: int  # a thread
     registers_total: int  # an SM's, for this CTA
+    registers_pool: int  # of which the CTA can have so many
     overflows: tuple[Overflow, ...]
 
     @property
@@ -226,30 +227,57 @@ def output_bytes(spec: KernelSpec) -> int:
 
 def compute_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     """The Budget of one candidate. Never raises for what does not fit: see Budget.overflows."""
-    mbarriers, slot_offset = _mbarriers(spec, tiling)
-    buffers, smem_total = _buffers(spec, tiling, slot_offset + TMEM_SLOT_BYTES)
-    regions, used = _regions(spec, tiling)
+    mbarriers = _mbarriers(spec, tiling)
+    buffers = _buffers(spec, tiling, mbarriers[1] + TMEM_SLOT_BYTES)
+    regions = _regions(spec, tiling)
     roles = (softmax_role(tiling.tile_n, arch), *issuer_roles())
+    budget = assembled(arch, mbarriers, buffers, regions, roles)
+    return replace(budget, overflows=tuple(_overflows(budget, arch, spec, tiling)))
+
+
+Placed = tuple[tuple[Any, ...], int]  # things, and where the last one ends
+
+
+def assembled(
+    arch: Arch,
+    mbarriers: Placed,
+    buffers: Placed,
+    regions: Placed,
+    roles: tuple[Role, ...],
+    barriers: Callable[[int], tuple[NamedBarrier, ...]] | None = None,
+    handed_out: bool = False,
+) -> Budget:
+    """The Budget of what place_mbarriers, place_buffers and place_regions gave; what overflows is the caller's to add.
+
+    barriers: the hardware's, from the number of threads. handed_out: setmaxnreg gives every role its registers, of
+    those that all threads have at entry; else every thread has as many as the one that needs the most.
+    """
     threads = arch.warp_size * sum(role.warps for role in roles)
-    a_thread = -(-max(role.registers for role in roles) // arch.register_granule) * arch.register_granule
-    budget = Budget(
-        buffers=buffers,
-        smem_total=smem_total,
+    step = arch.register_granule
+    if handed_out:
+        total = arch.warp_size * sum(role.warps * role.registers for role in roles)
+        pool = arch.registers_per_sm // threads // step * step * threads
+    else:
+        total = -(-max(role.registers for role in roles) // step) * step * threads
+        pool = arch.registers_per_sm
+    return Budget(
+        buffers=buffers[0],
+        smem_total=buffers[1],
         smem_limit=arch.smem_per_cta,
-        regions=regions,
-        tmem_used=used,
-        tmem_columns=allocated_columns(used, arch),
+        regions=regions[0],
+        tmem_used=regions[1],
+        tmem_columns=allocated_columns(regions[1], arch),
         tmem_limit=arch.tmem_columns,
-        mbarriers=mbarriers,
-        tmem_slot_offset=slot_offset,
-        named_barriers=named_barriers(threads),
+        mbarriers=mbarriers[0],
+        tmem_slot_offset=mbarriers[1],
+        named_barriers=(barriers or named_barriers)(threads),
         roles=roles,
         threads=threads,
         registers_limit=arch.registers_per_thread,
-        registers_total=a_thread * threads,
+        registers_total=total,
+        registers_pool=pool,
         overflows=(),
     )
-    return replace(budget, overflows=tuple(_overflows(budget, arch, spec, tiling)))
 
 
 def _mbarriers(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
@@ -383,7 +411,7 @@ def _overflows(budget: Budget, arch: Arch, spec: KernelSpec, tiling: Tiling) -> 
     yield from shared_ring_overflow(spec, tiling)
     if budget.tmem_columns > budget.tmem_limit:
         yield _tmem_overflow(budget, arch, spec, tiling)
-    yield from register_overflow(budget, arch)
+    yield from register_overflow(budget)
 
 
 def shared_ring_overflow(spec: KernelSpec, tiling: Tiling) -> Iterator[Overflow]:
@@ -406,11 +434,11 @@ def smem_overflows(budget: Budget, remedy: str) -> Iterator[Overflow]:
         yield Overflow("smem", "bytes", over.bytes, limit, reason, "a smaller o_chunk, or sO of its own")
 
 
-def register_overflow(budget: Budget, arch: Arch) -> Iterator[Overflow]:
-    if budget.registers_total > arch.registers_per_sm:
-        reason = f"{budget.threads} threads (estimate)"
-        total = budget.registers_total
-        yield Overflow("registers", "registers", total, arch.registers_per_sm, reason, "a smaller tile_n")
+def register_overflow(budget: Budget) -> Iterator[Overflow]:
+    """More registers than a CTA can have; with setmaxnreg, than its threads have at entry."""
+    total, pool = budget.registers_total, budget.registers_pool
+    if total > pool:
+        yield Overflow("registers", "registers", total, pool, f"{budget.threads} threads", "a smaller tile_n")
 
 
 def _smem_remedy(spec: KernelSpec, tiling: Tiling) -> str:

@@ -38,7 +38,7 @@ from .budget import (
     Region,
     Tiling,
     accumulator_overflow,
-    allocated_columns,
+    assembled,
     compute_budget,
     issuer_roles,
     named_barriers,
@@ -171,30 +171,13 @@ def budget_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     if tiling.strategy == "two_ctas":
         return two_cta_budget(spec, arch, tiling)
     shape = geometry(spec, arch, tiling)
-    mbarriers, slot_offset = _mbarriers(tiling, shape)
-    buffers, smem_total = _buffers(spec, arch, tiling, shape, slot_offset + TMEM_SLOT_BYTES)
-    regions, used = _regions(tiling, shape)
+    mbarriers = _mbarriers(tiling, shape)
+    buffers = _buffers(spec, arch, tiling, shape, mbarriers[1] + TMEM_SLOT_BYTES)
+    regions = _regions(tiling, shape)
     roles = (softmax_role(tiling.tile_n // shape.ctas, arch), *issuer_roles())
-    threads = arch.warp_size * sum(role.warps for role in roles)
-    a_thread = -(-max(role.registers for role in roles) // arch.register_granule) * arch.register_granule
-    budget = Budget(
-        buffers=buffers,
-        smem_total=smem_total,
-        smem_limit=arch.smem_per_cta,
-        regions=regions,
-        tmem_used=used,
-        tmem_columns=allocated_columns(used, arch),
-        tmem_limit=arch.tmem_columns,
-        mbarriers=mbarriers,
-        tmem_slot_offset=slot_offset,
-        named_barriers=_named_barriers(threads, shape),
-        roles=roles,
-        threads=threads,
-        registers_limit=arch.registers_per_thread,
-        registers_total=a_thread * threads,
-        overflows=(),
-    )
-    return replace(budget, overflows=(*_overflows(budget, arch, tiling, shape), *register_overflow(budget, arch)))
+    barriers = named_barriers if shape.ctas == 1 else _pair_barriers
+    budget = assembled(arch, mbarriers, buffers, regions, roles, barriers)
+    return replace(budget, overflows=(*_overflows(budget, arch, tiling, shape), *register_overflow(budget)))
 
 
 def _mbarriers(tiling: Tiling, shape: Geometry) -> tuple[tuple[Mbarrier, ...], int]:
@@ -258,9 +241,7 @@ def _regions(tiling: Tiling, shape: Geometry) -> tuple[tuple[Region, ...], int]:
     return place_regions(wanted)
 
 
-def _named_barriers(threads: int, shape: Geometry) -> tuple[NamedBarrier, ...]:
-    if shape.ctas == 1:
-        return named_barriers(threads)
+def _pair_barriers(threads: int) -> tuple[NamedBarrier, ...]:
     why = "the two warps that share rows have written their maxima, or sums"
     return (
         NamedBarrier(0, "cta", threads, "mbarriers initialized, TMEM base published"),

@@ -24,8 +24,7 @@ from .budget import (
     Region,
     Role,
     Tiling,
-    allocated_columns,
-    named_barriers,
+    assembled,
     output_bytes,
     place_buffers,
     place_mbarriers,
@@ -63,28 +62,11 @@ def polynomial_pairs(spec: KernelSpec, arch: Arch) -> tuple[int, ...]:
 def two_cta_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     """The Budget of a candidate. Never raises for what does not fit: see Budget.overflows."""
     roles = _roles(arch)
-    mbarriers, slot_offset = _mbarriers(tiling, arch)
-    buffers, smem_total = _buffers(spec, tiling, slot_offset + TMEM_SLOT_BYTES)
-    regions, used = _regions(spec, tiling)
-    threads = arch.warp_size * sum(role.warps for role in roles)
-    budget = Budget(
-        buffers=buffers,
-        smem_total=smem_total,
-        smem_limit=arch.smem_per_cta,
-        regions=regions,
-        tmem_used=used,
-        tmem_columns=allocated_columns(used, arch),
-        tmem_limit=arch.tmem_columns,
-        mbarriers=mbarriers,
-        tmem_slot_offset=slot_offset,
-        named_barriers=named_barriers(threads),
-        roles=roles,
-        threads=threads,
-        registers_limit=arch.registers_per_thread,
-        registers_total=arch.warp_size * sum(role.warps * role.registers for role in roles),
-        overflows=(),
-    )
-    return replace(budget, overflows=(*_overflows(budget, tiling), *register_overflow(budget, arch)))
+    mbarriers = _mbarriers(tiling, arch)
+    buffers = _buffers(spec, tiling, mbarriers[1] + TMEM_SLOT_BYTES)
+    regions = _regions(spec, tiling)
+    budget = assembled(arch, mbarriers, buffers, regions, roles, handed_out=True)
+    return replace(budget, overflows=(*_overflows(budget, tiling), *register_overflow(budget)))
 
 
 def _roles(arch: Arch) -> tuple[Role, ...]:
