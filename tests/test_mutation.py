@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from generator.emulator.memory import WINDOW_BASE
 from generator.emulator.mutants import Mutator
 from generator.emulator.mutation import RESULTS, Outcome, run_mutants
 from generator.emulator.parse import parse_ptx
+from generator.emulator.recorder import Recorder
 from generator.plan import plan_kernel
 from generator.resources import checkout_root
 from generator.spec import load_spec
@@ -58,6 +60,27 @@ def outcomes_of(body: str, y: np.ndarray, select=lambda mutant: True, limit=20, 
     params = [y.ctypes.data.to_bytes(8, "little")]
     gpu.launch(gpu.load_ptx(text), "k", (cluster, 1, 1), (64, 1, 1), (cluster, 1, 1), 1024, params)
     return found
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_recorder_keeps_what_warps_know_at_their_events_and_at_their_end(strict):
+    y, gpu, recorder = np.zeros(64, np.uint32), Gpu(strict=strict), Recorder(clocks=True)
+    gpu.add_array(y, "y")
+
+    class Around:
+        def __init__(self, case):
+            case.run(program=recorder.program(parse_ptx(case.text).kernels["k"]))
+
+        __enter__ = __exit__ = lambda *_: None
+
+    gpu.observers.append(Around)
+    text = ptx("mov.u32 %r5, 0; " + HANDOVER, y=y)
+    gpu.launch(gpu.load_ptx(text), "k", (1, 1, 1), (64, 1, 1), (1, 1, 1), 1024, [y.ctypes.data.to_bytes(8, "little")])
+    for who, events in recorder.events.items():
+        known = recorder.knowledge(who)
+        assert [k.line for k in known] == ([*(e.line for e in events), 0] if strict else [])
+        assert all((after.clock >= before.clock).all() for before, after in pairwise(known)), "nothing is forgotten"
+    assert len(recorder.events) == 2
 
 
 def test_every_mutant_of_a_handover():

@@ -17,7 +17,8 @@ from .clocks import Clocks
 class Known(NamedTuple):
     """What a warp knows to have happened: after a wait that it passed, or before another event of its, or its end.
 
-    line: of the instruction. clock: int64 [2, components]; clocks: those of its wave, which name the components.
+    line: of the instruction, 0 for the end. clock: int64 [2, components]; clocks: those of its wave, which name the
+    components.
     """
 
     line: int

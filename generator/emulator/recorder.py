@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .clocks import Clocks
 from .known import Known, clocks_of
 from .ops.memory import shared_offsets
 from .ops.tma import _lanes, tensor_map
@@ -17,7 +18,6 @@ from .touches import Touches
 from .translate import Program, Translator
 
 Place = tuple[int, int]  # an mbarrier: CTA, offset in its shared memory
-ENDS = ("ret", "exit")
 
 
 class Event(NamedTuple):
@@ -44,12 +44,13 @@ class Event(NamedTuple):
 class Recorder:
     """Events by (CTA, warp) of one launch of the program that it makes; CTAs are numbered as their waves come.
 
-    clocks: also keep what each warp knows at its events and when it ends (see `known`); of strict runs only.
+    clocks: also keep what each warp knows at its events and at its end, see `knowledge`; of strict runs only.
     """
 
     def __init__(self, clocks: bool = False):
         self._machine, self._first = None, 0  # the wave under way, and the number of its first CTA
-        self.known: dict[tuple[int, int], list[Known]] | None = defaultdict(list) if clocks else None
+        self._known: dict[tuple[int, int], list[Known]] | None = defaultdict(list) if clocks else None
+        self._waves: list[tuple[int, Clocks]] = []  # their first CTAs and clocks
         self.events: dict[tuple[int, int], list[Event]] = defaultdict(list)
         self.lines: set[int] = set()  # PTX lines of the instructions with effects that ran
         self.log: dict[tuple[int, int], list[Instr]] = defaultdict(list)  # those of each warp, in order
@@ -70,7 +71,7 @@ class Recorder:
     def _watched(self, run: Callable, look: Callable) -> Callable:
         def watched(m, ws, active, instr, *operands):
             running = _running(ws, active)
-            before = {} if self.known is None or m.races is None else clocks_of(m, running)
+            before = {} if self._known is None or m.races is None else clocks_of(m, running)
             result = run(m, ws, active, instr, *operands)
             self.lines.add(instr.line)
             first = self._first_cta(m)
@@ -78,7 +79,7 @@ class Recorder:
                 self.log[cta + first, warp].append(instr)
                 self.whole[cta + first, warp].append(whole)
             self.touches.note(m, ws, active, instr, operands, first, self.log)
-            heard = dict.fromkeys(before, True) if instr.opcode in ENDS else {}
+            heard = {}
             for (cta, warp), event in look(m, ws, active, instr, operands, result):
                 heard[cta, warp] = event.kind != "wait"
                 places = tuple((place + first, offset) for place, offset in event.places)
@@ -87,7 +88,7 @@ class Recorder:
                 after = clocks_of(m, running)
                 for (cta, warp), as_before in heard.items():
                     clock = (before if as_before else after)[cta, warp]
-                    self.known[cta + first, warp].append(Known(instr.line, clock, m.races.clocks))
+                    self._known[cta + first, warp].append(Known(instr.line, clock, m.races.clocks))
             return result
 
         return watched
@@ -96,7 +97,18 @@ class Recorder:
         if m is not self._machine:
             self._first += 0 if self._machine is None else self._machine.n_cta
             self._machine = m
+            if self._known is not None and m.races:
+                self._waves.append((self._first, m.races.clocks))
         return self._first
+
+    def knowledge(self, who: tuple[int, int]) -> list[Known]:
+        """What a warp knew at each of its events, and at its end; empty for a run without hazard checks."""
+        cta, warp = who
+        waves = [(first, clocks) for first, clocks in self._waves if first <= cta]
+        if not waves:
+            return []
+        first, clocks = waves[-1]
+        return [*self._known[who], Known(0, clocks.warps[warp, cta - first], clocks)]
 
 
 def _running(ws, active) -> list[tuple[int, int, bool]]:
