@@ -649,12 +649,11 @@ def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, 
     end2 = seqlen_k2
     scale_log2 = scale * LOG2_E
     m, total = -Float32.inf, Float32(0.0)
-    for j in cutlass.range(kv_tiles, unroll=1):
-        seen, hidden = end - j * TILE_N, j >= whole_tiles
-        m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, j, seen, hidden, scale_log2, m, total)
-    for j in cutlass.range(kv_tiles2, unroll=1):
-        seen, hidden = end2 - j * TILE_N, j >= whole_tiles2
-        count = kv_tiles + j
+    for count in cutlass.range(kv_tiles + kv_tiles2, unroll=1):
+        seen, hidden = end - count * TILE_N, count >= whole_tiles
+        if count >= kv_tiles:
+            j = count - kv_tiles
+            seen, hidden = end2 - j * TILE_N, j >= whole_tiles2
         m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, seen, hidden, scale_log2, m, total)
     _, sums, references = row_stats
     row = cute.arch.thread_idx()[0] % TILE_M

@@ -671,13 +671,14 @@ def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, 
     end2 = seqlen_k2
     scale_log2 = scale * LOG2_E
     m, total = -Float32.inf, Float32(0.0)
-    for j in cutlass.range(begin, stop, unroll=1):
-        seen = first - j * TILE_N, end - j * TILE_N
-        hidden = (j < whole) | (j >= masked)
-        m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, j - begin, seen, hidden, scale_log2, m, total)
-    for j in cutlass.range(kv_tiles2, unroll=1):
-        seen, hidden = (Int32(0), end2 - j * TILE_N), j >= whole_tiles2
-        count = stop - begin + j
+    tiles = stop - begin
+    for count in cutlass.range(tiles + kv_tiles2, unroll=1):
+        j = begin + count
+        low, high, hidden = first - j * TILE_N, end - j * TILE_N, (j < whole) | (j >= masked)
+        if count >= tiles:
+            j = count - tiles
+            low, high, hidden = Int32(0), end2 - j * TILE_N, j >= whole_tiles2
+        seen = low, high
         m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, seen, hidden, scale_log2, m, total)
     _, sums, references = row_stats
     row = cute.arch.thread_idx()[0] % TILE_M
