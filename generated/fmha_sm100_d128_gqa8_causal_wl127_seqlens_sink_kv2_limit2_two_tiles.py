@@ -821,13 +821,14 @@ def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, 
         end = end_key(token, seqlen_q, seqlen_k)
         end2 = cutlass.min(cutlass.max(limit2[batch, cutlass.min(token, seqlen_q - 1)], 0), seqlen_k2)
         m, total = -Float32.inf, Float32(0.0)
-        for j in cutlass.range(begin, stop, unroll=1):
-            seen = first - j * TILE_N, end - j * TILE_N
-            hidden = (j < whole) | (j >= masked)
-            m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, seen, hidden, scale_log2, m, total)
-            count += 1
-        for j in cutlass.range(kv_tiles2, unroll=1):
-            seen, hidden = (Int32(0), end2 - j * TILE_N), j >= whole_tiles2
+        tiles = stop - begin
+        for visit in cutlass.range(tiles + kv_tiles2, unroll=1):
+            j = begin + visit
+            low, high, hidden = first - j * TILE_N, end - j * TILE_N, (j < whole) | (j >= masked)
+            if visit >= tiles:
+                j = visit - tiles
+                low, high, hidden = Int32(0), end2 - j * TILE_N, j >= whole_tiles2
+            seen = low, high
             m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, seen, hidden, scale_log2, m, total)
             count += 1
         _, sums, references = row_stats

@@ -741,12 +741,11 @@ def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, 
         end = seqlen_k
         end2 = cutlass.min(cutlass.max(limit2[batch, cutlass.min(token, seqlen_q - 1)], 0), seqlen_k2)
         m, total = -Float32.inf, Float32(0.0)
-        for j in cutlass.range(kv_tiles, unroll=1):
-            seen, hidden = end - j * TILE_N, j >= whole_tiles
-            m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, seen, hidden, scale_log2, m, total)
-            count += 1
-        for j in cutlass.range(kv_tiles2, unroll=1):
-            seen, hidden = end2 - j * TILE_N, j >= whole_tiles2
+        for visit in cutlass.range(kv_tiles + kv_tiles2, unroll=1):
+            seen, hidden = end - visit * TILE_N, visit >= whole_tiles
+            if visit >= kv_tiles:
+                j = visit - kv_tiles
+                seen, hidden = end2 - j * TILE_N, j >= whole_tiles2
             m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, seen, hidden, scale_log2, m, total)
             count += 1
         _, sums, references = row_stats
