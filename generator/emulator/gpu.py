@@ -151,6 +151,7 @@ class LaunchCase:
                 *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict, schedule),
             )
             machine.allow_uninitialized = self.gpu.allow_uninitialized
+            machine.fuses = self.gpu.schedules == 1
             if self.gpu.warnings and machine.races:
                 machine.races.advice = Advice(machine, warned)
             machine.run()

@@ -79,6 +79,9 @@ class Machine:
     ):
         self.strict = strict
         self.accumulation = accumulation
+        # MMAs onto one accumulator that are complete at the same time are one product. How many, and so the rounding,
+        # is the schedule's: not where several schedules are compared bit by bit.
+        self.fuses = True
         self.program, self.gmem, self.labels = program, gmem, labels
         self.n_cta = len(ctas)
         self.grid, self.block = grid, block

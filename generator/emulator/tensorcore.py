@@ -195,7 +195,7 @@ class TensorCore:
 
     def _collect(self, op: Mma) -> None:
         before = next((chain for chain in reversed(self.waiting) if chain[0].bits & op.bits), None)  # in some CTA
-        if before is not None and before[-1].fuses_with(op):
+        if self.machine.fuses and before is not None and before[-1].fuses_with(op):
             before.append(op)
         else:
             self.waiting.append([op])
