@@ -22,6 +22,7 @@ from .command import (
     Schedules,
     ScheduleSeed,
     Seed,
+    Sms,
     Trace,
     TraceCtas,
     app,
@@ -150,6 +151,7 @@ def verify(
     fast: bool = Fast,
     trace: Path | None = Trace,
     trace_ctas: int = TraceCtas,
+    sms: int = Sms,
     schedules: int = Schedules,
     schedule_seed: int = ScheduleSeed,
     exhaustive: bool = Exhaustively,
@@ -172,7 +174,7 @@ def verify(
         gpu.schedules, gpu.schedule_seed = schedules, schedule_seed
         gpu.observers += proof
 
-    rows = _verified(chosen, binary, shapes, backend, seed, strict=not fast, trace=tracer, prepare=prepare)
+    rows = _verified(chosen, binary, shapes, backend, seed, strict=not fast, trace=tracer, sms=sms, prepare=prepare)
     say_proofs(proof)
     if as_json:
         print(present.document(rows))

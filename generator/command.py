@@ -43,6 +43,7 @@ Fast = typer.Option(False, "--fast", help="skip the hazard checks: several times
 LineInfo = typer.Option(False, "--lineinfo", help="compile with line information: messages name the source line")
 Trace = typer.Option(None, "--trace", metavar="FILE", help="write a timeline: .json, .json.gz (Perfetto), .svg")
 TraceCtas = typer.Option(2, "--trace-ctas", min=1, help="CTAs of each launch in the timeline, from the first on")
+Sms = typer.Option(4, "--sms", min=1, help="multiprocessors of the emulated GPU")
 Schedules = typer.Option(1, "--schedules", metavar="N", min=1, help="run each launch in N interleavings of its warps")
 ScheduleSeed = typer.Option(0, "--schedule-seed", min=0, help="of the first of them that is not the deterministic one")
 Exhaustively = typer.Option(False, "--exhaustive", help="prove that no interleaving of the barriers goes wrong")

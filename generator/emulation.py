@@ -17,6 +17,7 @@ from .command import (
     Schedules,
     ScheduleSeed,
     Seed,
+    Sms,
     Trace,
     TraceCtas,
     command,
@@ -36,7 +37,6 @@ Script = typer.Argument(..., metavar="SCRIPT", help="a CuTe DSL program, as it w
 Arguments = typer.Argument(None, metavar="[ARGS]...", help="the program's own")
 Arch = typer.Option("sm_100a", "--arch", metavar="sm_90a|sm_100a", help="the GPU's architecture")
 Accumulation = typer.Option("fast", "--accumulation", help="how tensor cores add: fast (float32), or exact (bit model)")
-Sms = typer.Option(4, "--sms", min=1, help="multiprocessors that the GPU says it has")
 Uninitialized = typer.Option(
     False, "--allow-uninitialized", help="let kernels compute on values never written, as on rows beyond the end"
 )
