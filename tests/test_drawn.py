@@ -9,7 +9,7 @@ import os
 from collections import Counter
 
 import pytest
-from drawn_arithmetic import STRATEGIES, reasons
+from drawn_arithmetic import STRATEGIES, TILES, reasons
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -20,19 +20,22 @@ from generator.verify import verify_kernel
 
 IN_SUITE = 6
 RARE = {"kv_shared": 1, "kv_sources": 1, "limit2": 1, "tile_m": 1}  # of ten: most strategies refuse them
+RARE_IN_TWO_TILES = {"window_left": 1, "p_staging": 1}
 NARROW, BROAD = range(16, 257, 16), (*range(272, 513, 16), 576)
 
 
 def specifications(draw, strategy=None):
     """Fields, with this strategy or any, most of them left alone; some of the combinations cannot be."""
-    fields = {"head_dim": draw(st.sampled_from(NARROW if draw(st.integers(0, 2)) else BROAD))}
     strategy = strategy or draw(st.sampled_from(STRATEGIES))
+    wide_ones = 1 if strategy in TILES else 4  # of ten: whole tiles refuse them
+    head_dims = [st.sampled_from(BROAD if draw(st.integers(0, 9)) < wide_ones else NARROW) for _ in range(2)]
+    fields = {"head_dim": draw(head_dims[0])}
     if strategy != "auto":
         fields["strategy"] = strategy
     if fields["head_dim"] > 512 and draw(st.integers(0, 4)):
         fields["head_dim_v"] = 512
     optional = {
-        "head_dim_v": st.sampled_from(NARROW) | st.sampled_from(BROAD[:-1]),
+        "head_dim_v": head_dims[1].filter(lambda d: d <= 512),
         "dtype": st.just("fp16"),
         "q_heads_per_kv": st.sampled_from([2, 3, 4, 5, 8, 16, 128]),
         "pack_heads": st.booleans(),
@@ -52,7 +55,8 @@ def specifications(draw, strategy=None):
         "tile_n": st.sampled_from(range(16, 129, 16)),
     }
     for name, values in optional.items():
-        if name not in fields and draw(st.integers(0, 9)) < RARE.get(name, 3):
+        rare = RARE | (RARE_IN_TWO_TILES if strategy == "two_tiles" else {})
+        if name not in fields and draw(st.integers(0, 9)) < rare.get(name, 3):
             fields[name] = draw(values)
     if "limit2" in fields and draw(st.booleans()):
         fields["kv_sources"] = 2
