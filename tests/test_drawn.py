@@ -2,7 +2,8 @@
 
 The arithmetic here shares nothing with the planner: it adds up what a CTA must hold and compares with the limits as
 numbers. The suite draws a few cases from a fixed seed; `BESPOKE_DRAWN=500 pytest tests/test_drawn.py -m slow -n 0`
-draws so many of them from BESPOKE_DRAWN_SEED (default 1) and says how many verified and how many were refused.
+draws so many of them from BESPOKE_DRAWN_SEED (default 1) and says how many verified and how many were refused;
+BESPOKE_DRAWN_STRATEGIES (default tiles,two_tiles) says of which.
 """
 
 import os
@@ -18,11 +19,13 @@ from generator.verify import verify_kernel
 
 SMEM, COLUMNS, ROWS = 232448, 512, 128
 IN_SUITE = 6
+STRATEGIES = os.environ.get("BESPOKE_DRAWN_STRATEGIES", "tiles,two_tiles").split(",")
 
 
 def specifications(draw):
     """Fields, most of them left alone; some of the combinations cannot be."""
-    fields = {"head_dim": draw(st.sampled_from(range(16, 257, 16))), "strategy": "tiles"}
+    strategy = draw(st.sampled_from(STRATEGIES))
+    fields = {"head_dim": draw(st.sampled_from(range(16, 257, 16))), "strategy": strategy}
     optional = {
         "head_dim_v": st.sampled_from(range(16, 257, 16)),
         "dtype": st.just("fp16"),
@@ -80,7 +83,13 @@ def reasons(fields):
     stages = [fields["kv_stage"]] if "kv_stage" in fields else [1, 2, 3]
     stagings = [fields["p_staging"]] if "p_staging" in fields else ["tmem", "smem"]
     every = [(n, s, p) for n in tiles for s in stages for p in stagings]
-    if not any(fits(d, dv, n, s, p, shared, 4 if unnormalized else 2) for n, s, p in every):
+    out_bytes = 4 if unnormalized else 2
+    if fields["strategy"] == "two_tiles":
+        if stagings == ["smem"]:
+            yield "p_staging"
+        if not any(two_fit(d, dv, n, s, shared, out_bytes) for n in tiles for s in stages):
+            yield from ("kv_stage", "tile_n", "strategy", "head_dim")
+    elif not any(fits(d, dv, n, s, p, shared, out_bytes) for n, s, p in every):
         yield from ("kv_stage", "tile_n", "p_staging", "head_dim")
 
 
@@ -99,6 +108,17 @@ def fits(d, dv, n, stages, staging, shared, out_bytes):
     over_q = own - kib(ROWS * 16 * out_bytes)  # 16 columns of O are never more than Q's 16 or more
     in_q = over_q if ROWS * 16 * out_bytes <= q else own
     return allocated <= COLUMNS and min(own, in_q) <= SMEM
+
+
+def two_fit(d, dv, n, stages, shared, out_bytes):
+    """The same of two query tiles: S and O twice, P over S, three floats a row besides."""
+    if shared and stages == 1:
+        return False
+    kib = lambda size: -(-size // 1024) * 1024  # noqa: E731
+    q, k, v = 2 * ROWS * d * 2, stages * n * d * 2, 0 if shared else stages * n * dv * 2
+    o = 2 * ROWS * 16 * out_bytes
+    in_q = 1024 + 2 * ROWS * 3 * 4 + sum(map(kib, (q, k, v)))
+    return 2 * (n + dv) <= COLUMNS and (in_q if o <= q else in_q + kib(o)) <= SMEM
 
 
 def outcome(fields, shape):
