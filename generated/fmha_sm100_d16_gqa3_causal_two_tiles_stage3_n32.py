@@ -305,7 +305,10 @@ def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j):
 
 @cute.jit
 def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, tiles, stretches):
-    """Warp 12: the KV tiles stretch by stretch. counts: how many of them each query tile has seen before a stretch."""
+    """Warp 12: the KV tiles that the CTA loads, stretch by stretch.
+
+    counts: how many of them each query tile has seen before a stretch, which tells the phases of its barriers.
+    """
     qk, pv = qk_mma(), pv_mma()
     q = tuple(qk.make_fragment_A(smem) for smem in q_smem)
     k, v = qk.make_fragment_B(k_smem), pv.make_fragment_B(v_smem)
@@ -322,8 +325,8 @@ def advanced(counts, who, first, last):
 
 @cute.jit
 def multiply(s, p, o, q, k, v, bars, who: cutlass.Constexpr, first, last, counts, tiles):
-    """KV tiles from `first` to before `last`: for each and each query tile of `who`, PV of the one before, then QK into
-    the same columns.
+    """KV tiles from `first` to before `last`: for each of them and each query tile of `who`, PV of the KV tile before,
+    then QK into the same columns.
 
     MMAs of one thread run in order, so QK overwrites P, which lies over S, only when PV has read it.
     """

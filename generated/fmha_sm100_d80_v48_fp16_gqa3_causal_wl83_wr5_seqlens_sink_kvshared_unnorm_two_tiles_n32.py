@@ -47,7 +47,7 @@ Grid (ceil(Sq / 256), Hq, B), 512 threads:
     warps 0-7    softmax, warps 0-3 of the first tile and 4-7 of the second, one thread a query row
     warps 8-11   correction of both tiles' O, and epilogue
     warp  12     MMA: S = Q K^T and O += P V by tcgen05.mma; while one tile's S becomes P, it multiplies for the other
-    warp  13     load: Q, K and V by TMA, K and V through rings of KV_STAGES tiles
+    warp  13     load: Q and K by TMA, K, whose first columns are V, through a ring of KV_STAGES tiles
     warps 14-15  idle: registers are handed out by warpgroups
 """
 
@@ -307,7 +307,10 @@ def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, span):
 
 @cute.jit
 def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, tiles, stretches):
-    """Warp 12: the KV tiles stretch by stretch. counts: how many of them each query tile has seen before a stretch."""
+    """Warp 12: the KV tiles that the CTA loads, stretch by stretch.
+
+    counts: how many of them each query tile has seen before a stretch, which tells the phases of its barriers.
+    """
     qk, pv = qk_mma(), pv_mma()
     q = tuple(qk.make_fragment_A(smem) for smem in q_smem)
     k, v = qk.make_fragment_B(k_smem), pv.make_fragment_B(v_smem)
@@ -324,8 +327,8 @@ def advanced(counts, who, first, last):
 
 @cute.jit
 def multiply(s, p, o, q, k, v, bars, who: cutlass.Constexpr, first, last, counts, tiles):
-    """KV tiles from `first` to before `last`: for each and each query tile of `who`, PV of the one before, then QK into
-    the same columns.
+    """KV tiles from `first` to before `last`: for each of them and each query tile of `who`, PV of the KV tile before,
+    then QK into the same columns.
 
     MMAs of one thread run in order, so QK overwrites P, which lies over S, only when PV has read it.
     """
