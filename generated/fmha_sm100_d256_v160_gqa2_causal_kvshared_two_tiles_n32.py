@@ -49,7 +49,7 @@ the next two are begun.
     warps 0-7    softmax, warps 0-3 of the first tile and 4-7 of the second, one thread a query row
     warps 8-11   correction of both tiles' O, and epilogue
     warp  12     MMA: S = Q K^T and O += P V by tcgen05.mma; while one tile's S becomes P, it multiplies for the other
-    warp  13     load: Q, K and V by TMA, K and V through rings of KV_STAGES tiles
+    warp  13     load: Q and K by TMA, K, whose first columns are V, through a ring of KV_STAGES tiles
     warps 14-15  idle: registers are handed out by warpgroups
 """
 

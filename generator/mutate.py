@@ -52,7 +52,7 @@ def mutate_kernel(
     spec, shape = binary.spec, tuple(int(extent) for extent in shape)
     operands = random_operands(spec, shape, seed)
     if binary.plan.corrected:
-        operands["k"] = _rising(operands["k"], binary.tile_n)
+        _make_rising(operands, binary.tile_n)
     outcomes: list[Outcome] = []
 
     def prepare(gpu: Gpu, outputs: Sequence[Output]) -> None:
@@ -66,12 +66,17 @@ def mutate_kernel(
     return [named(outcome, spec.name) for outcome in outcomes]
 
 
-def _rising(k: np.ndarray, tile_n: int) -> np.ndarray:
-    """K [B, Skv, Hkv, D] that grows from KV tile to KV tile, so that the rows' maxima move by far more than what a
-    kernel lets pass without rescaling O.
+def _make_rising(operands: dict[str, np.ndarray], tile_n: int) -> None:
+    """Let K [B, Skv, Hkv, D] grow from KV tile to KV tile, and on from source to source, so that the rows' maxima move
+    by far more than what a kernel lets pass without rescaling O.
     """
-    growth = 1 + 8 * (np.arange(k.shape[1]) // tile_n)
-    return (k.astype(np.float32) * growth[:, None, None]).astype(k.dtype)
+    before = 0
+    for name in ("k", "k2"):
+        if name in operands:
+            k = operands[name]
+            growth = 1 + 8 * (before + np.arange(k.shape[1]) // tile_n)
+            operands[name] = (k.astype(np.float32) * growth[:, None, None]).astype(k.dtype)
+            before += -(-k.shape[1] // tile_n)
 
 
 def mutate_script(
