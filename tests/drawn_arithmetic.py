@@ -6,7 +6,7 @@ fit, or head_dim where none does.
 """
 
 SMEM, COLUMNS, ROWS, MMA_COLUMNS = 232448, 512, 128, 256
-TILES, WIDE = ("tiles", "two_tiles"), ("chunks", "passes", "pair")
+TILES, WIDE = ("tiles", "two_tiles", "two_ctas"), ("chunks", "passes", "pair")
 STRATEGIES = (*TILES, *WIDE, "auto")
 SEARCHED = ("kv_stage", "tile_m", "strategy", "p_staging", "tile_n")  # fields that the planner may be left to choose
 
@@ -49,23 +49,24 @@ def _not_there(fields):
     """What no template has (yet)."""
     d, dv = widths(fields)
     where = strategies(fields)
-    for name in ("kv_shared", "kv_sources"):
-        if fields.get(name) and where != ("tiles",):
-            yield name
     if where == ("tiles",) and max(d, dv) > MMA_COLUMNS:
         yield "strategy"
-    if where == ("two_tiles",):
+    if where in (("two_tiles",), ("two_ctas",)):
         if dv > MMA_COLUMNS:
             yield "head_dim_v"
-        if "window_left" in fields:
-            yield "window_left"
         if fields.get("p_staging") == "smem":
             yield "p_staging"
-    if where == ("pair",):
-        if fields.get("p_staging") == "tmem":
-            yield "p_staging"
-        if fields.get("tile_n", 32) % 32:
-            yield "tile_n"
+    if where == ("two_ctas",):
+        if d > MMA_COLUMNS:
+            yield "head_dim"
+        if fields.get("kv_shared"):
+            yield "kv_shared"  # half of K's keys and half of V's columns are not the same half
+    if where == ("passes",) and (dv < 32 or fields.get("kv_shared") and not any(_shared_widths(d, dv, 2))):
+        yield "strategy"
+    if where == ("pair",) and fields.get("p_staging") == "tmem":
+        yield "p_staging"
+    if where in (("pair",), ("two_ctas",)) and fields.get("tile_n", 32) % 32:
+        yield "tile_n"
     rows = {64 if strategy == "pair" else ROWS for strategy in where}
     if fields.get("tile_m", min(rows)) not in rows:
         yield "tile_m"
@@ -94,7 +95,7 @@ def _others(fields, name):
 
 def fits(fields):
     """Whether any candidate fits a CTA, where P may wait in tensor memory or in shared memory."""
-    tiles = [fields["tile_n"]] if "tile_n" in fields else [128, 64, 32, 16]
+    tiles = [fields["tile_n"]] if "tile_n" in fields else range(16, 129, 16) if _shared(fields) else [128, 64, 32, 16]
     stagings = [fields["p_staging"]] if "p_staging" in fields else ["tmem", "smem"]
     stages = fields.get("kv_stage")
     return any(
@@ -127,17 +128,64 @@ def _tiles(fields, n, stages, staging):
 
 
 def _two_tiles(fields, n, stages, staging):
-    """Everything of a query tile twice, P over S, and a factor, a sum and a reference a row."""
-    (d, dv), stages = widths(fields), stages or 1
-    q, k, v = 2 * ROWS * d * 2, stages * n * d * 2, stages * n * dv * 2
+    """Everything of a query tile twice, P over S, and a factor, a sum and a reference a row; O staged 16 columns at a
+    time beside the next Q.
+    """
+    (d, dv), shared = widths(fields), fields.get("kv_shared", False)
+    stages = stages or 1 + shared
+    if shared and stages == 1:
+        return False
+    q, k, v = 2 * ROWS * d * 2, stages * n * d * 2, 0 if shared else stages * n * dv * 2
     rows, out = 3 * 2 * ROWS * 4, 2 * ROWS * 16 * _out_bytes(fields)
-    held = 1024 + sum(map(_kib, (rows, q, k, v)))
-    fit = 2 * n + 2 * dv <= COLUMNS and (held if out <= q else held + _kib(out)) <= SMEM
-    return fit and staging == "tmem"
+    return 2 * n + 2 * dv <= COLUMNS and 1024 + sum(map(_kib, (rows, q, k, v, out))) <= SMEM and staging == "tmem"
+
+
+def _two_ctas(fields, n, stages, staging):
+    """Half of K's keys and of V's columns, of which there are a multiple of 32; S twice, P over S, two factors, a sum
+    and a reference a row.
+    """
+    (d, dv), stages = widths(fields), stages or 1
+    columns = -(-dv // 32) * 32
+    q, k, v = ROWS * d * 2, stages * (n // 2) * d * 2, stages * n * (columns // 2) * 2
+    rows, out = 4 * ROWS * 4, ROWS * 16 * _out_bytes(fields)
+    fit = 2 * n + columns <= COLUMNS and 1024 + sum(map(_kib, (rows, q, k, v, out))) <= SMEM
+    return fit and staging == "tmem" and n % 32 == 0
+
+
+def _shared(fields):
+    return fields.get("kv_shared", False) and not set(strategies(fields)) <= {*TILES, "pair"}
+
+
+def _shared_widths(d, dv, passes):
+    """(columns of a chunk, chunks of K, those of them that are a pass's V) with at most 16 buffers: of the chunks that
+    QK alone reads one is enough, of the others two K tiles must be there.
+    """
+    a_pass = -(-dv // passes)
+    for width in {64, 128, 192, 256, *(-(-a_pass // (16 * parts)) * 16 for parts in range(1, 9))}:
+        chunks, kept = -(-d // width), -(-a_pass // width)
+        apart = passes * kept <= chunks and (passes - 1) * kept * width < dv
+        if width <= MMA_COLUMNS and apart and chunks + kept <= 16:
+            yield width, chunks, kept
+
+
+def _wide_shared(fields, n, stages, staging, passes):
+    """K alone in the ring: Q, S, P and a pass's O beside it."""
+    d, dv = widths(fields)
+    for width, chunks, kept in _shared_widths(d, dv, passes):
+        columns = n + (n // 2 if staging == "tmem" else 0) + kept * width
+        q, p = ROWS * chunks * width * 2, ROWS * n * 2 if staging == "smem" else 0
+        ring = max(stages or 0, chunks + kept) * _kib(n * width * 2)
+        deep = stages is None or stages >= chunks + kept
+        fit = columns <= COLUMNS and 1024 + _kib(q) + ring + _kib(p) <= SMEM
+        if deep and fit and ROWS * 16 * _out_bytes(fields) <= q:
+            return True
+    return False
 
 
 def _wide(fields, n, stages, staging, ctas=1, passes=1):
     """Q whole, a ring of at least two buffers, O in as many columns as its MMAs write, staged over Q."""
+    if fields.get("kv_shared") and ctas == 1:
+        return _wide_shared(fields, n, stages, staging, passes)
     if n % (16 * ctas) or (ctas > 1 and staging == "tmem"):
         return False
     d, dv = widths(fields)
@@ -163,6 +211,7 @@ def _wide(fields, n, stages, staging, ctas=1, passes=1):
 _FITS = {
     "tiles": _tiles,
     "two_tiles": _two_tiles,
+    "two_ctas": _two_ctas,
     "chunks": _wide,
     "passes": lambda *case: _wide(*case, passes=2),
     "pair": lambda *case: _wide(*case, ctas=2),

@@ -19,8 +19,8 @@ from generator.spec import SpecError, load_spec
 from generator.verify import verify_kernel
 
 IN_SUITE = 6
-RARE = {"kv_shared": 1, "kv_sources": 1, "limit2": 1, "tile_m": 1}  # of ten: most strategies refuse them
-RARE_IN_TWO_TILES = {"window_left": 1, "p_staging": 1}
+RARE = {"limit2": 1, "tile_m": 1}  # of ten: most combinations with them are refused
+RARE_IN = {"two_tiles": {"p_staging": 1}, "two_ctas": {"p_staging": 1, "kv_shared": 1}}
 NARROW, BROAD = range(16, 257, 16), (*range(272, 513, 16), 576)
 
 
@@ -55,7 +55,7 @@ def specifications(draw, strategy=None):
         "tile_n": st.sampled_from(range(16, 129, 16)),
     }
     for name, values in optional.items():
-        rare = RARE | (RARE_IN_TWO_TILES if strategy == "two_tiles" else {})
+        rare = RARE | RARE_IN.get(strategy, {})
         if name not in fields and draw(st.integers(0, 9)) < rare.get(name, 3):
             fields[name] = draw(values)
     if "limit2" in fields and draw(st.booleans()):
