@@ -137,7 +137,7 @@ def test_interrupts_are_held_back():
 ORPHANS = """import os, time
 from generator.emulator.interrupt import each
 def work(i):
-    os.write(1, b"working\n")
+    os.write(1, b"working" + os.linesep.encode())
     time.sleep(60)
 for _ in each(2, "fork", work, [(0,), (1,)]):
     pass
