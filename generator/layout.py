@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 
-from .arch import Arch
+from .arch import ARCHS, Arch
 from .budget import (
     ELEMENT_BYTES,
     SOFTMAX_WARPS,
@@ -24,7 +24,6 @@ from .spelling import Spelling
 from .two_ctas import polynomial_pairs, v_width
 from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES, SKIP_LOG2
 
-TILE_M = 128
 WHOLE_TILES = ("tiles", "two_tiles", "two_ctas")
 REGISTER_COLUMNS_MAX = 32
 
@@ -350,5 +349,5 @@ def packs_heads(spec: KernelSpec) -> bool:
     empty has fewer, a tile of fewer tokens meets less of a mask's edge, and a KV tile serves all of its group at once.
     """
     if spec.pack_heads == "auto":
-        return spec.q_heads_per_kv > 1 and TILE_M % spec.q_heads_per_kv == 0
+        return spec.q_heads_per_kv > 1 and ARCHS[spec.arch].mma_m % spec.q_heads_per_kv == 0
     return spec.pack_heads and spec.q_heads_per_kv > 1

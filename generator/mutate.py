@@ -30,12 +30,18 @@ from .verify import compare, judge, judge_writes, random_operands
 
 Done = Callable[[Outcome], None]
 KV_TILES = 7  # whole ones: three rounds of a ring of two stages, and one more
+TURNS = 10  # of a persistent CTA
 
 
 def shape_for(binary: Binary) -> tuple[int, ...]:
     """A launch that runs every instruction: whole and partial KV tiles, and with causal a tile of queries that sees no
-    key at all.
+    key at all. A persistent kernel, run by one CTA (or pair), takes many turns.
     """
+    if binary.plan.persistent:
+        keys, tokens = 5 * binary.tile_n + 5, binary.plan.tokens * binary.plan.query_tiles
+        batch, heads = (TURNS // 2, 1) if binary.spec.seqlens else (1, TURNS // 2)
+        shape = (batch, heads * binary.spec.q_heads_per_kv, heads, tokens + max(tokens // 16, 1), keys)
+        return shape if binary.spec.kv_sources == 1 else (*shape, binary.tile_n + 3)
     keys = KV_TILES * binary.tile_n + 5
     queries = keys + 128 if binary.spec.causal else 200
     shape = (1, binary.spec.q_heads_per_kv, 1, queries, keys)
@@ -50,7 +56,7 @@ def mutate_kernel(
     jobs: processes; done: called with each outcome as it comes. Raises EmulatorError when the kernel does not pass.
     """
     spec, shape = binary.spec, tuple(int(extent) for extent in shape)
-    operands = random_operands(spec, shape, seed)
+    operands = _operands(binary, shape, seed)
     if binary.plan.corrected:
         _make_rising(operands, binary.tile_n)
     outcomes: list[Outcome] = []
@@ -62,8 +68,21 @@ def mutate_kernel(
 
         gpu.observers.append(_mutating(outcomes, wrong, jobs, done))
 
-    run_observed(binary, **operands, backend="emulator", prepare=prepare)
+    run_observed(binary, **operands, backend="emulator", prepare=prepare, sms=binary.plan.ctas)
     return [named(outcome, spec.name) for outcome in outcomes]
+
+
+def _operands(binary: Binary, shape: tuple[int, ...], seed: int) -> dict[str, np.ndarray]:
+    """Random ones. Where a persistent kernel has lengths, from the first seed on with which the first batch entry has
+    two KV tiles and a later one more: what has been loaded into a stage before a turn is waited for otherwise as well.
+    """
+    while True:
+        operands = random_operands(binary.spec, shape, seed)
+        tiles = -(-operands.get("seqlens", np.zeros(0)) // binary.tile_n)
+        varied = tiles.size > 1 and shape[4] > 2 * binary.tile_n and binary.plan.persistent
+        if not varied or (tiles[0] == 2 and tiles.max() > 2):
+            return operands
+        seed += 1
 
 
 def _make_rising(operands: dict[str, np.ndarray], tile_n: int) -> None:

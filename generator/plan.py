@@ -28,7 +28,7 @@ from .arch import ARCHS, Arch
 from .budget import Tiling
 from .chunks import PASSES, budget_of, chunked_tilings, geometry, shared_chunks
 from .cost import cost_of
-from .layout import TILE_M, WHOLE_TILES, Plan, Rejected
+from .layout import WHOLE_TILES, Plan, Rejected
 from .spec import HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
 
 __all__ = ["CHUNKED", "WHOLE_TILES", "DoesNotFit", "NotImplementedYet", "Plan", "candidates", "plan_kernel"]
@@ -80,8 +80,8 @@ def strategies(spec: KernelSpec) -> tuple[str, ...]:
         return (spec.strategy,)
     if fits_tiles(spec):
         return ("tiles",)
-    named = {64: ("pair",), TILE_M: ("chunks",)}  # rows of one CTA: 128 ask for one CTA and a whole row of O in it
-    return named.get(spec.tile_m, CHUNKED)
+    rows = ARCHS[spec.arch].mma_m  # of one CTA: all of them ask for one CTA with whole rows of O in it, half for a pair
+    return {rows // 2: ("pair",), rows: ("chunks",)}.get(spec.tile_m, CHUNKED)
 
 
 def fits_tiles(spec: KernelSpec) -> bool:
@@ -114,9 +114,9 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
 
 def _whole_tiles(spec: KernelSpec, tile_ns: tuple[int, ...], stagings: tuple[str, ...]) -> list[Tiling]:
     stages = range(1, KV_STAGES_AUTO + 1) if spec.kv_stage == "auto" else (spec.kv_stage,)
-    chunks = o_chunks(spec)
+    chunks, rows = o_chunks(spec), ARCHS[spec.arch].mma_m
     return [
-        Tiling(TILE_M, tile_n, kv_stages, staging, over_q, chunk)
+        Tiling(rows, tile_n, kv_stages, staging, over_q, chunk)
         for tile_n in tile_ns
         for staging in stagings
         for kv_stages in stages
@@ -201,8 +201,8 @@ def check_implemented(spec: KernelSpec) -> None:
         raise NotImplementedYet("p_staging", spec.p_staging, limit, f'use "auto" or "{arch.p_stagings[0]}"')
     if spec.arch != "sm_100a":
         raise NotImplementedYet("arch", spec.arch, f"not implemented for {spec.arch} yet", 'use "sm_100a"')
-    if spec.pack_heads is True and TILE_M % spec.q_heads_per_kv:
-        limit = f"a group of {spec.q_heads_per_kv} query heads does not divide the {TILE_M} rows of a tile"
+    if spec.pack_heads is True and arch.mma_m % spec.q_heads_per_kv:
+        limit = f"a group of {spec.q_heads_per_kv} query heads does not divide the {arch.mma_m} rows of a tile"
         raise DoesNotFit("pack_heads", True, limit, 'use "auto" or false, or a group that is a power of two up to 128')
     for field, remedy in _later(spec):
         limit = f"not implemented for {spec.arch} yet"
@@ -225,7 +225,7 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield from _later_in_two_ctas(spec)
     if spec.strategy == "tiles" and not fits_tiles(spec):
         yield "strategy", 'one MMA writes all of O, head_dim and head_dim_v of at most 256: use "auto" or "chunks"'
-    rows = {ARCHS[spec.arch].mma_m // 2 if strategy == "pair" else TILE_M for strategy in strategies(spec)}
+    rows = {arch.mma_m // 2 if strategy == "pair" else arch.mma_m for strategy in strategies(spec)}
     if spec.tile_m != "auto" and spec.tile_m not in rows:
         yield "tile_m", f'use "auto" or {" or ".join(map(str, sorted(rows)))}'
     if strategies(spec) == ("pair",) and spec.p_staging == "tmem":
@@ -271,7 +271,7 @@ def _cures(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
     """(field, what to set it to) for each field whose change alone makes the specification fit."""
     if spec.kv_stage != "auto" and (deepest := deepest_kv_stage(spec, arch)):
         yield "kv_stage", f"the deepest that fits is {deepest}"
-    if spec.tile_m == TILE_M and spec.strategy == "auto":
+    if spec.tile_m == arch.mma_m and spec.strategy == "auto":
         for strategy in CHUNKED:
             if _any_fits(spec.model_copy(update={"strategy": strategy, "tile_m": "auto"}), arch):
                 yield "tile_m", f"leave it out: strategy = {strategy} fits"

@@ -187,6 +187,9 @@ def _check_head_dim(field: str, value: int) -> None:
     limit = f"must be a multiple of {HEAD_DIM_STEP} from {HEAD_DIM_STEP} to {HEAD_DIM_MAX}"
     if field == "head_dim":
         limit += f" ({HEAD_DIM_QK_MLA} with head_dim_v = {HEAD_DIM_MAX})"
+        if abs(value - HEAD_DIM_QK_MLA) < value - HEAD_DIM_MAX:
+            remedy = f"the nearest is {HEAD_DIM_QK_MLA}, with head_dim_v = {HEAD_DIM_MAX}"
+            raise _Refused(field, value, limit, remedy)
     _check_range(field, value, HEAD_DIM_STEP, HEAD_DIM_MAX, HEAD_DIM_STEP, limit)
 
 

@@ -11,7 +11,6 @@ from .arch import ARCHS, Arch
 from .budget import Budget, Overflow, Tiling, compute_budget
 from .plan import (
     KV_STAGES_AUTO,
-    TILE_M,
     TILE_NS,
     NotImplementedYet,
     candidates,
@@ -82,7 +81,7 @@ def _row(spec: KernelSpec, arch: Arch, missing: str) -> Row:
         if budget.fits:
             return Row(spec, tiling, budget, False, missing, ())
     tile_n = TILE_NS[0] if spec.tile_n == "auto" else spec.tile_n
-    plain = Tiling(TILE_M, tile_n, spec.kv_stage, spec.p_staging, False, spec.v_dim)
+    plain = Tiling(arch.mma_m, tile_n, spec.kv_stage, spec.p_staging, False, spec.v_dim)
     budget = compute_budget(spec, arch, plain)
     overflows = tuple(_with_remedy(over, spec, arch, tried) for over in budget.overflows)
     return Row(spec, plain, budget, False, missing, overflows)

@@ -37,7 +37,6 @@ from .lifetime import check_overlaps
 from .spec import KernelSpec
 
 QUERY_TILES = 2
-GROUP_WARPS = 4  # of a warpgroup: warp w of one reaches TMEM lanes 32w to 32w+31 only
 # Of 512 threads' 65536. At head_dim 128, full and causal, ptxas spills 0 and 28 bytes a thread with these; with 184, 96
 # and 48 168 and 208 in the softmax loop, with 192, 80 and 48 0 and 84.
 SOFTMAX_REGISTERS = 192  # a row of S (128), 32 columns of P, and what the exponentials need
@@ -55,28 +54,30 @@ POLYNOMIAL_PAIRS = (1, 4, 6)
 
 def two_tile_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     """The Budget of a candidate. Never raises for what does not fit: see Budget.overflows."""
-    mbarriers = _mbarriers(spec, tiling)
+    mbarriers = _mbarriers(spec, tiling, arch)
     buffers = _buffers(spec, tiling, mbarriers[1] + TMEM_SLOT_BYTES)
     regions = _regions(spec, tiling)
-    roles = _roles()
+    roles = _roles(arch)
     budget = assembled(arch, mbarriers, buffers, regions, roles, handed_out=True)
     return replace(budget, overflows=(*_overflows(budget, spec, tiling), *register_overflow(budget)))
 
 
-def _roles() -> tuple[Role, ...]:
+def _roles(arch: Arch) -> tuple[Role, ...]:
+    group = arch.group_warps
+    first = QUERY_TILES * group
     issuer = "setmaxnreg: descriptors, coordinates, loop state"
     row = "setmaxnreg: a row of S, part of P, what the exponentials need"
     return (
-        Role("softmax", 0, QUERY_TILES * GROUP_WARPS, SOFTMAX_REGISTERS, row),
-        Role("correction", 8, GROUP_WARPS, CORRECTION_REGISTERS, "setmaxnreg: part of a row of O, its factor"),
-        Role("mma", 12, 1, ISSUER_REGISTERS, issuer),
-        Role("tma", 13, 1, ISSUER_REGISTERS, issuer),
-        Role("idle", 14, 2, ISSUER_REGISTERS, "setmaxnreg counts whole warpgroups"),
+        Role("softmax", 0, first, SOFTMAX_REGISTERS, row),
+        Role("correction", first, group, CORRECTION_REGISTERS, "setmaxnreg: part of a row of O, its factor"),
+        Role("mma", first + group, 1, ISSUER_REGISTERS, issuer),
+        Role("tma", first + group + 1, 1, ISSUER_REGISTERS, issuer),
+        Role("idle", first + group + 2, group - 2, ISSUER_REGISTERS, "setmaxnreg counts whole warpgroups"),
     )
 
 
-def _mbarriers(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Mbarrier, ...], int]:
-    stages, tiles, warps = tiling.kv_stages, QUERY_TILES, GROUP_WARPS
+def _mbarriers(spec: KernelSpec, tiling: Tiling, arch: Arch) -> tuple[tuple[Mbarrier, ...], int]:
+    stages, tiles, warps = tiling.kv_stages, QUERY_TILES, arch.group_warps
     rings = [
         ("k_full", stages, 1, "TMA: a K tile has landed"),
         ("k_empty", stages, 1, "commit: QK of both query tiles has read its K tile"),

@@ -264,9 +264,9 @@ def test_survey_marks_what_the_planner_chooses(head_dim):
 
 def test_planning_takes_less_than_50_ms():
     def seconds(head_dim):
-        start = time.perf_counter()
+        start = time.process_time()  # whatever else the machine does
         plan_of(head_dim=head_dim)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     for head_dim in (96, 192, 256):
         assert min(seconds(head_dim) for _ in range(5)) < 0.05

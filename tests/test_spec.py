@@ -89,7 +89,13 @@ def test_toml_name_path_and_keywords_agree(tmp_path):
     assert load_spec("fmha_sm100_d96", causal=True).name == "fmha_sm100_d96_causal"
 
 
-@pytest.mark.parametrize("head_dim, nearest", [(0, "16"), (24, "16 or 32"), (264, "256 or 272"), (1024, "512")])
+MLA = "576, with head_dim_v = 512"
+
+
+@pytest.mark.parametrize(
+    "head_dim, nearest",
+    [(0, "16"), (24, "16 or 32"), (264, "256 or 272"), (528, "512"), (560, MLA), (576, MLA), (1024, MLA)],
+)
 def test_head_dim_out_of_the_vocabulary(head_dim, nearest):
     error = refusal(head_dim=head_dim)
     assert str(error) == (
