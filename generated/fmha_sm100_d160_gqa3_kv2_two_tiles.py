@@ -567,7 +567,8 @@ def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, bl
     factors, _, _ = row_stats
     for i in cutlass.range_constexpr(2):
         if tiles[i] > 0:
-            arrive_rows(bars + P_FULL + i)  # there is no O to rescale before the first KV tile
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(bars + P_FULL + i)  # there is no O to rescale before the first KV tile
     counts = 0, 0
     for who, first, last in stretches:
         for n in cutlass.range(first, last, unroll=1):
