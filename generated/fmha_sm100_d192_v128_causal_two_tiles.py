@@ -642,6 +642,8 @@ def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, ca
             if sees(seen1, j):
                 correct(o_tmem, factors, bars, 1, count1)
                 count1 += 1
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the stores of the turn before have read sO
+        cute.arch.sync_warp()
         times0 += 1 if tiles0 > 0 else 0
         times1 += 1 if tiles1 > 0 else 0
         sizes = call[0], tiles0
@@ -707,8 +709,9 @@ def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
     for chunk in cutlass.range_constexpr(HEAD_DIM_V // O_CHUNK):
-        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has read the slab
-        cute.arch.sync_warp()
+        if cutlass.const_expr(chunk > 0):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has read the slab
+            cute.arch.sync_warp()
         part = columns_of(o_tmem, chunk * O_CHUNK, O_CHUNK)
         stage_o(part, slab, factor)
         with cute.arch.elect_one():

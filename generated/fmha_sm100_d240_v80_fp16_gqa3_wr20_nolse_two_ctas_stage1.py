@@ -616,6 +616,8 @@ def correction_warps(o_tmem, o_smem, tma_o, mo, row_stats, bars, scale, rank, ca
         for j in cutlass.range(kv_tiles, unroll=1):
             correct(o_tmem, row_stats[0], bars, n + j)
         n += kv_tiles
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the stores of the turn before have read sO
+        cute.arch.sync_warp()
         place = block[0], rank, block[1], block[2]
         finish(o_tmem, o_smem, tma_o, mo, row_stats, bars, scale, turn, n, place, call[0], kv_tiles)
     cute.arch.cp_async_bulk_wait_group(0)
@@ -669,8 +671,9 @@ def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
     for chunk in cutlass.range_constexpr(HEAD_DIM_V // O_CHUNK):
-        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has read the slab
-        cute.arch.sync_warp()
+        if cutlass.const_expr(chunk > 0):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has read the slab
+            cute.arch.sync_warp()
         part = columns_of(o_tmem, chunk * O_CHUNK, O_CHUNK)
         stage_o(part, slab, factor)
         with cute.arch.elect_one():

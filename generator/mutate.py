@@ -22,6 +22,7 @@ import numpy as np
 from .arrays import Output
 from .compile import Binary
 from .emit import write_text
+from .emulator.errors import EmulatorError
 from .emulator.gpu import Gpu, LaunchCase, Observer
 from .emulator.mutation import RESULTS, Outcome, run_mutants
 from .emulator.script import ScriptRun, run_script
@@ -30,12 +31,12 @@ from .verify import compare, judge, judge_writes, random_operands
 
 Done = Callable[[Outcome], None]
 KV_TILES = 7  # whole ones: three rounds of a ring of two stages, and one more
-TURNS = 10  # of a persistent CTA
+TURNS = 10  # of a persistent launch
 
 
 def shape_for(binary: Binary) -> tuple[int, ...]:
     """A launch that runs every instruction: whole and partial KV tiles, and with causal a tile of queries that sees no
-    key at all. A persistent kernel, run by one CTA (or pair), takes many turns.
+    key at all. A persistent kernel, run by two CTAs (or pairs), takes many turns.
     """
     if binary.plan.persistent:
         keys, tokens = 5 * binary.tile_n + 5, binary.plan.tokens * binary.plan.query_tiles
@@ -53,7 +54,8 @@ def mutate_kernel(
 ) -> list[Outcome]:
     """Every mutant of a compiled kernel on random inputs of `shape` (B, Hq, Hkv, Sq, Skv).
 
-    jobs: processes; done: called with each outcome as it comes. Raises EmulatorError when the kernel does not pass.
+    jobs: processes; done: called with each outcome as it comes. Raises EmulatorError when the kernel itself does not
+    pass: every mutant would count as one that gives wrong numbers.
     """
     spec, shape = binary.spec, tuple(int(extent) for extent in shape)
     operands = _operands(binary, shape, seed)
@@ -61,39 +63,44 @@ def mutate_kernel(
         _make_rising(operands, binary.tile_n)
     outcomes: list[Outcome] = []
 
+    def failures(outputs: Sequence[Output]) -> str | None:
+        return "; ".join([*judge(compare(binary, operands, outputs)), *judge_writes(outputs)]) or None
+
+    if own := failures(run_observed(binary, **operands, backend="emulator").outputs):
+        raise EmulatorError(f"{spec.name} [{','.join(map(str, shape))}] is wrong before anything is broken: {own}")
+
     def prepare(gpu: Gpu, outputs: Sequence[Output]) -> None:
         def wrong() -> str | None:
-            failures = [*judge(compare(binary, operands, outputs)), *judge_writes(outputs)]
-            return "; ".join(failures) or None
+            return failures(outputs)
 
         gpu.observers.append(_mutating(outcomes, wrong, jobs, done))
 
-    run_observed(binary, **operands, backend="emulator", prepare=prepare, sms=binary.plan.ctas)
+    run_observed(binary, **operands, backend="emulator", prepare=prepare, sms=2 * binary.plan.ctas)
     return [named(outcome, spec.name) for outcome in outcomes]
 
 
 def _operands(binary: Binary, shape: tuple[int, ...], seed: int) -> dict[str, np.ndarray]:
-    """Random ones. Where a persistent kernel has lengths, from the first seed on with which the first batch entry has
-    two KV tiles and a later one more: what has been loaded into a stage before a turn is waited for otherwise as well.
+    """Random ones. Where a persistent kernel has lengths, from the first seed on with which the first worker begins
+    with two KV tiles and the second one with more: later on, a wait for a stage is often implied by others.
     """
     while True:
         operands = random_operands(binary.spec, shape, seed)
         tiles = -(-operands.get("seqlens", np.zeros(0)) // binary.tile_n)
         varied = tiles.size > 1 and shape[4] > 2 * binary.tile_n and binary.plan.persistent
-        if not varied or (tiles[0] == 2 and tiles.max() > 2):
+        if not varied or (tiles[0] == 2 and tiles[1] > 2):
             return operands
         seed += 1
 
 
 def _make_rising(operands: dict[str, np.ndarray], tile_n: int) -> None:
     """Let K [B, Skv, Hkv, D] grow from KV tile to KV tile, and on from source to source, so that the rows' maxima move
-    by far more than what a kernel lets pass without rescaling O.
+    by more than what a kernel lets pass without rescaling O.
     """
     before = 0
     for name in ("k", "k2"):
         if name in operands:
             k = operands[name]
-            growth = 1 + 8 * (before + np.arange(k.shape[1]) // tile_n)
+            growth = 1 + 4 * (before + np.arange(k.shape[1]) // tile_n)
             operands[name] = (k.astype(np.float32) * growth[:, None, None]).astype(k.dtype)
             before += -(-k.shape[1] // tile_n)
 

@@ -325,3 +325,17 @@ def test_a_program(monkeypatch):
     monkeypatch.setattr(mutate, "run_mutants", sampled)
     outcomes, run = mutate.mutate_script(checkout_root() / "tests/programs/shared_reverse.py", [], "sm_100a", 4)
     assert run.passed and {(o.kernel, o.result) for o in outcomes} == {("shared_reverse", "reported")}
+
+
+def test_a_kernel_that_is_wrong_by_itself_is_not_mutated(monkeypatch):
+    binary = compile_kernel(plan_kernel(load_spec(None, head_dim=32)))
+    monkeypatch.setattr(mutate, "judge", lambda figures: ["cos 0.5"])
+    with pytest.raises(EmulatorError, match="is wrong before anything is broken: cos 0.5"):
+        mutate.mutate_kernel(binary, (1, 1, 1, 16, 16))
+
+
+def test_the_second_source_rises_on_from_the_first():
+    operands = {"k": np.ones((1, 70, 1, 16), np.float32), "k2": np.ones((1, 40, 1, 16), np.float32)}
+    mutate._make_rising(operands, 32)
+    steps = [operands[name][0, ::32, 0, 0].tolist() for name in ("k", "k2")]
+    assert steps == [[1, 5, 9], [13, 17]]
