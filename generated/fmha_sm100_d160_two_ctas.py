@@ -599,7 +599,6 @@ def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, ra
             correct(o_tmem, row_stats[0], bars, n + j)
         n += kv_tiles
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # the stores of the turn before have read sO
-        cute.arch.sync_warp()
         place = block[0], rank, block[1], block[2]
         finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, turn, n, place, call[0], kv_tiles)
     cute.arch.cp_async_bulk_wait_group(0)

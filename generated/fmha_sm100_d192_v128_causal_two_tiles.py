@@ -643,7 +643,6 @@ def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, ca
                 correct(o_tmem, factors, bars, 1, count1)
                 count1 += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # the stores of the turn before have read sO
-        cute.arch.sync_warp()
         times0 += 1 if tiles0 > 0 else 0
         times1 += 1 if tiles1 > 0 else 0
         sizes = call[0], tiles0

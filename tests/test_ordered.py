@@ -79,6 +79,17 @@ def test_a_wait_for_a_later_signal_of_the_same_warp(words, too_early):
     assert early.result in too_early
 
 
+@pytest.mark.parametrize("words, too_early", [(IN_SHARED, {"reported"}), (IN_GLOBAL, {"missed", "wrong numbers"})])
+def test_a_signal_that_nobody_waits_for_any_more(words, too_early):
+    """Moved, the wait for the first signal leaves that mbarrier to itself: its phases are nobody's to know."""
+    own = "W2: mbarrier.try_wait.parity.shared.b64 %p3, [%r4], 0; @!%p3 bra W2;"
+    body = TWO_SIGNALS.format(**words)
+    assert own in body
+    y = np.zeros(96, np.uint32)
+    late, early = outcomes_of(body.replace(own, ""), y, lambda mutant: mutant.kind == MOVED)
+    assert late.line < early.line and late.result == "equivalent" and early.result in too_early
+
+
 def test_a_wait_for_an_earlier_signal_of_the_same_warp():
     """The signals in the other order, and what the later one stands for taken first: moved, that wait is too early."""
     swapped = {**IN_GLOBAL, "first": IN_GLOBAL["second"], "second": IN_GLOBAL["first"]}

@@ -163,20 +163,39 @@ def _registers_used(context: Context, mutant: Mutant) -> bool:
             loaded |= {reg.index for reg in defs_and_uses(instrs[start])[0]}
     if not loaded:
         return False
-    copies: dict[int, set[int]] = {}  # register → loaded registers that moves have put into it
-    for instr in instrs[start:]:
-        defs, uses = defs_and_uses(instr)
-        held = {origin for reg in uses for origin in copies.get(reg.index, {reg.index} & loaded)}
-        if instr.opcode in MOVES:
-            for reg in defs:
-                copies[reg.index] = held
-        else:
-            loaded -= held
-        if not loaded:
-            return True
-        if instr.opcode.startswith((*SIGNALS, "bra", "ret")) and not instr.opcode.startswith("bar.warp"):
-            return False
-    return False
+    return _used_on_every_way(context, start, frozenset(loaded))
+
+
+def _used_on_every_way(context: Context, start: int, loaded: frozenset[int]) -> bool:
+    """Whether whatever way a warp takes from there on, each of these registers, or one that a move has put it into, is
+    an operand of some instruction before the warp signals anybody or ends.
+    """
+    instrs = context.kernel.instrs
+    ways, seen = [(start, loaded, {})], set()  # copies: register → loaded registers that moves have put into it
+    while ways:
+        at, left, copies = ways.pop()
+        while left:
+            if (at, left) in seen:
+                break  # it has come to where another way went on from
+            seen.add((at, left))
+            instr, at = instrs[at], at + 1
+            if instr.opcode.startswith("bra"):
+                target = context.kernel.labels[instr.operands[0].name]
+                if instr.guard is not None:
+                    ways.append((target, left, dict(copies)))
+                else:
+                    at = target
+                continue
+            defs, uses = defs_and_uses(instr)
+            held = {origin for reg in uses for origin in copies.get(reg.index, {reg.index} & left)}
+            if instr.opcode in MOVES:
+                copies |= {reg.index: held for reg in defs}
+            else:
+                left -= held
+            signals = instr.opcode.startswith((*SIGNALS, "ret", "exit")) and not instr.opcode.startswith("bar.warp")
+            if left and (signals or at == len(instrs)):
+                return False
+    return True
 
 
 def _lanes_in_step(context: Context, mutant: Mutant) -> bool:
@@ -248,7 +267,7 @@ EQUIVALENT: tuple[Equivalence, ...] = (
     Equivalence(
         ("tcgen05.wait::ld removed",),
         _registers_used,
-        "every register of the loads is an operand of some instruction before the warp signals anybody: the true "
+        "every register of the loads is, on every way, an operand before the warp signals anybody: the true "
         "dependency waits for the loads (ISA 9.7.16.6.4.5)",
     ),
     Equivalence(

@@ -7,6 +7,7 @@ every interleaving of the barriers (`explore`), what a warp knows at each of its
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -31,17 +32,21 @@ def clocks_of(m, running: list[tuple[int, int, bool]]) -> dict[tuple[int, int], 
     return {(cta, warp): m.races.clocks.warps[warp, cta].copy() for warp, cta, _ in running}
 
 
-def knows_as_much(mine: list[Known], theirs: list[Known]) -> bool:
-    """Whether a warp, step by step at the same lines, knows all that it knew in another run."""
+def knows_as_much(mine: list[Known], theirs: list[Known], unseen: Collection[int] = ()) -> bool:
+    """Whether a warp, step by step at the same lines, knows all that it knew in another run. unseen: slots of mbarriers
+    whose own count of phases nobody needs to know.
+    """
     if [known.line for known in mine] != [known.line for known in theirs]:
         return False
-    return not mine or all(_covers(*pair) for pair in zip(mine, theirs, strict=True))
+    return not mine or all(_covers(*pair, unseen) for pair in zip(mine, theirs, strict=True))
 
 
-def _covers(mine: Known, theirs: Known) -> bool:
+def _covers(mine: Known, theirs: Known, unseen: Collection[int]) -> bool:
     width = max(len(mine.clocks.kinds), len(theirs.clocks.kinds)) * mine.clocks.size
     here = _wide(mine.clock, width)[:, _places(mine.clocks, theirs.clocks)]
-    return bool((here >= _wide(theirs.clock, width)[:, : here.shape[1]]).all())
+    needed = [not (kind == "mbarrier" and number in unseen) for kind, number in theirs.clocks.kinds]
+    needed = np.repeat(needed, theirs.clocks.size)
+    return bool((here >= _wide(theirs.clock, width)[:, : here.shape[1]])[:, needed].all())
 
 
 def _wide(clock: np.ndarray, width: int) -> np.ndarray:

@@ -67,10 +67,25 @@ def knows_no_less(context: Context, mutant: Mutant) -> bool:
     known = [(changed.knowledge(who), original.knowledge(who)) for who in warps]
     return (
         all(before for _, before in known)  # there is none without hazard checks
-        and all(knows_as_much(*both) for both in known)
+        and all(knows_as_much(*both, _unseen(changed)) for both in known)
         and all(_same_work(original, changed, who, mutant.line) for who in warps)
         and context.all_end(changed.events)
     )
+
+
+def _unseen(run: Recorder) -> set[int]:
+    """Slots of the mbarriers for which nobody waits and with which no bulk copy brings anything: that a phase of theirs
+    is complete, nobody needs to know. (What the arriving warps did is known by these warps' own components.) Slots are
+    numbered as mbarriers are initialized, in CTAs alike, by one warp; none where several do it.
+    """
+    used, orders = set(), set()
+    for events in run.events.values():
+        used |= {offset for event in events if event.kind in ("wait", "copy") for _, offset in event.places}
+        orders.add(
+            tuple(dict.fromkeys(offset for event in events if event.kind == "init" for _, offset in event.places))
+        )
+    orders.discard(())
+    return {slot for slot, offset in enumerate(*orders) if offset not in used} if len(orders) == 1 else set()
 
 
 def _same_work(one: Recorder, other: Recorder, who: Warp, line: int) -> bool:
