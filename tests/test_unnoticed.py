@@ -1,6 +1,7 @@
 """emulator/unnoticed: which mutants a run proves equivalent, and that their near relatives are not."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from ptx_kernels import ptx
 from test_mutation import HANDOVER
 
 from generator.emulator import Gpu
-from generator.emulator.equivalent import Context, why_equivalent
+from generator.emulator.equivalent import Context, _used_on_every_way, why_equivalent
 from generator.emulator.memory import WINDOW_BASE
 from generator.emulator.mutants import Mutator
 from generator.emulator.mutation import mutator_of
@@ -110,3 +111,24 @@ def test_a_fence_after_a_fence(between, excused):
     mutants = [m for m in Mutator(text, "k", {}, [], WINDOW_BASE).mutants() if m.kind == "wgmma.fence removed"]
     first, second = (why_equivalent(mutant, Context(kernel, Recorder())) for mutant in mutants)
     assert first is None and (second is not None) == excused
+
+
+@pytest.mark.parametrize(
+    "after, used",
+    [
+        ("add.u32 %r3, %r1, %r2;", True),
+        ("@%p1 bra NEXT; add.u32 %r3, %r1, 1; NEXT: add.u32 %r3, %r1, %r2;", True),
+        ("@%p1 bra NEXT; add.u32 %r3, %r1, %r2; NEXT: st.shared.b32 [%s], %tid;", False),  # not on the other way
+        ("add.u32 %r3, %r1, 1;", False),
+        ("mov.u32 %r4, %r2; add.u32 %r3, %r1, 1; add.u32 %r3, %r4, 1;", True),
+        ("mov.u32 %r4, %r2; add.u32 %r3, %r1, 1;", False),  # moved, and not used
+        ("mbarrier.arrive.shared.b64 _, [%s]; add.u32 %r3, %r1, %r2;", False),  # signals before
+        ("@%p1 bra NEXT; mbarrier.arrive.shared.b64 _, [%s]; NEXT: add.u32 %r3, %r1, %r2;", False),
+        ("AGAIN: setp.eq.u32 %p1, %tid, %r5; @%p1 bra AGAIN; add.u32 %r3, %r1, %r2;", True),
+    ],
+)
+def test_registers_that_are_used_on_every_way(after, used):
+    text = ptx(f"setp.eq.u32 %p1, %tid, 0; FROM: {after}".replace(";", ";\n"), y=np.zeros(64, np.uint32))
+    kernel = parse_ptx(text).kernels["k"]
+    loaded = frozenset(reg.index for reg in kernel.regs if reg.name in ("%r1", "%r2"))
+    assert _used_on_every_way(SimpleNamespace(kernel=kernel), kernel.labels["FROM@0"], loaded) is used
