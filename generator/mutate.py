@@ -85,7 +85,8 @@ def _operands(binary: Binary, shape: tuple[int, ...], seed: int) -> dict[str, np
     """
     while True:
         operands = random_operands(binary.spec, shape, seed)
-        tiles = -(-operands.get("seqlens", np.zeros(0)) // binary.tile_n)
+        lengths = [operands[name] for name in ("seqlens", "seqlens2") if name in operands]
+        tiles = sum((-(-length // binary.tile_n) for length in lengths), np.zeros(0 if not lengths else shape[0]))
         varied = tiles.size > 1 and shape[4] > 2 * binary.tile_n and binary.plan.persistent
         if not varied or (tiles[0] == 2 and tiles[1] > 2):
             return operands
