@@ -67,7 +67,7 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     by_fma = len(POLYNOMIAL_PAIRS) if tiling.strategy == "two_tiles" else 0
     if tiling.strategy == "two_ctas":
         by_fma = len(polynomial_pairs(spec, arch))
-    one_load, qk_columns = spec.kv_shared and tiling.strategy in ("tiles", "chunks"), spec.head_dim
+    one_load, qk_columns = spec.kv_shared and tiling.strategy in ("tiles", "two_tiles", "chunks"), spec.head_dim
     if tiling.strategy in ("tiles", "two_tiles", "two_ctas"):
         ctas, groups = CTAS if tiling.strategy == "two_ctas" else 1, -(-spec.v_dim // arch.mma_n_max)
         width, k_columns = spec.v_dim // groups, spec.head_dim
