@@ -64,6 +64,10 @@ class Binary:
         return self.plan.tile_n
 
     @property
+    def skip_log2(self) -> float:
+        return self.plan.skip_log2
+
+    @property
     def spills(self) -> int:
         """Bytes a thread that go to local memory and back, counted once an instruction: 0 is what we want."""
         return self.spill_store_bytes + self.spill_load_bytes

@@ -189,7 +189,7 @@ def compare(binary: Binary, operands: Mapping[str, np.ndarray], outputs: Sequenc
     seen = seen_of(spec, operands)
     with np.errstate(invalid="ignore"):  # scores of keys past a length may be NaN; they are hidden
         exact = attention(q, k, v, scale, seen=seen)
-        rules = {"unnormalized": spec.unnormalized, "seen": seen, "skip_log2": binary.plan.skip_log2}
+        rules = {"unnormalized": spec.unnormalized, "seen": seen, "skip_log2": binary.skip_log2}
         model = rounding_model(q, k, v, scale, binary.tile_n, **rules)
     modelled = model.merged() if spec.unnormalized else model.o.astype(np.float64)
     o = arrays["o"].astype(np.float64)

@@ -128,7 +128,7 @@ def test_generate_writes_and_check_compares(tmp_path):
         (["--head-dim", "0"], "head_dim = 0: must be a multiple of 16 from 16 to 512"),
         (["--head-dim", "24"], "the nearest is 16 or 32"),
         (["--head-dim", "264"], "the nearest is 256 or 272"),
-        (["--head-dim", "1024"], "the nearest is 512"),
+        (["--head-dim", "1024"], "the nearest is 576, with head_dim_v = 512"),
         (["--head-dim", "abc"], "head_dim = 'abc': must be a whole number"),
         (["--head-dim", "../x"], "head_dim = '../x': must be a whole number"),
         (["--head-dim", "-16"], "head_dim = -16: must be a multiple of 16"),

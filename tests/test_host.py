@@ -290,7 +290,7 @@ def test_dsl_host_function_launches_here(binary):
     tensors = [TensorArgument(0x10000 * (i + 1), shape, compact(shape)) for i, shape in enumerate(shapes)]
     with host.attached(Recorder(params=(128,)), binary.ptx, binary.cubin) as session:
         function = HostFunction(host.redirect(binary.host_object), binary.host_symbol, host.library_path())
-        assert function(tensors, 0.25) == 0
+        assert function(tensors, (0.25,)) == 0
     (seen,) = session.launches
     assert (seen.grid, seen.block, seen.cluster) == ((3, 3, 2), (192, 1, 1), (1, 1, 1))
     assert seen.smem_bytes == binary.smem_bytes
