@@ -203,7 +203,7 @@ def test_other_schedules(name):
     assert report.passed, report
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("strategy", ["chunks", "passes", "pair"])
 @pytest.mark.parametrize("head_dim", [*WIDE, 576])

@@ -177,7 +177,7 @@ def test_v_as_a_view_of_k_is_the_same_without_kv_shared():
     assert cosine(o.astype(float), attention(q, k, k[..., :512], 576**-0.5).o) >= COS_MIN
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("strategy", ["chunks", "passes", "pair"])
 @pytest.mark.parametrize("head_dim", [*range(272, 513, 16), 576])
 def test_every_wide_head_dim_with_every_strategy(head_dim, strategy):
