@@ -177,7 +177,8 @@ def budget_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     roles = (softmax_role(tiling.tile_n // shape.ctas, arch), *issuer_roles())
     barriers = named_barriers if shape.ctas == 1 else _pair_barriers
     budget = assembled(arch, mbarriers, buffers, regions, roles, barriers)
-    return replace(budget, overflows=(*_overflows(budget, arch, tiling, shape), *register_overflow(budget)))
+    halves = _too_narrow(spec, shape)
+    return replace(budget, overflows=(*halves, *_overflows(budget, arch, tiling, shape), *register_overflow(budget)))
 
 
 def _mbarriers(tiling: Tiling, shape: Geometry) -> tuple[tuple[Mbarrier, ...], int]:
@@ -247,6 +248,14 @@ def _pair_barriers(threads: int) -> tuple[NamedBarrier, ...]:
         NamedBarrier(0, "cta", threads, "mbarriers initialized, TMEM base published"),
         *(NamedBarrier(1 + i, f"rows {32 * i}", 64, f"warps {i} and {i + 2}: {why}") for i in (0, 1)),
     )
+
+
+def _too_narrow(spec: KernelSpec, shape: Geometry) -> Iterator[Overflow]:
+    """A CTA of the pair would have no column of O."""
+    if spec.v_dim <= shape.v_columns * (shape.ctas - 1):
+        least = shape.v_columns * shape.ctas
+        reason = "a pair halves O's columns"
+        yield Overflow("head_dim_v", "columns", least, spec.v_dim, reason, "one CTA (strategy = chunks or passes)")
 
 
 def _overflows(budget: Budget, arch: Arch, tiling: Tiling, shape: Geometry) -> Iterator[Overflow]:

@@ -228,6 +228,9 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
     rows = {arch.mma_m // 2 if strategy == "pair" else arch.mma_m for strategy in strategies(spec)}
     if spec.tile_m != "auto" and spec.tile_m not in rows:
         yield "tile_m", f'use "auto" or {" or ".join(map(str, sorted(rows)))}'
+    if strategies(spec) == ("pair",) and spec.v_dim < PAIR_N_STEP:
+        field = "strategy" if spec.strategy == "pair" else "tile_m"
+        yield field, f'O has {spec.v_dim} columns, a pair halves {PAIR_N_STEP}: use "auto" or another strategy'
     if strategies(spec) == ("pair",) and spec.p_staging == "tmem":
         yield "p_staging", 'a pair with 64 rows a CTA keeps P in shared memory: use "auto" or "smem"'
     if strategies(spec) in (("pair",), ("two_ctas",)) and spec.tile_n != "auto" and spec.tile_n % PAIR_N_STEP:

@@ -63,6 +63,8 @@ def _not_there(fields):
             yield "kv_shared"  # half of K's keys and half of V's columns are not the same half
     if where == ("passes",) and (dv < 32 or fields.get("kv_shared") and not any(_shared_widths(d, dv, 2))):
         yield "strategy"
+    if where == ("pair",) and dv < 32:
+        yield "strategy" if fields.get("strategy") == "pair" else "tile_m"
     if where == ("pair",) and fields.get("p_staging") == "tmem":
         yield "p_staging"
     if where in (("pair",), ("two_ctas",)) and fields.get("tile_n", 32) % 32:
@@ -186,7 +188,7 @@ def _wide(fields, n, stages, staging, ctas=1, passes=1):
     """Q whole, a ring of at least two buffers, O in as many columns as its MMAs write, staged over Q."""
     if fields.get("kv_shared") and ctas == 1:
         return _wide_shared(fields, n, stages, staging, passes)
-    if n % (16 * ctas) or (ctas > 1 and staging == "tmem"):
+    if n % (16 * ctas) or (ctas > 1 and (staging == "tmem" or widths(fields)[1] < 32)):
         return False
     d, dv = widths(fields)
     wanted = -(-dv // passes)

@@ -166,6 +166,8 @@ def test_p_staging_that_does_not_fit():
         ({"head_dim": 512, "tile_n": 48, "strategy": "pair"}, "tile_n"),
         ({"head_dim": 512, "tile_m": 96}, "tile_m"),
         ({"head_dim": 64, "head_dim_v": 16, "strategy": "passes"}, "strategy"),
+        ({"head_dim": 16, "strategy": "pair"}, "strategy"),
+        ({"head_dim": 512, "head_dim_v": 16, "tile_m": 64}, "tile_m"),
         ({"head_dim": 128, "kv_shared": True, "strategy": "two_ctas"}, "kv_shared"),
         ({"tile_m": 64}, "tile_m"),
         ({"tile_n": 256}, "tile_n"),
