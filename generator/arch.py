@@ -89,7 +89,13 @@ SM90A = Arch(
     mma_m=64,  # [PTX 9.7.15.2]
     mma_n_max=256,  # [PTX 9.7.15.2]
     p_stagings=("register", "smem"),  # wgmma reads A from registers or shared memory [PTX 9.7.15.5]
-    rates=None,
+    rates=Rates(
+        # 989 TFLOP/s dense bf16 over 132 SMs at 1.83 GHz (H100 SXM data sheet)
+        tensor_flop=4096,
+        smem_bytes=128,  # 32 banks of 4 bytes [PG]
+        l2_bytes=39,  # 5120 bytes a cycle over 132 SMs, as of an A100
+        mufu_ops=16,  # [PG], throughput of native arithmetic instructions
+    ),
 )
 
 ARCHS: dict[str, Arch] = {arch.name: arch for arch in (SM100A, SM90A)}

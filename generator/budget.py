@@ -39,6 +39,8 @@ class Tiling:
     tile_m rows each. "two_ctas": so too, by two CTAs, with tile_m rows of the query tile and half of K and V each.
     "chunks": both in chunks through one ring, whose
     buffers kv_stages counts; passes: into how many passes it splits O's columns. "pair": as chunks, by a CTA pair.
+    "warpgroups": consumer warpgroups of 64 of the tile_m rows each; turns: they issue their MMAs one after another;
+    lazy: O is rescaled only where a row's maximum has moved much.
     """
 
     tile_m: int
@@ -51,6 +53,8 @@ class Tiling:
     passes: int = 1
     k_chunk: int = 0  # columns of K in a buffer of the ring
     v_keys: int = 0  # keys of V in a buffer of the ring; 0: V has none of its own
+    turns: bool = False
+    lazy: bool = False
 
     def __str__(self) -> str:
         reuse = "sO over sQ" if self.o_over_q else "own sO"
@@ -60,7 +64,10 @@ class Tiling:
             "two_ctas": "two CTAs, ",
             "chunks": "K and V in chunks, ",
             "pair": "CTA pair, ",
+            "warpgroups": f"{self.tile_m // 64} consumer warpgroup{'s' if self.tile_m > 64 else ''}, ",
         }[self.strategy]
+        how += "in turns, " if self.turns else ""
+        how += "rescaled lazily, " if self.lazy else ""
         if self.passes > 1:
             how += f"O in {self.passes} passes, "
         if self.k_chunk:
@@ -382,7 +389,9 @@ def place_regions(wanted: Iterable[tuple[str, int, str]]) -> tuple[tuple[Region,
 
 
 def allocated_columns(used: int, arch: Arch) -> int:
-    """What tcgen05.alloc must be asked for: a power of two."""
+    """What tcgen05.alloc must be asked for: a power of two; 0 where there is no tensor memory."""
+    if not arch.tmem_columns:
+        return 0
     return max(arch.tmem_alloc_min, 1 << (used - 1).bit_length())
 
 

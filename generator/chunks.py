@@ -55,6 +55,7 @@ from .lifetime import fewest_buffers
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_ctas import two_cta_budget
 from .two_tiles import two_tile_budget
+from .warpgroups import warpgroup_budget
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def budget_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
         return two_tile_budget(spec, arch, tiling)
     if tiling.strategy == "two_ctas":
         return two_cta_budget(spec, arch, tiling)
+    if tiling.strategy == "warpgroups":
+        return warpgroup_budget(spec, arch, tiling)
     shape = geometry(spec, arch, tiling)
     mbarriers = _mbarriers(tiling, shape)
     buffers = _buffers(spec, arch, tiling, shape, mbarriers[1] + TMEM_SLOT_BYTES)

@@ -37,10 +37,10 @@ from .explain import explain_kernel
 from .matrix import SHAPE_FORMAT, Shape, load_matrix, parse_shape, run_cases, shapes_of
 from .options import kernel_spec, spec_options
 from .pages import write_pages
-from .plan import Plan, plan_kernel, strategies
+from .plan import Plan, plan_kernel
 from .resources import checkout_root, generated_dir
 from .spec import SpecError
-from .survey import survey_kernel
+from .survey import has_table, survey_kernel
 
 BUDGET_HEAD_DIMS = "64,128,256,512"
 REJECTED_SHOWN = 12
@@ -65,8 +65,8 @@ def budget(fields: dict[str, Any], as_json: bool = Json) -> None:
     wanted = fields.pop("head_dim", BUDGET_HEAD_DIMS)
     dims = [int(word) if word.isdecimal() else word for word in str(wanted).split(",")]
     specs = [kernel_spec(None, {**fields, "head_dim": dim}) for dim in dims]
-    whole = [row for spec in specs if strategies(spec) == ("tiles",) for row in survey_kernel(spec)]
-    wide = [row for spec in specs if strategies(spec) != ("tiles",) for row in explain_kernel(spec)]
+    whole = [row for spec in specs if has_table(spec) for row in survey_kernel(spec)]
+    wide = [row for spec in specs if not has_table(spec) for row in explain_kernel(spec)]
     if as_json:
         print(present.document([*present.budget_document(whole), *present.strategy_document(wide)]))
         return
@@ -190,7 +190,7 @@ def make(fields: dict[str, Any], kernel: str | None = Kernel) -> None:
     screen = present.console()
     with present.stage("plan"):
         chosen = plan_kernel(kernel_spec(kernel, fields))
-    if strategies(chosen.spec) == ("tiles",):
+    if has_table(chosen.spec):
         screen.print(present.budget_table(survey_kernel(chosen.spec)))
     else:
         screen.print(present.strategy_table(explain_kernel(chosen.spec)))

@@ -15,6 +15,7 @@ from .chunks import geometry
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_ctas import CTAS, polynomial_pairs
 from .two_tiles import POLYNOMIAL_PAIRS, QUERY_TILES
+from .warpgroups import consumers
 
 UNIT = 128  # scores are compared a block of UNIT query rows x UNIT keys
 
@@ -23,7 +24,7 @@ UNIT = 128  # scores are compared a block of UNIT query rows x UNIT keys
 class Cost:
     """One KV tile of one CTA; in a pair, of each of the two. rows x keys: scores that it takes part in.
 
-    mma_instructions: tcgen05.mma that a CTA (or pair) issues. Bytes: mma_read_bytes of shared memory by tcgen05.mma,
+    mma_instructions: tcgen05.mma or wgmma that a CTA (or pair) issues. Bytes: mma_read_bytes of shared memory by them,
     write_bytes into it by TMA and softmax, load_bytes from L2 or global memory. exponentials: of the special-function
     unit.
     """
@@ -63,6 +64,8 @@ class Cost:
 
 def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     """The Cost of a candidate, whether or not it fits."""
+    if tiling.strategy == "warpgroups":
+        return _warpgroup_cost(spec, arch, tiling)
     queries = QUERY_TILES if tiling.strategy == "two_tiles" else 1
     by_fma = len(POLYNOMIAL_PAIRS) if tiling.strategy == "two_tiles" else 0
     if tiling.strategy == "two_ctas":
@@ -94,5 +97,25 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
         write_bytes=ELEMENT_BYTES * written,
         load_bytes=ELEMENT_BYTES * loaded,
         exponentials=queries * rows * keys * (8 - by_fma) // 8,
+        rates=arch.rates,
+    )
+
+
+def _warpgroup_cost(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
+    """Every consumer's wgmma reads all of B from shared memory, and of A what is not in registers: Q, not P."""
+    rows, keys, groups = tiling.tile_m, tiling.tile_n, consumers(tiling, arch)
+    step_bytes = HEAD_DIM_STEP * ELEMENT_BYTES
+    qk_steps, pv_steps = spec.head_dim // HEAD_DIM_STEP, keys // HEAD_DIM_STEP
+    columns = spec.head_dim + (0 if spec.kv_shared else spec.v_dim)
+    return Cost(
+        rows=rows,
+        keys=keys,
+        passes=1,
+        mma_instructions=groups * (qk_steps + pv_steps),
+        mma_flop=2 * rows * keys * (spec.head_dim + spec.v_dim),
+        mma_read_bytes=groups * step_bytes * (qk_steps * (arch.mma_m + keys) + pv_steps * spec.v_dim),
+        write_bytes=ELEMENT_BYTES * keys * columns,
+        load_bytes=ELEMENT_BYTES * keys * columns,
+        exponentials=rows * keys,
         rates=arch.rates,
     )

@@ -22,7 +22,7 @@ from .spec import KernelSpec, SpecError
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-TEMPLATES = {"sm_100a": "fwd_sm100.py.j2"}
+TEMPLATES = {"sm_100a": "fwd_sm100.py.j2", "sm_90a": "fwd_sm90.py.j2"}
 
 
 class OutputError(SpecError):
@@ -139,10 +139,11 @@ def budget_lines(budget: Budget) -> list[str]:
         ("buffer", "offset", "bytes", "stages", "holds"),
         ((b.name, b.offset, b.bytes, b.stages, b.reason) for b in budget.buffers),
     )
-    lines += ["", f"TMEM: {budget.tmem_used} of {budget.tmem_limit} columns, {budget.tmem_columns} allocated"]
-    lines += _columns(
-        ("region", "column", "columns", "holds"), ((r.name, r.column, r.columns, r.reason) for r in budget.regions)
-    )
+    if budget.tmem_limit:
+        lines += ["", f"TMEM: {budget.tmem_used} of {budget.tmem_limit} columns, {budget.tmem_columns} allocated"]
+        lines += _columns(
+            ("region", "column", "columns", "holds"), ((r.name, r.column, r.columns, r.reason) for r in budget.regions)
+        )
     lines += ["", "mbarriers"]
     lines += _columns(
         ("name", "offset", "stages", "arrivals", "a phase completes when"),

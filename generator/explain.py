@@ -27,7 +27,7 @@ from .plan import (
 )
 from .spec import KernelSpec
 
-STRATEGIES = (*WHOLE_TILES, *CHUNKED)
+STRATEGIES = {"sm_100a": (*WHOLE_TILES, *CHUNKED), "sm_90a": ("warpgroups",)}
 SAYS = {
     "tiles": "whole K and V tiles, rings of their own",
     "two_tiles": "as tiles, two query tiles in flight, a warpgroup corrects O",
@@ -35,6 +35,7 @@ SAYS = {
     "chunks": "K and V in chunks through one ring, Q resident",
     "passes": "as chunks, O's columns in two passes, scores recomputed",
     "pair": "CTA pair (cta_group::2): half of K, V and of the rows each",
+    "warpgroups": "consumer warpgroups of 64 query rows, S, P and O in registers; whole K and V tiles in rings",
 }
 SHARED_SAYS = {
     "tiles": "whole K tiles through one ring, V a part of them",
@@ -71,18 +72,18 @@ class Explained:
 
 
 def explain_kernel(spec: KernelSpec) -> list[Explained]:
-    """Explained of each strategy of sm_100a, in the order of the vocabulary. Raises NotImplementedYet for another
-    architecture.
+    """Explained of each strategy of the architecture, in the order of the vocabulary. Raises NotImplementedYet where
+    there is only one and it lacks what is asked for.
     """
     arch = ARCHS[spec.arch]
-    if spec.arch != "sm_100a":
+    if len(STRATEGIES[spec.arch]) == 1:
         check_implemented(spec)
     try:
         chosen = plan_kernel(spec)
     except (DoesNotFit, NotImplementedYet):
         chosen = None
     best = cost_of(spec, arch, chosen.tiling) if chosen else None
-    return [_explained(spec, arch, name, chosen.tiling if chosen else None, best) for name in STRATEGIES]
+    return [_explained(spec, arch, name, chosen.tiling if chosen else None, best) for name in STRATEGIES[spec.arch]]
 
 
 def _explained(spec: KernelSpec, arch: Arch, name: str, chosen: Tiling | None, best: Cost | None) -> Explained:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 
-from .arch import ARCHS, Arch
+from .arch import Arch
 from .budget import (
     ELEMENT_BYTES,
     SOFTMAX_WARPS,
@@ -17,14 +17,14 @@ from .budget import (
 )
 from .chunks import Geometry, geometry, one_buffer
 from .mask import Mask, mask_of
-from .partials import PARTIALS, Partials
+from .partials import PARTIALS, Partials, with_sink
 from .signature import Parameter, signature
 from .spec import KernelSpec
 from .spelling import Spelling
 from .two_ctas import polynomial_pairs, v_width
 from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES, SKIP_LOG2
 
-WHOLE_TILES = ("tiles", "two_tiles", "two_ctas")
+WHOLE_TILES = ("tiles", "two_tiles", "two_ctas")  # of sm_100a
 REGISTER_COLUMNS_MAX = 32
 
 
@@ -114,6 +114,11 @@ class Plan(Spelling):
     def pair(self) -> bool:
         """Two CTAs share a tile of queries and issue with cta_group::2."""
         return self.tiling.strategy == "pair"
+
+    @property
+    def fragments(self) -> bool:
+        """A thread holds parts of several rows of S, not one row."""
+        return False
 
     @property
     def two_ctas(self) -> bool:
@@ -209,10 +214,7 @@ class Plan(Spelling):
     def partials(self) -> Partials:
         """The template's parts for this strategy."""
         found = PARTIALS["chunks_shared" if one_buffer(self.spec, self.tiling) else self.tiling.strategy]
-        if not self.spec.sink:
-            return found
-        at = next(i for i, part in enumerate(found.parts) if part.startswith("_kernel"))
-        return replace(found, parts=(*found.parts[:at], "_sink.py.j2", *found.parts[at:]))
+        return with_sink(found, "_kernel") if self.spec.sink else found
 
     @property
     def query_tiles(self) -> int:
@@ -261,7 +263,7 @@ class Plan(Spelling):
     @property
     def packed(self) -> bool:
         """The query heads of a group share a tile."""
-        return packs_heads(self.spec)
+        return packs_heads(self.spec, self.arch.mma_m)
 
     @property
     def tokens(self) -> int:
@@ -342,12 +344,12 @@ def register_columns(columns: int) -> int:
     return min(REGISTER_COLUMNS_MAX, columns & -columns)
 
 
-def packs_heads(spec: KernelSpec) -> bool:
+def packs_heads(spec: KernelSpec, rows: int) -> bool:
     """Whether the query heads of a group fold into the rows of a tile.
 
     "auto" folds every group that divides the tile: no grid has more CTAs for it, one whose last tile would be partly
     empty has fewer, a tile of fewer tokens meets less of a mask's edge, and a KV tile serves all of its group at once.
     """
     if spec.pack_heads == "auto":
-        return spec.q_heads_per_kv > 1 and ARCHS[spec.arch].mma_m % spec.q_heads_per_kv == 0
+        return spec.q_heads_per_kv > 1 and rows % spec.q_heads_per_kv == 0
     return spec.pack_heads and spec.q_heads_per_kv > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -39,4 +39,14 @@ PARTIALS = {
     "chunks": _partials(*_CHUNKS, *_APART, "softmax", *_OUT),
     "chunks_shared": _partials(*_CHUNKS, "load_shared", "mma_shared", "tmem", "softmax", *_OUT),
     "pair": _partials(*_CHUNKS, *_APART, "softmax_pair", *_OUT),
+    "warpgroups": _partials(
+        *("overview_sm90", "constants_sm90", "operands_sm90", "ring_sm90", "mask", "work", "spans_sm90", "load_sm90"),
+        *("softmax_sm90", "epilogue_sm90", "consumer_sm90", "kernel_sm90", "launch_sm90"),
+    ),
 }
+
+
+def with_sink(partials: Partials, before: str) -> Partials:
+    """With the sink's function, before the part whose name begins so."""
+    at = next(i for i, part in enumerate(partials.parts) if part.startswith(before))
+    return replace(partials, parts=(*partials.parts[:at], "_sink.py.j2", *partials.parts[at:]))

@@ -28,8 +28,10 @@ from .arch import ARCHS, Arch
 from .budget import Tiling
 from .chunks import PASSES, budget_of, chunked_tilings, geometry, shared_chunks
 from .cost import cost_of
+from .hopper import HopperPlan
 from .layout import WHOLE_TILES, Plan, Rejected
 from .spec import HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
+from .warpgroups import CONSUMERS_MAX, can_pack, warpgroup_preference, warpgroup_tilings
 
 __all__ = ["CHUNKED", "WHOLE_TILES", "DoesNotFit", "NotImplementedYet", "Plan", "candidates", "plan_kernel"]
 
@@ -71,13 +73,16 @@ def plan_kernel(spec: KernelSpec) -> Plan:
     fitting.sort(key=lambda pair: rank(pair[0]))
     chosen, budget = fitting[0]
     rejected += [_second(spec, arch, chosen, tiling) for tiling, _ in fitting[1:]]
-    return Plan(spec, arch, chosen, budget, tuple(rejected))
+    kind = HopperPlan if chosen.strategy == "warpgroups" else Plan
+    return kind(spec, arch, chosen, budget, tuple(rejected))
 
 
 def strategies(spec: KernelSpec) -> tuple[str, ...]:
     """Strategies that the specification leaves open, by its vocabulary's names."""
     if spec.strategy != "auto":
         return (spec.strategy,)
+    if spec.arch == "sm_90a":
+        return ("warpgroups",)
     if fits_tiles(spec):
         return ("tiles",)
     rows = ARCHS[spec.arch].mma_m  # of one CTA: all of them ask for one CTA with whole rows of O in it, half for a pair
@@ -97,6 +102,8 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     for strategy in strategies(spec):
         if strategy == "tiles":
             found += _whole_tiles(spec, tile_ns, stagings)
+        elif strategy == "warpgroups":
+            found += warpgroup_tilings(spec, arch)
         elif strategy == "two_tiles":
             whole = _whole_tiles(spec, tile_ns, ("tmem",))
             found += [replace(t, strategy=strategy) for t in whole if not t.o_over_q]
@@ -132,6 +139,8 @@ def o_chunks(spec: KernelSpec) -> list[int]:
 
 def ranking(spec: KernelSpec, arch: Arch) -> Callable[[Tiling], tuple]:
     """Sort key of candidates: the smallest is taken. The rules are in the module's docstring."""
+    if strategies(spec) == ("warpgroups",):
+        return lambda tiling: warpgroup_preference(spec, arch, tiling)
     if strategies(spec)[0] in WHOLE_TILES:
         return preference
 
@@ -177,6 +186,8 @@ _COSTS = (  # one a component of `by_cost`
 
 def _second(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rejected:
     """A candidate that fits and was not taken: by the first rule on which the chosen one is better."""
+    if chosen.strategy == "warpgroups":
+        return _second_on_hopper(spec, arch, chosen, tiling)
     if chosen.strategy not in WHOLE_TILES:
         rank = ranking(spec, arch)
         for reason, better, worse in zip(_COSTS, rank(chosen), rank(tiling), strict=True):
@@ -192,6 +203,30 @@ def _second(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rej
     raise AssertionError(f"{chosen} and {tiling} are the same candidate")
 
 
+_HOPPER_RULES = (  # one a component of `warpgroup_preference`, and the fields that force the worse candidate
+    ("fits, but has fewer than two kv stages", ("kv_stage",)),
+    ("fits, but cannot hold the query heads of a group in a tile", ("tile_m",)),
+    ("fits, but another tile was measured to be faster", ("tile_m", "tile_n")),
+    (
+        "fits, but costs more by the model: {:.0f} SM cycles a 128 x 128 block of scores, the chosen one {:.0f}",
+        ("tile_m", "tile_n"),
+    ),
+    ("fits, but has fewer kv stages", ("kv_stage",)),
+    ("fits, but lays sO over sQ without need", ()),
+)
+
+
+def _second_on_hopper(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rejected:
+    values = {"kv_stage": tiling.kv_stages, "tile_m": tiling.tile_m, "tile_n": tiling.tile_n}
+    ranks = (warpgroup_preference(spec, arch, item) for item in (chosen, tiling))
+    for (reason, fields), better, worse in zip(_HOPPER_RULES, *ranks, strict=True):
+        if better != worse:
+            remedy = ", ".join(f"{field} = {values[field]}" for field in fields)
+            text = reason.format(worse * 128 * 128, better * 128 * 128)
+            return Rejected(tiling, text, f"{remedy} asks for it" if remedy else "none needed")
+    raise AssertionError(f"{chosen} and {tiling} are the same candidate")
+
+
 def check_implemented(spec: KernelSpec) -> None:
     """Raise NotImplementedYet, naming the field, for what the vocabulary has and the template lacks."""
     arch = ARCHS[spec.arch]
@@ -199,8 +234,11 @@ def check_implemented(spec: KernelSpec) -> None:
         owner = {"register": "Hopper (sm_90a)", "tmem": "Blackwell (sm_100a)"}[spec.p_staging]
         limit = f"is for {owner} only; on {arch.name} P waits in {' or '.join(arch.p_stagings)}"
         raise NotImplementedYet("p_staging", spec.p_staging, limit, f'use "auto" or "{arch.p_stagings[0]}"')
-    if spec.arch != "sm_100a":
-        raise NotImplementedYet("arch", spec.arch, f"not implemented for {spec.arch} yet", 'use "sm_100a"')
+    if spec.arch == "sm_90a":
+        _check_hopper(spec, arch)
+        return
+    if spec.strategy == "warpgroups":
+        raise NotImplementedYet("strategy", spec.strategy, "is for Hopper (sm_90a) only", 'use "auto"')
     if spec.pack_heads is True and arch.mma_m % spec.q_heads_per_kv:
         limit = f"a group of {spec.q_heads_per_kv} query heads does not divide the {arch.mma_m} rows of a tile"
         raise DoesNotFit("pack_heads", True, limit, 'use "auto" or false, or a group that is a power of two up to 128')
@@ -238,6 +276,30 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
         yield "tile_n", f"a tcgen05.mma of two CTAs takes multiples of {step} keys: use a multiple of {step}"
     if spec.tile_n != "auto" and spec.tile_n > TILE_N_MAX:
         yield "tile_n", f'use "auto" or at most {TILE_N_MAX}'
+
+
+def _check_hopper(spec: KernelSpec, arch: Arch) -> None:
+    """check_implemented of sm_90a."""
+    if spec.strategy not in ("auto", "warpgroups"):
+        limit = "is for Blackwell (sm_100a) only"
+        raise NotImplementedYet("strategy", spec.strategy, limit, 'use "auto" or "warpgroups"')
+    if spec.p_staging == "smem":
+        limit = "not implemented for sm_90a: P goes from the registers of S to PV"
+        raise NotImplementedYet("p_staging", "smem", limit, 'use "auto" or "register"')
+    for field, columns in (("head_dim", spec.head_dim), ("head_dim_v", spec.v_dim)):
+        if columns > arch.mma_n_max:
+            limit = f"not implemented for sm_90a yet beyond {arch.mma_n_max}"
+            raise NotImplementedYet(field, columns, limit, 'use arch = "sm_100a"')
+    if spec.tile_m != "auto" and spec.tile_m not in range(arch.mma_m, CONSUMERS_MAX * arch.mma_m + 1, arch.mma_m):
+        rows = ", ".join(str(arch.mma_m * count) for count in range(1, CONSUMERS_MAX + 1))
+        raise DoesNotFit("tile_m", spec.tile_m, f"a consumer warpgroup has {arch.mma_m} query rows", f"use {rows}")
+    rows = range(arch.mma_m, CONSUMERS_MAX * arch.mma_m + 1, arch.mma_m) if spec.tile_m == "auto" else (spec.tile_m,)
+    group = spec.q_heads_per_kv
+    if spec.pack_heads is True and group > 1 and not any(can_pack(group, count, arch) for count in rows):
+        limit = (
+            f"a group of {group} query heads does not fold into {' or '.join(map(str, rows))} rows of a tile, 64 a box"
+        )
+        raise DoesNotFit("pack_heads", True, limit, 'use "auto" or false, or another tile_m')
 
 
 def _later_in_two_tiles(spec: KernelSpec) -> Iterator[tuple[str, str]]:

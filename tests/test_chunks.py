@@ -153,7 +153,7 @@ def test_ring_that_is_too_deep_says_the_deepest_that_fits():
 @pytest.mark.parametrize("head_dim", [128, 256, 320, 512])
 def test_every_strategy_is_explained(head_dim):
     rows = explain_kernel(load_spec(head_dim=head_dim))
-    assert [row.strategy for row in rows] == list(STRATEGIES)
+    assert [row.strategy for row in rows] == list(STRATEGIES["sm_100a"])
     assert [row.tiling for row in rows if row.chosen] == [plan_of(head_dim=head_dim).tiling]
     for row in rows:
         assert row.status and (row.chosen or row.remedy)

@@ -47,7 +47,9 @@ def test_budget_of_head_dim_512_says_what_overflows():
     text = bespoke("budget", "--head-dim", "512").stdout
     assert "a 128 x 512 float32 accumulator takes all 512 columns, so S has no room" in text
     assert "a CTA pair (cta_group::2)" in text and "passes: as chunks, O's columns in two passes" in text
-    assert [line.split()[1] for line in text.splitlines() if line.strip().startswith("512 ")] == list(STRATEGIES)
+    assert [line.split()[1] for line in text.splitlines() if line.strip().startswith("512 ")] == list(
+        STRATEGIES["sm_100a"]
+    )
 
 
 def test_budget_document():
@@ -136,7 +138,7 @@ def test_generate_writes_and_check_compares(tmp_path):
         (["--head-dim", "512", "--tile-m", "128"], "tile_m = 128: does not fit; the closest is "),
         (["--head-dim", "512", "--tile-m", "128"], "takes all 512 columns, so S has no room: S 16 + O 512 = 528"),
         (["--head-dim", "64", "--tile-m", "64"], "tile_m = 64: not implemented for sm_100a yet"),
-        (["--head-dim", "64", "--arch", "sm_90a"], "arch = 'sm_90a': not implemented for sm_90a yet"),
+        (["--head-dim", "272", "--arch", "sm_90a"], "head_dim = 272: not implemented for sm_90a yet beyond 256"),
         (["--head-dim", "64", "--p-staging", "register"], "is for Hopper (sm_90a) only"),
         (["--head-dim", "64", "--dtype", "{{ x }}"], 'dtype = \'{{ x }}\': must be "bf16" or "fp16"'),
         (["--head-dim", "64", "--causal", "--no-lse", "--output", "unnormalized"], "lse = False: "),
@@ -156,7 +158,7 @@ def test_bad_input_is_refused_with_exit_code_2(tmp_path, command, words, message
 def test_budget_refuses_bad_input():
     assert "head_dim = 'abc'" in refusal("budget", "--head-dim", "64,abc")
     assert "head_dim = ''" in refusal("budget", "--head-dim", "64,")
-    assert "not implemented for sm_90a yet" in refusal("budget", "--arch", "sm_90a")
+    assert "is for Hopper (sm_90a) only" in refusal("budget", "--p-staging", "register")
 
 
 def test_unknown_option_and_command_are_refused():

@@ -159,7 +159,7 @@ def test_p_staging_that_does_not_fit():
 @pytest.mark.parametrize(
     "fields, field",
     [
-        ({"arch": "sm_90a"}, "arch"),
+        ({"arch": "sm_90a", "head_dim": 272}, "head_dim"),
         ({"head_dim": 272, "strategy": "tiles"}, "strategy"),
         ({"head_dim": 64, "head_dim_v": 272, "strategy": "tiles"}, "strategy"),
         ({"head_dim": 512, "p_staging": "tmem", "strategy": "pair"}, "p_staging"),
@@ -178,6 +178,24 @@ def test_later_work_is_refused_by_field(fields, field):
     arch = fields.get("arch", "sm_100a")
     assert error.field == field and error.remedy
     assert f"not implemented for {arch} yet" in str(error) and str(error).startswith(f"{field} = ")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"arch": "sm_90a", "p_staging": "smem"},
+            "p_staging = 'smem': not implemented for sm_90a: P goes from the reg",
+        ),
+        (
+            {"arch": "sm_90a", "strategy": "tiles"},
+            "strategy = 'tiles': is for Blackwell (sm_100a) only; use \"auto\" or",
+        ),
+        ({"strategy": "warpgroups"}, "strategy = 'warpgroups': is for Hopper (sm_90a) only; use \"auto\""),
+    ],
+)
+def test_another_architectures_means_are_refused(fields, message):
+    assert message in str(refusal(NotImplementedYet, **{"head_dim": 64, **fields}))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,217 @@
+"""What a CTA needs on sm_90a: consumer warpgroups of 64 query rows each, and a warp that loads for all of them.
+
+Pure arithmetic, as in budget.py. A consumer multiplies its rows with K and V (wgmma), S, P and O in its registers; Q of
+each lies in a slab of shared memory of its own, K and V in rings that all of them read. Registers are handed out by
+warpgroup (setmaxnreg), so the budget of a thread is a choice here; what its accumulators and the rest need of that is
+an estimate, compared with what ptxas spills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .arch import Arch
+from .budget import (
+    ELEMENT_BYTES,
+    Budget,
+    Buffer,
+    Mbarrier,
+    NamedBarrier,
+    Overflow,
+    Role,
+    Tiling,
+    assembled,
+    kv_buffers,
+    place_buffers,
+    place_mbarriers,
+    register_overflow,
+    shared_ring_overflow,
+    smem_overflows,
+)
+from .spec import HEAD_DIM_STEP, KernelSpec
+from .tuned import winner
+
+CONSUMERS_MAX = 3  # with four, 65536 registers leave fewer than 128 a thread
+KV_STAGES_AUTO = 4
+TILE_N_STEP = HEAD_DIM_STEP  # keys: K of the wgmma that multiplies P with V
+TILE_N_MAX = 256
+# Addresses, descriptors, loop state, two rows' maximum, sum and factor. At head_dim 128 and 176 keys ptxas spills
+# nothing with 240 registers, of which S, P and O take 196.
+OTHER_REGISTERS = 28
+WIDE = 128  # columns of O from which on its rescaling costs more than asking whether it is needed
+# By consumers: which part of the time that the exponentials take is not hidden behind the tensor core's, see
+# predicted_cycles.
+EXPOSED = {1: 1.6, 2: 0.88, 3: 0.65}
+# (consumer, producer): of the registers that 128 threads a warpgroup have at entry, multiples of 8 [PTX 9.7.19.5]
+REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}
+
+
+def consumers(tiling: Tiling, arch: Arch) -> int:
+    """Consumer warpgroups of a CTA."""
+    return tiling.tile_m // arch.mma_m
+
+
+def warpgroup_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
+    """Every Tiling of the strategy that the specification's fields leave open."""
+    rows = [arch.mma_m * count for count in range(1, CONSUMERS_MAX + 1)] if spec.tile_m == "auto" else [spec.tile_m]
+    tile_ns = range(TILE_N_MAX, 0, -TILE_N_STEP) if spec.tile_n == "auto" else (spec.tile_n,)
+    stages = range(1, KV_STAGES_AUTO + 1) if spec.kv_stage == "auto" else (spec.kv_stage,)
+    reuse = (False,) if spec.unnormalized else (False, True)  # float32 O goes from registers to global memory
+    if spec.pack_heads is True and spec.q_heads_per_kv > 1:
+        rows = [count for count in rows if can_pack(spec.q_heads_per_kv, count, arch)]
+    return [
+        Tiling(
+            tile_m, tile_n, kv_stages, "register", over_q, spec.v_dim, "warpgroups", **schedule(spec, tile_m, tile_n)
+        )
+        for tile_m in rows
+        for tile_n in tile_ns
+        for kv_stages in stages
+        for over_q in reuse
+    ]
+
+
+def schedule(spec: KernelSpec, tile_m: int, tile_n: int) -> dict[str, bool]:
+    """turns and lazy of a Tiling: the measured winner's for its tile, else by how wide O is."""
+    found = winner(spec)
+    if found and (tile_m, tile_n) == (found.tile_m, found.tile_n):
+        return {"turns": found.turns, "lazy": found.lazy}
+    wide = spec.v_dim > WIDE
+    return {"turns": tile_m > 64 and not wide, "lazy": wide}
+
+
+def is_winner(spec: KernelSpec, tiling: Tiling) -> bool:
+    """Whether the tile is the fastest that was measured for such a specification."""
+    found = winner(spec)
+    return found is not None and (tiling.tile_m, tiling.tile_n) == (found.tile_m, found.tile_n)
+
+
+def can_pack(group: int, tile_m: int, arch: Arch) -> bool:
+    """Whether a tile of tile_m rows holds whole tokens of `group` query heads, and each consumer a box of them."""
+    return tile_m % group == 0 and (arch.mma_m % group == 0 or group % arch.mma_m == 0)
+
+
+def packs(spec: KernelSpec, arch: Arch, tile_m: int) -> bool:
+    """Whether the query heads of a group fold into the rows of a tile: see layout.packs_heads."""
+    group = spec.q_heads_per_kv
+    return group > 1 and spec.pack_heads is not False and can_pack(group, tile_m, arch)
+
+
+def warpgroup_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
+    """The Budget of a candidate. Never raises for what does not fit: see Budget.overflows."""
+    groups = consumers(tiling, arch)
+    mbarriers = _mbarriers(spec, tiling, groups * arch.group_warps)
+    buffers = _buffers(spec, arch, tiling, mbarriers[1])
+    roles = _roles(spec, arch, tiling)
+
+    def barriers(threads: int) -> tuple[NamedBarrier, ...]:
+        return _named_barriers(threads, groups, arch)
+
+    budget = assembled(arch, mbarriers, buffers, ((), 0), roles, barriers, handed_out=True)
+    return replace(budget, overflows=tuple(_overflows(budget, spec, arch, tiling)))
+
+
+def fragment_registers(spec: KernelSpec, tiling: Tiling) -> dict[str, int]:
+    """Registers a consumer thread holds of S, P and O: 64 rows over 128 threads, 16 bits for P."""
+    n = tiling.tile_n
+    return {"S": n // 2, "P": n // 4, "O": spec.v_dim // 2}
+
+
+def _roles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple[Role, ...]:
+    groups, size = consumers(tiling, arch), arch.group_warps
+    consumer, producer = REGISTERS[groups]
+    held = ", ".join(f"{name} {count}" for name, count in fragment_registers(spec, tiling).items())
+    return (
+        Role("consumer", 0, groups * size, consumer, f"setmaxnreg: {held}, {OTHER_REGISTERS} else by estimate"),
+        Role("tma", groups * size, 1, producer, "setmaxnreg: coordinates, loop state"),
+        Role("idle", groups * size + 1, size - 1, producer, "setmaxnreg counts whole warpgroups"),
+    )
+
+
+def _mbarriers(spec: KernelSpec, tiling: Tiling, warps: int) -> tuple[tuple[Mbarrier, ...], int]:
+    stages, groups = tiling.kv_stages, tiling.tile_m // 64
+    rings = [
+        ("k_full", stages, 1, "TMA: a K tile has landed"),
+        ("k_empty", stages, warps, "consumers, one lane a warp: QK has read the K tile"),
+        ("v_full", stages, 1, "TMA: a V tile has landed"),
+        ("v_empty", stages, warps, "consumers, one lane a warp: PV has read the V tile"),
+    ]
+    if spec.kv_shared:
+        rings = [rings[0], ("k_empty", stages, warps, "consumers, one lane a warp: PV, and QK before it, have read it")]
+    freed = "its first warp: its O has been stored" if tiling.o_over_q else "one lane a warp: its last QK has read Q"
+    families = (
+        ("q_full", groups, 1, "TMA: Q of a consumer has landed"),
+        ("q_empty", groups, 1 if tiling.o_over_q else warps // groups, f"a consumer, {freed}"),
+        *rings,
+    )
+    return place_mbarriers(families)
+
+
+def _buffers(spec: KernelSpec, arch: Arch, tiling: Tiling, barrier_bytes: int) -> tuple[tuple[Buffer, ...], int]:
+    groups, rows = consumers(tiling, arch), arch.mma_m
+    wanted = [
+        ("barriers", barrier_bytes, 1, None, "mbarriers"),
+        (
+            "sQ",
+            groups * rows * spec.head_dim * ELEMENT_BYTES,
+            groups,
+            None,
+            f"{rows} x {spec.head_dim} a consumer",
+        ),
+        *kv_buffers(spec, tiling),
+    ]
+    if not spec.unnormalized:
+        staging, columns = f"{rows} x {spec.v_dim} a consumer", spec.v_dim
+        if tiling.o_over_q:
+            staging += ", each over its part of sQ once its last QK is done"
+            columns = max(spec.head_dim, spec.v_dim)
+        size = groups * rows * columns * ELEMENT_BYTES
+        wanted.append(("sO", size, groups, "sQ" if tiling.o_over_q else None, staging))
+    return place_buffers(wanted)
+
+
+def _named_barriers(threads: int, groups: int, arch: Arch) -> tuple[NamedBarrier, ...]:
+    size = arch.group_warps * arch.warp_size
+    turns = [NamedBarrier(1 + i, f"turn {i}", 2 * size, f"consumer {i} may issue its MMAs") for i in range(groups)]
+    own = [
+        NamedBarrier(1 + groups + i, f"consumer {i}", size, f"consumer {i}: sO may be written; is written")
+        for i in range(groups)
+    ]
+    cta = NamedBarrier(0, "cta", threads, "mbarriers initialized")
+    return (cta, *(turns if groups > 1 else ()), *own)
+
+
+def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> Iterator[Overflow]:
+    options = ["a lower kv_stage"] if tiling.kv_stages > 1 else ["a smaller tile_n"]
+    options += ["fewer rows (tile_m)"] if tiling.tile_m > arch.mma_m else []
+    options += [] if tiling.o_over_q or spec.unnormalized else ["sO over sQ"]
+    yield from smem_overflows(budget, " or ".join(options))
+    yield from shared_ring_overflow(spec, tiling)
+    yield from register_overflow(budget)
+    held = fragment_registers(spec, tiling)
+    need, limit = sum(held.values()) + OTHER_REGISTERS, budget.role("consumer").registers
+    if need > limit:
+        reason = " + ".join(f"{name} {count}" for name, count in held.items()) + f" + {OTHER_REGISTERS} else, a thread"
+        yield Overflow("registers", "registers", need, limit, reason, "a smaller tile_n, or fewer rows (tile_m)")
+
+
+def predicted_cycles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:
+    """SM cycles of one KV tile of a CTA, by a model with coefficients fitted to measurements on an H200: 94 tilings of
+    eleven head dims at 16384 tokens, 2026-11-28; mean error 5 %.
+
+    The tensor core's time, what of the exponentials' does not hide behind it, and a constant for barriers and
+    latencies.
+    """
+    scores = tiling.tile_m * tiling.tile_n
+    tensor = 2 * scores * (spec.head_dim + spec.v_dim) / arch.rates.tensor_flop
+    return 0.9 * tensor + EXPOSED[consumers(tiling, arch)] * scores / arch.rates.mufu_ops + 480
+
+
+def warpgroup_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
+    """Sort key of candidates: the smallest is taken. Two stages, else K and V are not loaded while others are
+    multiplied; a group's heads in one tile; the winner of a measurement, where there was one; then the fewest predicted
+    cycles a score.
+    """
+    apart = not packs(spec, arch, tiling.tile_m)
+    cycles = predicted_cycles(spec, arch, tiling) / (tiling.tile_m * tiling.tile_n)
+    return (tiling.kv_stages < 2, apart, not is_winner(spec, tiling), cycles, -tiling.kv_stages, tiling.o_over_q)
