@@ -47,7 +47,7 @@ class HopperPlan(Plan):
     @property
     def partials(self) -> Partials:
         found = PARTIALS[self.tiling.strategy]
-        return with_sink(found, "_epilogue") if self.spec.sink else found
+        return with_sink(found, "_finish") if self.spec.sink else found
 
     @property
     def skip_log2(self) -> float:

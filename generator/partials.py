@@ -41,7 +41,7 @@ PARTIALS = {
     "pair": _partials(*_CHUNKS, *_APART, "softmax_pair", *_OUT),
     "warpgroups": _partials(
         *("overview_sm90", "constants_sm90", "operands_sm90", "ring_sm90", "mask", "work", "spans_sm90", "load_sm90"),
-        *("softmax_sm90", "epilogue_sm90", "consumer_sm90", "kernel_sm90", "launch_sm90"),
+        *("softmax_sm90", "finish_sm90", "epilogue_sm90", "consumer_sm90", "kernel_sm90", "launch_sm90"),
     ),
 }
 
