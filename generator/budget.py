@@ -64,6 +64,7 @@ class Tiling:
             "two_ctas": "two CTAs, ",
             "chunks": "K and V in chunks, ",
             "pair": "CTA pair, ",
+            "columns": f"O's columns over two warpgroups, {'cluster of two CTAs, ' if self.tile_m > 64 else ''}",
             "warpgroups": f"{self.tile_m // 64} consumer warpgroup{'s' if self.tile_m > 64 else ''}, ",
         }[self.strategy]
         how += "in turns, " if self.turns else ""

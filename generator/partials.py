@@ -43,6 +43,11 @@ PARTIALS = {
         *("overview_sm90", "constants_sm90", "operands_sm90", "ring_sm90", "mask", "work", "spans_sm90", "load_sm90"),
         *("softmax_sm90", "finish_sm90", "epilogue_sm90", "consumer_sm90", "kernel_sm90", "launch_sm90"),
     ),
+    "columns": _partials(
+        *("overview_columns", "constants_columns", "operands_columns", "ring_columns", "mask", "work", "spans_sm90"),
+        *("load_columns", "softmax_sm90", "finish_sm90", "scores_columns", "outputs_columns", "kernel_columns"),
+        "launch_columns",
+    ),
 }
 
 
