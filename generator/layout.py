@@ -21,8 +21,8 @@ from .partials import PARTIALS, Partials
 from .signature import Parameter, signature
 from .spec import KernelSpec
 from .spelling import Spelling
-from .two_ctas import polynomial_pairs, v_width
-from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES, SKIP_LOG2
+from .two_ctas import P_COLUMNS_MAX, polynomial_pairs, v_width
+from .two_tiles import EXP2_CUBIC, PAIR_PERIOD, POLYNOMIAL_PAIRS, QUERY_TILES, SKIP_LOG2, registers_of
 
 WHOLE_TILES = ("tiles", "two_tiles", "two_ctas")
 REGISTER_COLUMNS_MAX = 32
@@ -230,8 +230,12 @@ class Plan(Spelling):
         return EXP2_CUBIC
 
     @property
+    def pair_period(self) -> int:
+        return PAIR_PERIOD
+
+    @property
     def polynomial_pairs(self) -> tuple[int, ...]:
-        """Of each 8 neighbouring pairs of columns, those whose exponentials are computed by the polynomial."""
+        """Of each pair_period neighbouring pairs of columns, those whose exponentials the polynomial computes."""
         return polynomial_pairs(self.spec, self.arch) if self.two_ctas else POLYNOMIAL_PAIRS
 
     @property
@@ -242,12 +246,16 @@ class Plan(Spelling):
     @property
     def p_columns(self) -> int:
         """Columns of P (two elements each) that one tcgen05.st takes from registers."""
-        return register_columns(self.tile_n // 2)
+        most = REGISTER_COLUMNS_MAX
+        if self.corrected:
+            most = P_COLUMNS_MAX if self.two_ctas else registers_of(self.tiling).p_columns
+        return register_columns(self.tile_n // 2, most)
 
     @property
     def o_columns(self) -> int:
         """Columns of O that the rescale and the epilogue hold in registers at a time."""
-        return register_columns(self.o_chunk)
+        most = registers_of(self.tiling).o_columns if self.query_tiles == 2 else REGISTER_COLUMNS_MAX
+        return register_columns(self.o_chunk, most)
 
     @property
     def mask(self) -> Mask:
@@ -337,9 +345,9 @@ class Plan(Spelling):
         }
 
 
-def register_columns(columns: int) -> int:
-    """Widest tcgen05.ld or .st (a power of two, at most 32 registers) that walks these columns evenly."""
-    return min(REGISTER_COLUMNS_MAX, columns & -columns)
+def register_columns(columns: int, most: int = REGISTER_COLUMNS_MAX) -> int:
+    """Widest tcgen05.ld or .st (a power of two, at most as many registers) that walks these columns evenly."""
+    return min(most, columns & -columns)
 
 
 def packs_heads(spec: KernelSpec) -> bool:
