@@ -147,6 +147,7 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
 S_COLUMNS = 32
 P_COLUMNS = 16
 O_COLUMNS = 8
+STAGE_COLUMNS = 16  # of O on its way out
 O_CHUNK = 16
 
 LOG2_E = 1.4426950408889634
@@ -705,25 +706,26 @@ def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, i: cutlass.C
     cute.arch.mbarrier_wait(bars + SUM_FULL + i, turn & 1)
     total, m = sums[i, row], references[i, row]
     arrive_rows(bars + SUM_EMPTY + i)
-    wait_tmem(bars + O_FULL + i, (times + 1) & 1)  # the last PV
     if q_tile * TILE_TOKENS < seqlen_q:
-        place = q_tile, head, batch
-        store_outputs(o_tmem[i], o_smem[i], tma_o, mo, rows, scale, total, m, place, seqlen_q, kv_tiles)
+        place, full = (q_tile, head, batch), (bars + O_FULL + i, (times + 1) & 1)
+        store_outputs(o_tmem[i], o_smem[i], tma_o, mo, rows, scale, total, m, place, seqlen_q, kv_tiles, full)
 
 
 @cute.jit
-def store_outputs(o_tmem, o_smem, tma_o, mo, rows, scale, total, m, block, seqlen_q, kv_tiles):
+def store_outputs(o_tmem, o_smem, tma_o, mo, rows, scale, total, m, block, seqlen_q, kv_tiles, full):
+    """LSE while the last PV is under way; O once that is complete. full: its mbarrier and phase."""
     q_tile, head, batch = block
     (lse,) = rows
     row = cute.arch.thread_idx()[0] % TILE_M
     token = q_tile * TILE_TOKENS + row // Q_HEADS_PER_KV
     head = head * Q_HEADS_PER_KV + row % Q_HEADS_PER_KV  # this row's query head
+    if token < seqlen_q:
+        lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
+    wait_tmem(*full)
     if kv_tiles == 0:
         zero_o(o_tmem)
     factor = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)  # a row that sees no key: O = 0
     store_o(o_tmem, o_smem, tma_o, mo, factor, block)
-    if token < seqlen_q:
-        lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
 
 
 @cute.jit
@@ -749,13 +751,13 @@ def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
 
 @cute.jit
 def stage_o(o_tmem, slab, factor):
-    """O_CHUNK columns of O from TMEM to shared memory, O_COLUMNS of them in registers at a time."""
-    for i in cutlass.range_constexpr(O_CHUNK // O_COLUMNS):
-        row = read_row(columns_of(o_tmem, i * O_COLUMNS, O_COLUMNS), O_COLUMNS)
+    """O_CHUNK columns of O from TMEM to shared memory, STAGE_COLUMNS of them in registers at a time."""
+    for i in cutlass.range_constexpr(O_CHUNK // STAGE_COLUMNS):
+        row = read_row(columns_of(o_tmem, i * STAGE_COLUMNS, STAGE_COLUMNS), STAGE_COLUMNS)
         scale_row(row, factor)
-        out = cute.make_rmem_tensor(O_COLUMNS, OUT_DTYPE)
+        out = cute.make_rmem_tensor(STAGE_COLUMNS, OUT_DTYPE)
         out.store(row.load().to(OUT_DTYPE))
-        cute.autovec_copy(out, cute.local_tile(slab, (1, O_COLUMNS), (cute.arch.lane_idx(), i))[0, None])
+        cute.autovec_copy(out, cute.local_tile(slab, (1, STAGE_COLUMNS), (cute.arch.lane_idx(), i))[0, None])
     cute.arch.fence_view_async_shared()  # TMA reads the slab through the async proxy
     cute.arch.sync_warp()
 

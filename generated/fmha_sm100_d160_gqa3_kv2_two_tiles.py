@@ -694,21 +694,22 @@ def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, i: cutlass.C
     cute.arch.mbarrier_wait(bars + SUM_FULL + i, turn & 1)
     total, m = sums[i, row], references[i, row]
     arrive_rows(bars + SUM_EMPTY + i)
-    wait_tmem(bars + O_FULL + i, (times + 1) & 1)  # the last PV
     if q_tile * TILE_M < seqlen_q:
-        place = q_tile, head, batch
-        store_outputs(o_tmem[i], o_smem[i], tma_o, mo, rows, scale, total, m, place, seqlen_q, kv_tiles)
+        place, full = (q_tile, head, batch), (bars + O_FULL + i, (times + 1) & 1)
+        store_outputs(o_tmem[i], o_smem[i], tma_o, mo, rows, scale, total, m, place, seqlen_q, kv_tiles, full)
 
 
 @cute.jit
-def store_outputs(o_tmem, o_smem, tma_o, mo, rows, scale, total, m, block, seqlen_q, kv_tiles):
+def store_outputs(o_tmem, o_smem, tma_o, mo, rows, scale, total, m, block, seqlen_q, kv_tiles, full):
+    """LSE while the last PV is under way; O once that is complete. full: its mbarrier and phase."""
     q_tile, head, batch = block
     (lse,) = rows
     row = cute.arch.thread_idx()[0] % TILE_M
     token = q_tile * TILE_M + row
-    store_o(o_tmem, o_smem, tma_o, mo, cute.arch.rcp_approx(total), block)
     if token < seqlen_q:
         lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
+    wait_tmem(*full)
+    store_o(o_tmem, o_smem, tma_o, mo, cute.arch.rcp_approx(total), block)
 
 
 @cute.jit

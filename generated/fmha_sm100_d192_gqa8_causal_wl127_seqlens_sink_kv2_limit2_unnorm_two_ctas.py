@@ -722,14 +722,14 @@ def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, turn, n, blo
     m = references[cute.arch.thread_idx()[0] % CTA_ROWS]
     arrive_rows(bars + SUM_EMPTY)
     scale_log2 = scale * LOG2_E
-    wait_pv(bars, n - 1)
-    if kv_tiles == 0:
-        zero_o(o_tmem)
     weight, total, top = join_sink(m, total, sink[head], scale_log2)
-    store_o(o_tmem, o_smem, tma_o, mo, block)
     if token < seqlen_q:
         lse[batch, head, token] = (top + cute.math.log2(total, fastmath=True)) * LN_2
         m_out[batch, head, token] = m * scale
+    wait_pv(bars, n - 1)
+    if kv_tiles == 0:
+        zero_o(o_tmem)
+    store_o(o_tmem, o_smem, tma_o, mo, block)
 
 
 @cute.jit

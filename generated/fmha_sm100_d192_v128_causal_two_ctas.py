@@ -663,13 +663,13 @@ def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, turn, n, blo
     total = sums[cute.arch.thread_idx()[0] % CTA_ROWS]
     m = references[cute.arch.thread_idx()[0] % CTA_ROWS]
     arrive_rows(bars + SUM_EMPTY)
+    if token < seqlen_q:
+        lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
     wait_pv(bars, n - 1)
     if kv_tiles == 0:
         zero_o(o_tmem)
     factor = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)  # a row that sees no key: O = 0
     store_o(o_tmem, o_smem, tma_o, mo, factor, block)
-    if token < seqlen_q:
-        lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
 
 
 @cute.jit

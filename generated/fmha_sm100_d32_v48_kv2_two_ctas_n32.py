@@ -678,10 +678,10 @@ def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, turn, n, blo
     total = sums[cute.arch.thread_idx()[0] % CTA_ROWS]
     m = references[cute.arch.thread_idx()[0] % CTA_ROWS]
     arrive_rows(bars + SUM_EMPTY)
-    wait_pv(bars, n - 1)
-    store_o(o_tmem, o_smem, tma_o, mo, cute.arch.rcp_approx(total), block)
     if token < seqlen_q:
         lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
+    wait_pv(bars, n - 1)
+    store_o(o_tmem, o_smem, tma_o, mo, cute.arch.rcp_approx(total), block)
 
 
 @cute.jit

@@ -253,8 +253,14 @@ class Plan(Spelling):
 
     @property
     def o_columns(self) -> int:
-        """Columns of O that the rescale and the epilogue hold in registers at a time."""
+        """Columns of O that the rescale holds in registers at a time."""
         most = registers_of(self.tiling).o_columns if self.query_tiles == 2 else REGISTER_COLUMNS_MAX
+        return register_columns(self.o_chunk, most)
+
+    @property
+    def stage_columns(self) -> int:
+        """Columns of O that the epilogue holds in registers at a time."""
+        most = registers_of(self.tiling).stage_columns if self.query_tiles == 2 else REGISTER_COLUMNS_MAX
         return register_columns(self.o_chunk, most)
 
     @property

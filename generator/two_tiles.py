@@ -50,8 +50,8 @@ POLYNOMIAL_PAIRS = (1, 4, 6, 9, 12, 14)
 
 @dataclass(frozen=True)
 class Registers:
-    """Of 512 threads' 65536, all: by thread of a role. p_columns, o_columns: of P and of O that a thread of the softmax
-    and of the correction warps holds at a time, at most.
+    """Of 512 threads' 65536, all: by thread of a role. p_columns: of P that a softmax thread holds at a time, at most;
+    o_columns, stage_columns: of O that a correction thread does when it rescales and when O leaves.
     """
 
     softmax: int  # a row of S, part of P, and what the exponentials need
@@ -59,14 +59,15 @@ class Registers:
     issuer: int  # descriptors, coordinates, loop state
     p_columns: int
     o_columns: int
+    stage_columns: int
 
 
 # ptxas begins a row's polynomials early, for they are the longest chains, and their results wait in registers while the
 # special-function unit works: head_dim 64 to 128 spilled 348 to 468 bytes a thread with 192 registers for softmax and P
 # in halves of a row, and does not with these, where each quarter's columns of S are free once its P is on its way.
-WHOLE_ROW = Registers(softmax=216, correction=48, issuer=32, p_columns=16, o_columns=8)
-HALF_ROW = Registers(softmax=168, correction=104, issuer=72, p_columns=32, o_columns=32)  # at most 64 columns of S
-HALF_ROW_COLUMNS = 64
+WHOLE_ROW = Registers(softmax=216, correction=48, issuer=32, p_columns=16, o_columns=8, stage_columns=16)
+HALF_ROW = Registers(softmax=168, correction=104, issuer=72, p_columns=32, o_columns=32, stage_columns=32)
+HALF_ROW_COLUMNS = 64  # of S, at most
 
 
 def registers_of(tiling: Tiling) -> Registers:
