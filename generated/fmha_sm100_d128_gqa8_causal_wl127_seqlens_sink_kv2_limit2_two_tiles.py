@@ -37,7 +37,7 @@
 #   sum_full        160       2         4  softmax, one lane a warp: sums and references are in shared memory
 #   sum_empty       176       2         4  correction, one lane a warp: they are in registers
 #
-# Warps: 512 threads, 65536 registers by estimate
+# Warps: 512 threads, 65536 of 65536 registers handed out
 #   role        first warp  warps  registers  why
 #   softmax              0      8        216  setmaxnreg: a row of S, part of P, what the exponentials need
 #   correction           8      4         48  setmaxnreg: part of a row of O, its factor
@@ -329,7 +329,7 @@ def sees(own, j):
 
 
 def tma_views(atom, smem, gmem):
-    """Both sides of a TMA load: mode 0 is one tile, mode 1 the stage or the tile number."""
+    """Both sides of a TMA load: mode 0 is what one load brings, the others count stages, and tiles or chunks."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 

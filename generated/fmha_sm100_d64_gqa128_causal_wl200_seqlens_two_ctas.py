@@ -35,7 +35,7 @@
 #   sum_full        176       1         4  softmax, one lane a warp: sums and references are in shared memory
 #   sum_empty       184       1         4  correction, one lane a warp: they are in registers
 #
-# Warps: 384 threads, 64512 registers by estimate
+# Warps: 384 threads, 64512 of 64512 registers handed out
 #   role        first warp  warps  registers  why
 #   softmax              0      4        240  setmaxnreg: a row of S, part of P, what the exponentials need
 #   correction           4      4        152  setmaxnreg: part of a row of O, its factor
@@ -294,7 +294,7 @@ def visits_of(block, lengths):
 
 
 def tma_views(atom, smem, gmem):
-    """Both sides of a TMA load: mode 0 is one tile, mode 1 the stage or the tile number."""
+    """Both sides of a TMA load: mode 0 is what one load brings, the others count stages, and tiles or chunks."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 

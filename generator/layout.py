@@ -141,6 +141,11 @@ class Plan(Spelling):
         return 2 if self.pair or self.two_ctas else 1
 
     @property
+    def cta_mask(self) -> int:
+        """A bit for each of them, by rank."""
+        return (1 << self.ctas) - 1
+
+    @property
     def passes(self) -> int:
         """Passes over O's columns, each with the scores recomputed."""
         return self.tiling.passes
