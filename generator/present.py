@@ -177,7 +177,7 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
 
 
 def cost_table(rows: Iterable[Explained]) -> Table:
-    """One line a strategy, none for a refused one: what a KV tile costs a CTA in MMAs, bytes and cycles of each unit."""
+    """One line a strategy, none for a refused one: what a KV tile costs a CTA, in MMAs, bytes and cycles."""
     units = ("tensor core", "smem", "L2", "MUFU")
     counts = ("tcgen05.mma", "L2 bytes", "MMA reads", "smem writes")
     heads = ("strategy", "a tile", *counts, *(f"{name} cycles" for name in units), "limiter")
