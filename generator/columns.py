@@ -1,10 +1,10 @@
-"""What a CTA needs on sm_90a beyond head_dim 256, where the accumulator of 64 query rows takes half of the register file:
-one warpgroup computes the scores, two more hold half of O's columns each.
+"""What a CTA needs on sm_90a beyond head_dim 256, where the accumulator of 64 query rows takes half of the register
+file: one warpgroup computes the scores, two more hold half of O's columns each.
 
-Pure arithmetic, as in budget.py. Q stays in the score warpgroup's registers, operand A of QK; that way shared memory gives
-its bandwidth to K and V, which stream through rings in pieces: K in chunks of columns, V in slices of keys. P goes through
-shared memory, with the factor by which O is to be rescaled. With a cluster of two CTAs, each loads half of every piece for
-both (multicast), which halves what L2 has to give.
+Pure arithmetic, as in budget.py. Q stays in the score warpgroup's registers, operand A of QK, as far as they suffice;
+that way shared memory gives its bandwidth to K and V, which stream through rings in pieces: K in chunks of columns, V
+in slices of keys. P goes through shared memory, with the factor by which O is to be rescaled. With a cluster of two
+CTAs, each loads half of every piece for both (multicast), which halves what L2 has to give.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
 V_KEYS = 32  # keys of V in a buffer
 OUTPUT_GROUPS = 2
 P_STAGES = 2
-# What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32 ptxas
-# spills nothing at head_dim 512, with 8 less of either it does; an output thread has two accumulators, each aligned.
+# What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
+# ptxas spills nothing at head_dim 512, with 8 less of either it does; an output thread has two accumulators.
 SCORE_OTHERS, OUTPUT_OTHERS = 16, 32
 PRODUCER_REGISTERS = 24
 PART, PART_MAX = 128, 192  # columns of O: of the first of two wgmma where one would write more than PART_MAX
@@ -103,18 +103,15 @@ def _v_bytes(spec: KernelSpec) -> int:
 
 def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[tuple[str, int, int, str | None, str]]:
     rows, keys = arch.mma_m, tiling.tile_n
-    apart = chunks_apart(spec, arch, tiling)
+    apart, stages = chunks_apart(spec, arch, tiling), q_stages(spec, arch, tiling)
+    why = f"{rows} x {CHUNK} a stage, on the way to registers" + (f"; the last {apart} chunks stay" if apart else "")
     wanted = [
         ("rows", P_STAGES * rows * ACCUMULATOR_BYTES, P_STAGES, None, f"factors of {rows} rows"),
         (
             *("sK", tiling.kv_stages * keys * CHUNK * ELEMENT_BYTES, tiling.kv_stages, None),
-            f"{keys} x {CHUNK} a stage; Q, {rows} x {CHUNK} a stage, goes through it first",
+            f"{keys} x {CHUNK} a stage",
         ),
-        *(
-            [("sQ", apart * rows * CHUNK * ELEMENT_BYTES, apart, None, f"{rows} x {CHUNK} a chunk: the last of Q")]
-            if apart
-            else []
-        ),
+        ("sQ", stages * rows * CHUNK * ELEMENT_BYTES, stages, None, why),
         ("sV", v_count * _v_bytes(spec), v_count, None, f"{V_KEYS} x {spec.v_dim} a stage"),
         ("sP", P_STAGES * rows * keys * ELEMENT_BYTES, P_STAGES, None, f"{rows} x {keys} a stage"),
     ]
@@ -128,7 +125,7 @@ def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[
 def column_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     """The Budget of a candidate. Never raises for what does not fit: see Budget.overflows."""
     v_count, cluster = v_stages(spec, arch, tiling), tiling.tile_m // arch.mma_m
-    mbarriers = _mbarriers(tiling, v_count, arch.group_warps, cluster, chunks_apart(spec, arch, tiling) > 0)
+    mbarriers = _mbarriers(tiling, v_count, arch.group_warps, cluster, q_stages(spec, arch, tiling))
     buffers = _buffers(spec, arch, tiling, mbarriers[1], v_count)
     budget = assembled(arch, mbarriers, buffers, ((), 0), _roles(spec, arch, tiling), _named_barriers, handed_out=True)
     return replace(budget, overflows=tuple(_overflows(budget, spec, arch, tiling)))
@@ -165,6 +162,11 @@ def chunks_apart(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     return next(count for count in range(k_chunks(spec) + 1) if spec.head_dim - count * CHUNK <= max(0, 4 * free))
 
 
+def q_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
+    """Buffers through which Q's chunks come: all that stay, and two so that one is loaded while another is read."""
+    return max(2, chunks_apart(spec, arch, tiling))
+
+
 def _roles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple[Role, ...]:
     size = arch.group_warps
     held = ", ".join(f"{name} {count}" for name, count in score_fragments(spec, arch, tiling).items())
@@ -178,18 +180,15 @@ def _roles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple[Role, ...]:
 
 
 def _mbarriers(
-    tiling: Tiling, v_count: int, warps: int, cluster: int, q_apart: bool
+    tiling: Tiling, v_count: int, warps: int, cluster: int, q_count: int
 ) -> tuple[tuple[Mbarrier, ...], int]:
     both = ", in both CTAs" if cluster > 1 else ""
     output = OUTPUT_GROUPS * warps
-    q_rings = (
-        ("q_full", 1, 1, "TMA: the chunks of Q that stay in shared memory have landed"),
-        ("q_empty", 1, warps, "score warps, one lane each: the last QK has read them"),
-    )
     return place_mbarriers(
         (
-            *(q_rings if q_apart else ()),
-            ("k_full", tiling.kv_stages, 1, "TMA: a chunk of Q or K has landed"),
+            ("q_full", q_count, 1, "TMA: a chunk of Q has landed"),
+            ("q_empty", q_count, warps, "score warps, one lane each: it is in registers, or the last QK has read it"),
+            ("k_full", tiling.kv_stages, 1, "TMA: a chunk of K has landed"),
             ("k_empty", tiling.kv_stages, cluster * warps, f"score warps, one lane each{both}: it has been read"),
             ("v_full", v_count, 1, "TMA: a slice of V has landed"),
             ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),

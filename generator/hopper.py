@@ -195,6 +195,10 @@ class ColumnsPlan(HopperPlan):
         return chunks_apart(self.spec, self.arch, self.tiling)
 
     @property
+    def q_stages(self) -> int:
+        return self.budget.buffer("sQ").stages
+
+    @property
     def v_slices(self) -> int:
         return self.tile_n // V_KEYS
 

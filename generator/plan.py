@@ -27,8 +27,8 @@ from dataclasses import replace
 from .arch import ARCHS, Arch
 from .budget import Tiling
 from .chunks import PASSES, budget_of, chunked_tilings, geometry, shared_chunks
-from .cost import cost_of
 from .columns import check_columns, column_preference, column_tilings
+from .cost import cost_of
 from .hopper import ColumnsPlan, HopperPlan
 from .layout import WHOLE_TILES, Plan, Rejected
 from .spec import HEAD_DIM_MAX, HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError

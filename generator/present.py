@@ -157,10 +157,12 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
     heads = ("head_dim", "strategy", "tile", "P in", *smem, "total", *tmem, "sum", "SM cycles", "status")
     table = _table(*heads, title=title, left=("strategy", "P in", "status"))
     for row in rows:
-        budget, tiling = row.budget, row.tiling
-        color = "green" if row.chosen else "yellow" if budget.fits else "red"
-        spec = row.spec
+        budget, tiling, spec = row.budget, row.tiling, row.spec
         dims = str(spec.head_dim) if spec.v_dim == spec.head_dim else f"{spec.head_dim}/{spec.v_dim}"
+        if row.refused:
+            table.add_row(dims, row.strategy, *[""] * (len(heads) - 3), "[red]refused: see below[/]")
+            continue
+        color = "green" if row.chosen else "yellow" if budget.fits else "red"
         table.add_row(
             *(dims, row.strategy, f"{tiling.tile_m}x{tiling.tile_n}", tiling.p_staging.upper()),
             *("in sQ" if name == "sO" and tiling.o_over_q else str(budget.bytes_of(name)) for name in smem),
@@ -175,13 +177,15 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
 
 
 def cost_table(rows: Iterable[Explained]) -> Table:
-    """One line a strategy: what a KV tile costs a CTA in MMAs, bytes and cycles of each resource."""
+    """One line a strategy, none for a refused one: what a KV tile costs a CTA, in MMAs, bytes and cycles."""
     units = ("tensor core", "smem", "L2", "MUFU")
     counts = ("tcgen05.mma", "L2 bytes", "MMA reads", "smem writes")
     heads = ("strategy", "a tile", *counts, *(f"{name} cycles" for name in units), "limiter")
     title = f"a KV tile of one CTA, counted; rates a cycle and SM: {SM100A.rates}"
     table = _table(*heads, title=title, left=("strategy", "a tile", "limiter"))
     for row in rows:
+        if row.refused:
+            continue
         cost = row.cost
         numbers = (cost.mma_instructions, cost.load_bytes, cost.mma_read_bytes, cost.write_bytes)
         cycles = (f"{cost.cycles[name]:.0f}" for name in units)
@@ -201,40 +205,48 @@ def strategy_notes(rows: Iterable[Explained]) -> list[str]:
     notes = []
     for row in rows:
         notes.append(f"{row.strategy}: {row.says}")
-        notes.append(f"  {row.tiling}: {row.status}")
+        notes.append(f"  {row.status}" if row.refused else f"  {row.tiling}: {row.status}")
         notes += [f"    remedy: {row.remedy}"] if row.remedy and not row.chosen else []
     return notes
 
 
 def strategy_document(rows: Iterable[Explained]) -> list[dict[str, Any]]:
-    """The strategies for programs: cost holds a KV tile's counts of one CTA, cycles a resource, and the score."""
+    """The strategies for programs; one that is refused has no figures."""
     return [
         {
             "arch": row.spec.arch,
             "head_dim": row.spec.head_dim,
             "head_dim_v": row.spec.v_dim,
-            **asdict(row.tiling),
+            **({} if row.refused else _figures(row)),
             "strategy": row.strategy,
-            "smem": {buffer.name: row.budget.bytes_of(buffer.name) for buffer in row.budget.buffers},
-            "smem_total": row.budget.smem_total,
-            "smem_limit": row.budget.smem_limit,
-            "tmem": {region.name: region.columns for region in row.budget.regions},
-            "tmem_used": row.budget.tmem_used,
-            "tmem_columns": row.budget.tmem_columns,
-            "tmem_limit": row.budget.tmem_limit,
-            "fits": row.budget.fits,
+            "fits": not row.refused and row.budget.fits,
             "chosen": row.chosen,
             "status": row.status,
             "remedy": row.remedy,
-            "cost": {
-                **asdict(row.cost),
-                "cycles": row.cost.cycles,
-                "limiter": row.cost.limiter,
-                "sm_cycles_128x128": row.cost.score,
-            },
         }
         for row in rows
     ]
+
+
+def _figures(row: Explained) -> dict[str, Any]:
+    """cost holds a KV tile's counts of one CTA, cycles a resource, and the score."""
+    budget, cost = row.budget, row.cost
+    return {
+        **asdict(row.tiling),
+        "smem": {buffer.name: budget.bytes_of(buffer.name) for buffer in budget.buffers},
+        "smem_total": budget.smem_total,
+        "smem_limit": budget.smem_limit,
+        "tmem": {region.name: region.columns for region in budget.regions},
+        "tmem_used": budget.tmem_used,
+        "tmem_columns": budget.tmem_columns,
+        "tmem_limit": budget.tmem_limit,
+        "cost": {
+            **asdict(cost),
+            "cycles": cost.cycles,
+            "limiter": cost.limiter,
+            "sm_cycles_128x128": cost.score,
+        },
+    }
 
 
 def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
