@@ -101,6 +101,10 @@ class Kernel:
     def cubin(self) -> bytes:
         return self.binary.cubin
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, here or in another process, prepares its own calls (copy.deepcopy of a module that has a kernel)."""
+        return type(self), (self.plan, self.binary)
+
     def __repr__(self) -> str:
         return f"<Kernel {self.spec.name}: {self.plan.tiling}>"
 

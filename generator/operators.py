@@ -18,6 +18,7 @@ import torch
 from .arrays import check_kinds
 from .compile import Binary
 from .launch import torch_dtype
+from .layout import Plan
 from .run import RunError
 from .signature import fixed_sizes, outputs
 
@@ -48,13 +49,17 @@ def operator_name(kernel: Any) -> str:
     return name
 
 
+def planned_name(plan: Plan) -> str:
+    """The operator's name of the kernel that the plan's template writes."""
+    tiling = hashlib.sha256(repr(plan.tiling).encode()).hexdigest()
+    return f"{plan.kernel_name}_{tiling[:8]}"
+
+
 def _register(kernel: Any) -> str:
-    binary = kernel.binary
-    tiling = hashlib.sha256(repr(binary.plan.tiling).encode()).hexdigest()
-    name = f"{binary.spec.name}_{tiling[:8]}"
+    binary, name = kernel.binary, planned_name(kernel.plan)
     if name in _registered and not _same_code(_registered[name], binary):
         code = hashlib.sha256(binary.ptx.encode() + binary.host_object).hexdigest()
-        name += f"_{code[:8]}"  # of a file that the plan's template did not write
+        name += f"_{code[:8]}"  # one of the two is of an edited file
     if name not in _registered:
         _define(name, kernel)
         _registered[name] = binary

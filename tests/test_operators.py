@@ -1,6 +1,8 @@
 """operators.py: kernels as operators of PyTorch, traced and called; on CPU tensors, which the emulator runs."""
 
+import copy
 import dataclasses
+import pickle
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from generator.compile import compile_kernel
 from generator.kernel import Kernel
 from generator.plan import plan_kernel
 from generator.reference import attention
+from generator.resources import checkout_root
 from generator.run import RunError
 from generator.signature import inputs
 
@@ -275,6 +278,23 @@ def test_other_plans_and_other_code_have_operators_of_their_own():
     tensors = tensors_of(planned)
     for kernel in (planned, tiled, edited):
         assert same(kernel.op(**tensors), kernel(**tensors))
+
+
+def test_the_readme_has_its_name():
+    from generator.operators import planned_name
+
+    plan = plan_kernel(generator.load_spec(head_dim=96, causal=True))
+    assert f"torch.ops.bespoke.{planned_name(plan)}.default" in (checkout_root() / "README.md").read_text()
+
+
+def test_a_module_with_a_kernel_can_be_copied():
+    """After its calls were prepared and its operator registered; a copy is an equal build."""
+    kernel = built("normalized")
+    tensors = tensors_of(kernel)
+    assert kernel._launcher is not None and kernel.op
+    for copied in (copy.deepcopy(Module(kernel)).kernel, pickle.loads(pickle.dumps(kernel))):
+        assert copied is not kernel and copied.op is kernel.op
+        assert same(copied(**tensors), kernel(**tensors))
 
 
 FRESH = """
