@@ -95,8 +95,7 @@ def _define(name: str, kernel: Any) -> None:
         attend,
         mutates_args=(),
         schema=f"({tensors}, float? scale=None) -> {returns}",
-        tags=(torch.Tag.needs_fixed_stride_order,),  # D stays contiguous
-    )
+    )  # an operator without layout tags gets its arguments with the strides that the traced program gives them
     operator.register_fake(fake)
     operator.register_autograd(backward)
 

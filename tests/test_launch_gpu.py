@@ -51,6 +51,7 @@ def test_alignment_is_checked_on_each_call(kernel):
 def test_the_current_stream_orders_it(kernel):
     tensors = tensors_of()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # clocks; a launch on another stream would read ones
         for tensor, values in zip(later := [torch.ones_like(x) for x in tensors], tensors, strict=True):
