@@ -286,6 +286,8 @@ def check_strides(view: View) -> View:
     if view.address % alignment:
         limit = f"must be aligned to {alignment} bytes"
         raise CallError(f"{name} address", f"{view.address:#x}", limit, remedy)
+    if view.strides == tuple(strides):
+        return view
     return View(name, view.shape, tuple(strides), view.dtype, size, view.address, view.device, view.owner)
 
 

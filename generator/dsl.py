@@ -248,6 +248,9 @@ class HostFunction:
         self._devices: set[int] = set()
         self._loading = threading.Lock()
 
+    def loaded(self, device: int) -> bool:
+        return device in self._devices
+
     def load(self, device: int = 0) -> int:
         """Load the cubin and set the kernel's attributes on `device`, once. Returns a CUDA error code, 0: success."""
         with self._loading:
@@ -267,7 +270,7 @@ class HostFunction:
 
         scalars: of the types that the function was traced with.
         """
-        status = 0 if device in self._devices else self.load(device)
+        status = 0 if self.loaded(device) else self.load(device)
         return status or Call(self, tensors, scalars, stream)()
 
     @cached_property

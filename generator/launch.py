@@ -195,8 +195,9 @@ class Launcher:
         index = device.index or 0
         check_device(binary.spec.arch, index)
         function = host_function(binary.host_object, binary.host_symbol, "cuda")
-        with torch.cuda.device(index):
-            _check_status(binary, function.load(index))
+        if not function.loaded(index):
+            with torch.cuda.device(index):
+                _check_status(binary, function.load(index))
         layout = [(shape, torch_dtype(dtype)) for _, shape, dtype in output_layout(binary.spec, views[0])]
         tensors = [(view.shape, view.strides) for view in views]
         tensors += [(shape, compact_strides(shape)) for shape, _ in layout]

@@ -61,7 +61,7 @@ def built() -> Kernel:
 def launching_nothing(kernel: Kernel) -> Kernel:
     """The kernel, called with CPU tensors as with a GPU's."""
     returning = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("labs", ctypes.CDLL(None)))
-    function = SimpleNamespace(entry=returning, load=lambda device: 0)
+    function = SimpleNamespace(entry=returning, loaded=lambda device: True)
     launch.check_device = lambda arch, device: None
     launch.multiprocessors = lambda device: 132
     launch.host_function = lambda host_object, symbol, backend: function

@@ -52,11 +52,14 @@ class Recorder:
     """In place of a HostFunction: notes addresses, scale and stream of each launch, as they are when it returns."""
 
     def __init__(self, status=0):
-        self.status, self.launches, self.loaded, self.inside = status, [], [], lambda: None
+        self.status, self.launches, self.loads, self.inside = status, [], [], lambda: None
         self.entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.called)
 
+    def loaded(self, device):
+        return device in self.loads
+
     def load(self, device):
-        self.loaded.append(device)
+        self.loads.append(device)
         return 0
 
     def called(self, address):
@@ -289,7 +292,7 @@ def test_addresses_scale_and_stream_are_those_of_the_call(recorded, device):
         outputs = launcher(arrays, scale)
         wanted = [tensor.data_ptr() for tensor in (*arrays.values(), *outputs)]
         assert recorder.launches[-1] == (wanted, scale, device.stream)
-    assert recorder.loaded == [0]
+    assert recorder.loads == [0]
 
 
 def test_another_current_device_is_left_for_the_call(recorded, device):
