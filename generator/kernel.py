@@ -32,6 +32,7 @@ class Kernel:
         [B, Skv2, Hkv, ...] with kv_sources = 2; by name seqlens and seqlens2, int32 [B] (keys of each source that
         exist, 0 to Skv), limit2, int32 [B, Sq] (keys of the second source that a query sees), sink, float32 [Hq].
         Rows of K and V past a length are read with the tile that they share, so they must be finite.
+        out=(o, lse, ...): CUDA tensors to write into rather than new ones, as many as are returned.
         scale: of the scores, default 1/sqrt(D). Returns (o, lse), (o, lse, m) when the output is un-normalized, or o
         alone when the kernel stores no LSE: O [B, Sq, Hq, Dv], LSE and m float32 [B, Hq, Sq], natural log.
         Raises CallError for arrays that do not fit the kernel, RunError when it cannot be launched.

@@ -22,6 +22,7 @@ from .arrays import (
     Output,
     View,
     check_inputs,
+    check_outputs,
     is_torch,
     merged_spans,
     output_layout,
@@ -35,6 +36,7 @@ from .emulator.host import HostError, attached, library_path, redirect
 BACKENDS = ("emulator", "cuda")
 EMULATED_SMS = 4  # few, so that the CTAs of a persistent kernel take turns at small sizes
 Prepare = Callable[[Gpu, Sequence[Output]], None]
+EMULATE = 'use backend="emulator" with CPU arrays'
 _COMPUTE_CAPABILITY = {"sm_90a": (9, 0), "sm_100a": (10, 0)}
 
 
@@ -52,18 +54,26 @@ class Run:
 
 
 def run_kernel(
-    binary: Binary, *arrays: Any, scale: float | None = None, backend: str | None = None, **named: Any
+    binary: Binary,
+    *arrays: Any,
+    scale: float | None = None,
+    backend: str | None = None,
+    out: Sequence[Any] | None = None,
+    **named: Any,
 ) -> tuple[Any, ...]:
     """Attention of the arrays that the kernel takes, by position or by name; see arrays.check_inputs.
 
-    scale: of the scores, default 1/sqrt(head_dim). backend: default by where the arrays are. Returns O [B, Sq, Hq, Dv]
-    (float32 when unnormalized), then LSE and, when unnormalized, m, float32 [B, Hq, Sq], in the library of q.
+    scale: of the scores, default 1/sqrt(head_dim). backend: default by where the arrays are. out: CUDA tensors to write
+    into, in the order of what is returned. Returns O [B, Sq, Hq, Dv] (float32 when unnormalized), then LSE and, when
+    unnormalized, m, float32 [B, Hq, Sq], in the library of q.
     Raises CallError for arrays that the kernel was not built for, RunError when it cannot be launched or writes outside
     its outputs, EmulatorError for what the emulator refuses.
     """
     views = check_inputs(binary.spec, *arrays, **named)
     if _check_backend(backend, views) == "cuda" and views[0].device != "cpu":
-        return _run_on_tensors(binary, views, _check_scale(binary, scale))
+        return _run_on_tensors(binary, views, _check_scale(binary, scale), out)
+    if out is not None:
+        raise CallError("out", "given", "is for CUDA tensors; q is on the CPU", "leave it out")
     run = run_observed(binary, *arrays, scale=scale, backend=backend, **named)
     for output in run.outputs:
         if output.outside():
@@ -240,12 +250,29 @@ def _error_name(status: int) -> str:
     return runtime.cudaError_t(status).name
 
 
+def check_device(arch: str, device: int = 0, remedy: str = EMULATE) -> None:
+    """Raise RunError unless CUDA device `device` exists and can execute code for `arch`. remedy: what else to do."""
+    found = compute_capability(device, remedy)
+    if found != _COMPUTE_CAPABILITY[arch]:
+        major, minor = found
+        raise RunError(f"the kernel was built for {arch}, but CUDA device {device} is sm_{major}{minor}; {remedy}")
+
+
+def device_arch(device: int = 0, remedy: str = EMULATE) -> str:
+    """The architecture of the vocabulary whose code CUDA device `device` executes. Raises RunError for none."""
+    major, minor = compute_capability(device, remedy)
+    for arch, capability in _COMPUTE_CAPABILITY.items():
+        if capability == (major, minor):
+            return arch
+    known = " and ".join(_COMPUTE_CAPABILITY)
+    raise RunError(f"CUDA device {device} is sm_{major}{minor}, and kernels are built for {known}; {remedy}")
+
+
 @cache  # a device does not change; refusals are not kept
-def check_device(arch: str, device: int = 0) -> None:
-    """Raise RunError unless CUDA device `device` exists and can execute code for `arch`."""
+def compute_capability(device: int = 0, remedy: str = EMULATE) -> tuple[int, int]:
+    """(major, minor) of a CUDA device. Raises RunError when there is no such device."""
     from cuda.bindings import runtime
 
-    remedy = 'use backend="emulator" with CPU arrays'
     try:
         count = _cuda(runtime.cudaGetDeviceCount())
     except (RunError, RuntimeError) as error:  # RuntimeError: cuda-python finds no driver library
@@ -255,8 +282,7 @@ def check_device(arch: str, device: int = 0) -> None:
     attribute = runtime.cudaDeviceAttr
     major = _cuda(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMajor, device))
     minor = _cuda(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMinor, device))
-    if (major, minor) != _COMPUTE_CAPABILITY[arch]:
-        raise RunError(f"the kernel was built for {arch}, but CUDA device {device} is sm_{major}{minor}; {remedy}")
+    return major, minor
 
 
 @cache
@@ -274,7 +300,9 @@ def _launch_on_device(binary: Binary, views: Sequence[View], scale: float, strea
         raise RunError(f"{binary.spec.name}: the launch failed with CUDA error {_error_name(status)}")
 
 
-def _run_on_tensors(binary: Binary, views: Sequence[View], scale: float) -> tuple[Any, ...]:
+def _run_on_tensors(
+    binary: Binary, views: Sequence[View], scale: float, out: Sequence[Any] | None = None
+) -> tuple[Any, ...]:
     """CUDA tensors in, CUDA tensors out, on PyTorch's current stream; nothing is copied or waited for."""
     import torch
 
@@ -284,8 +312,12 @@ def _run_on_tensors(binary: Binary, views: Sequence[View], scale: float) -> tupl
     check_device(binary.spec.arch, device.index or 0)
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
     layout = output_layout(binary.spec, views[0])
-    outputs = [torch.empty(shape, dtype=kinds[dtype], device=device) for _, shape, dtype in layout]
-    arguments = [*views, *(view_of(name, tensor) for (name, _, _), tensor in zip(layout, outputs, strict=True))]
+    if out is None:
+        outputs = [torch.empty(shape, dtype=kinds[dtype], device=device) for _, shape, dtype in layout]
+        written = [view_of(name, tensor) for (name, _, _), tensor in zip(layout, outputs, strict=True)]
+    else:
+        outputs, written = list(out), check_outputs(binary.spec, views[0], out)
+    arguments = [*views, *written]
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         _launch_on_device(binary, arguments, scale, stream, device.index or 0)
