@@ -1,7 +1,8 @@
 """The fastest plan by measurement: candidates of a specification compiled, checked, timed in one run, the winner kept.
 
-Candidates are the tiles that the model ranks first, each with every schedule (turns, lazy) that it can have. How far
-the model's own pick is from the measured best says what the table is worth, and what the model is.
+Candidates are the tiles that the model ranks first, and the one that the table has now, each with every schedule
+(turns, lazy) that it can have. How far the model's own pick is from the measured best says what the table is worth, and
+what the model is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .sample import take_sample
 from .spec import KernelSpec, SpecError, load_spec
 from .timing import Clock, Launch, Timing, geometric_mean, interleaved
 from .tuned import Winner, mask_kind
-from .warpgroups import consumers, default_schedule, model_preference, warpgroup_tilings
+from .warpgroups import consumers, default_schedule, is_winner, model_preference, warpgroup_tilings
 
 ARCH = "sm_90a"  # the architecture whose planner reads tuned.json
 HEAD_DIMS = tuple(range(16, 257, 16))
@@ -157,16 +158,19 @@ def parse_masks(text: str) -> list[str]:
 
 
 def tuning_cases(head_dims: Sequence[tuple[int, int]], masks: Sequence[str], tiles: int) -> list[Case]:
-    """One a head_dim and mask, with the schedules of `tiles` tiles. Raises SpecError for what cannot be planned."""
+    """One a head_dim and mask, with the schedules of the model's first `tiles` tiles, and of the one that the table has
+    now. Raises SpecError for what cannot be planned.
+    """
     cases = []
     for head_dim, head_dim_v in head_dims:
         for mask in masks:
             spec = load_spec(arch=ARCH, head_dim=head_dim, head_dim_v=head_dim_v, causal=mask == "causal")
             check_implemented(spec)
-            ranked = ranked_tiles(spec, ARCHS[ARCH])[:tiles]
+            ranked = ranked_tiles(spec, ARCHS[ARCH])
             if not ranked:
                 raise DoesNotFit("head_dim", head_dim, f"no tile fits {ARCH}", "a smaller head_dim or head_dim_v")
-            plans = [plan_tiling(spec, item) for tile in ranked for item in schedules(tile, ARCHS[ARCH])]
+            compared = ranked[:tiles] + [tile for tile in ranked[tiles:] if is_winner(spec, tile)]
+            plans = [plan_tiling(spec, item) for tile in compared for item in schedules(tile, ARCHS[ARCH])]
             cases.append(Case(spec, tuple(plans), ranked[0]))
     return cases
 
