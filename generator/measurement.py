@@ -110,8 +110,8 @@ def tune(
 ) -> None:
     """Time the planner's best tiles for sm_90a on the GPU, and keep the fastest in tuned.json.
 
-    Exit code 1 when one is wrong. The file is written after every case; records of other head dims and masks stay, and
-    a FILE that is not there yet begins as the planner's table.
+    Exit code 1 when one is wrong. The file is written after every case. Records of other head dims and masks stay.
+    A FILE that is not there yet begins as the planner's table.
     """
     from .bench import kernel_of, machine, require_gpu
     from .builds import compile_plans
@@ -152,7 +152,8 @@ def tune(
     screen.print(present.plain_table(*tune_cells(results)))
     for note in tune_notes(results, left, budget_seconds):
         screen.print(note, markup=False, soft_wrap=True)
-    outcome = f"{len(winners)} winners in {target}" if winners else f"nothing was timed, {target} is as it was"
+    many = "winner" if len(winners) == 1 else "winners"
+    outcome = f"{len(winners)} {many} in {target}" if winners else f"nothing was timed, {target} is as it was"
     screen.print(outcome, markup=False, soft_wrap=True)
     if any(item.wrong for result in results for item in result.candidates):
         raise typer.Exit(VERIFICATION_FAILED)

@@ -98,8 +98,12 @@ def asked(spec: KernelSpec, shape: Shape) -> Iterator[str]:
 
 
 def shortened(error: BaseException, told: Sequence[str] = ()) -> str:
-    """An error in one line, with the last warning before it where there was one: PyTorch says there why."""
-    text = f"{type(error).__name__}: {error}" + (f" ({told[-1]})" if told else "")
+    """An error in one line, with the warning that explains it: PyTorch tells there why a backend does not take a case,
+    after heads ("... not used because:") and a word on each backend that was not asked ("... runtime disabled").
+    """
+    reasons = [text.split(" (Triggered internally")[0].strip() for text in told]
+    reasons = [text for text in reasons if not text.endswith("because:") and "runtime disabled" not in text]
+    text = f"{type(error).__name__}: {error}" + (f" ({reasons[-1]})" if reasons else "")
     text = " ".join(text.split())
     return text if len(text) <= MESSAGE_SHOWN else text[: MESSAGE_SHOWN - 3] + "..."
 

@@ -9,8 +9,10 @@ import pytest
 from generator.compile import compile_kernel
 from generator.matrix import shapes_of
 from generator.plan import plan_kernel
+from generator.resources import tuned_path
 from generator.run import RunError, check_device, run_kernel, run_observed
 from generator.spec import load_spec
+from generator.tuned import read_winners
 from generator.verify import compare, judge, judge_writes, random_operands, verify_kernel
 
 CASES = {
@@ -133,10 +135,7 @@ def test_adversarial_data(case, change):
 
 @every_case
 def test_a_thousand_launches_give_the_same_bits(case):
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip(f"PyTorch {torch.__version__} sees no CUDA device")
-    binary = compiled(case)
+    torch, binary = cuda_torch(), compiled(case)
     operands = {name: on_device(torch, x) for name, x in random_operands(binary.spec, shape_of(binary), 3).items()}
     first = run_kernel(binary, **operands)
     again = tuple(torch.empty_like(output) for output in first)
@@ -149,6 +148,13 @@ def test_a_thousand_launches_give_the_same_bits(case):
     assert differing.tolist() == [0] * len(first)
 
 
+def cuda_torch():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip(f"PyTorch {torch.__version__} sees no CUDA device")
+    return torch
+
+
 def on_device(torch, array):
     if array.dtype == np.dtype(ml_dtypes.bfloat16):
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).cuda()
@@ -157,3 +163,30 @@ def on_device(torch, array):
 
 def bits(torch, tensor):
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+# --- the commands that measure ----------------------------------------------------------------------------------------
+
+
+def bespoke(*words):
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert result.exit_code == 0, (result.exit_code, result.stdout, result.stderr, result.exception)
+    return result.stdout
+
+
+def test_bench_measures(tmp_path):
+    cuda_torch()
+    words = ("--head-dim", "64,96", "--causal", "--shape", "2,4,4,1000,1000", "--peers", "cudnn,efficient", "--reps", 2)
+    assert "fmha_sm90_d96_causal" in bespoke("bench", *words, "--json", tmp_path / "rows.json")
+    document = json.loads((tmp_path / "rows.json").read_text())
+    assert all(row["ours"]["status"] == "measured" and row["of_roof"] > 0 for row in document["rows"])
+    assert any(row["ratio"] for row in document["rows"])  # by PyTorch itself, one of its backends answers
+
+
+def test_tune_measures(tmp_path):
+    cuda_torch()
+    words = ("--head-dim", 64, "--mask", "causal", "--candidates", 1, "--reps", 2, "--out", tmp_path / "tuned.json")
+    assert "1 winner in" in bespoke("tune", *words)
+    found, before = read_winners(tmp_path / "tuned.json"), read_winners(tuned_path())
+    changed = [key for key, record in found.items() if record != before.get(key)]
+    assert set(changed) <= {("sm_90a", 64, 64, "causal")}

@@ -1,9 +1,14 @@
 """What peers are asked for, what they answer, and how refusals are told."""
 
+import sys
+import types
+
 import pytest
 
 from generator.matrix import Shape
 from generator.peers import MESSAGE_SHOWN, PEERS, Refused, asked, chosen_peers, shortened, versions
+from generator.reference import Seen, attention
+from generator.sample import host, take_sample
 from generator.spec import SpecError, load_spec
 
 torch = pytest.importorskip("torch")
@@ -67,9 +72,16 @@ def test_whatever_a_peer_raises_is_a_refusal_in_one_line():
 
 
 def test_a_warning_before_the_error_is_told():
-    assert shortened(RuntimeError("No available kernel."), ["other", "head_dim 512 is too wide"]) == (
+    told = [
+        "Memory efficient kernel not used because: (Triggered internally at sdp_utils.cpp:9.)",
+        "head_dim 512 is too wide (Triggered internally at sdp_utils.cpp:8.)",
+        "CuDNN attention kernel not used because: (Triggered internally at sdp_utils.cpp:7.)",
+        "CuDNN attention has been runtime disabled. (Triggered internally at sdp_utils.cpp:6.)",
+    ]
+    assert shortened(RuntimeError("No available kernel."), told) == (
         "RuntimeError: No available kernel. (head_dim 512 is too wide)"
     )
+    assert shortened(RuntimeError("No available kernel."), told[:1]) == "RuntimeError: No available kernel."
 
 
 def test_pytorchs_own_backends_say_why_they_do_not_run_here():
@@ -119,6 +131,91 @@ def _operands(spec, shape):
 
 
 def measured_sample(spec, operands):
-    from generator.sample import take_sample
-
     return take_sample(spec, operands)
+
+
+# --- how each is called: stand-ins with the packages' own parameters ------------------------------------------------
+
+
+def stand_in(monkeypatch, module, **functions):
+    """Packages of this dotted name, the last of which has these functions."""
+    words = module.split(".")
+    for count in range(1, len(words) + 1):
+        name = ".".join(words[:count])
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    vars(sys.modules[module]).update(functions)
+
+
+def attended(q, k, v, **seen):
+    """Attention of [B, S, H, D] tensors in NumPy, as float64 tensors: O and LSE."""
+    exact = attention(host(q), host(k), host(v), q.shape[-1] ** -0.5, seen=Seen(**seen))
+    return torch.from_numpy(exact.o), torch.from_numpy(exact.lse)
+
+
+def error_of(name, shape, **fields):
+    spec = load_spec(arch="sm_90a", **fields)
+    operands = _operands(spec, shape)
+    _, o = BY_NAME[name].call(spec, shape, operands)
+    return measured_sample(spec, operands).o_error(o)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"causal": True, "window_left": 9, "sink": True, "q_heads_per_kv": 2}, {"window_left": 5, "window_right": 3}],
+    ids=str,
+)
+def test_fa4_is_called_by_its_words(monkeypatch, fields):
+    def flash_attn_func(
+        q, k, v, *, causal=False, window_size=(None, None), learnable_sink=None, return_lse=False
+    ):  # of flash-attn-4 4.0.0b36, those that we give
+        assert return_lse and q.shape[1] == 24
+        left, right = window_size
+        return attended(q, k, v, causal=causal, left=left, right=right, sink=learnable_sink)
+
+    stand_in(monkeypatch, "flash_attn.cute.interface", flash_attn_func=flash_attn_func)
+    assert error_of("fa4", Shape(2, 2, 2 // fields.get("q_heads_per_kv", 1), 24, 33), head_dim=16, **fields) < 1e-12
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_ffpa_is_called_by_its_words(monkeypatch, causal):
+    def ffpa_attn_func(query, key, value, *, is_causal=False, enable_gqa=False, backend=None):
+        assert backend == "cutedsl" and enable_gqa and query.shape[1] == 2
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return attended(q, k, v, causal=is_causal)[0].transpose(1, 2)
+
+    stand_in(monkeypatch, "ffpa_attn", ffpa_attn_func=ffpa_attn_func)
+    fields = {"head_dim": 272, "q_heads_per_kv": 2, "causal": causal}
+    assert error_of("ffpa", Shape(1, 2, 1, 20, 26), **fields) < 1e-12
+
+
+@pytest.mark.parametrize("fields", [{}, {"causal": True, "window_left": 9, "sink": True}, {"seqlens": True}], ids=str)
+def test_frost_is_called_by_its_words(monkeypatch, fields):
+    def sdpa_fwd_wrapper_dsl_sm90(
+        q_tensor,
+        k_tensor,
+        v_tensor,
+        *,
+        is_causal=False,
+        causal_bottom_right=False,
+        window_size_left=None,
+        seq_q_lens=None,
+        seq_kv_lens=None,
+        sinks=None,
+    ):
+        assert is_causal == causal_bottom_right and (seq_q_lens is None) == (seq_kv_lens is None)
+        q, k, v = (x.transpose(1, 2) for x in (q_tensor, k_tensor, v_tensor))
+        seen = {"causal": is_causal, "left": window_size_left, "seqlens": seq_kv_lens, "sink": sinks}
+        o, lse = attended(q, k, v, **seen)
+        return {"o_tensor": o.transpose(1, 2), "lse_tensor": lse}
+
+    stand_in(monkeypatch, "cudnn.sdpa.fwd.api_dsl", sdpa_fwd_wrapper_dsl_sm90=sdpa_fwd_wrapper_dsl_sm90)
+    assert error_of("frost", Shape(2, 2, 2, 20, 26), head_dim=272, **fields) < 1e-12
+
+
+@pytest.mark.parametrize("fields", [{}, {"causal": True}, {"head_dim_v": 32, "kv_shared": True}], ids=str)
+def test_pytorch_is_called_by_its_words(monkeypatch, fields):
+    """Its backend for CPUs stands in for those of GPUs."""
+    from torch.nn.attention import SDPBackend
+
+    monkeypatch.setattr(SDPBackend, "CUDNN_ATTENTION", SDPBackend.MATH, raising=False)
+    assert error_of("cudnn", Shape(2, 2, 2, 24, 24), head_dim=48, **fields) < 4e-3
