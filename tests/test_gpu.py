@@ -1,11 +1,14 @@
 """Kernels of sm_90a on a GPU: the matrix' shapes, data that breaks softmaxes, and the same bits a thousand times."""
 
+import json
 from functools import cache
 
 import ml_dtypes
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from generator import cli
 from generator.compile import compile_kernel
 from generator.matrix import shapes_of
 from generator.plan import plan_kernel
