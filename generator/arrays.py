@@ -358,6 +358,26 @@ def output_layout(spec: KernelSpec, q: View) -> list[tuple[str, tuple[int, ...],
     return [(parameter.name, parameter.extents(sizes), parameter.dtype) for parameter in outputs(spec)]
 
 
+def check_outputs(spec: KernelSpec, q: View, given: Sequence[Any]) -> list[View]:
+    """Views of arrays that a call is to write into, in the order of output_layout. Raises CallError."""
+    layout = output_layout(spec, q)
+    names = ", ".join(name for name, _, _ in layout)
+    if len(given) != len(layout):
+        raise CallError("out", f"{len(given)} arrays", f"must be {len(layout)}: {names}", "pass one for each")
+    views = []
+    for (name, shape, dtype), array in zip(layout, given, strict=True):
+        view = view_of(name, array)
+        _check_dtype(view, dtype)
+        if view.shape != tuple(shape):
+            raise CallError(
+                f"{name}.shape", view.shape, f"of these inputs it is {tuple(shape)}", "pass one of that shape"
+            )
+        if view.device != q.device:
+            raise CallError("device", view.device, f"{name} must be where q is, on {q.device}", "move it there")
+        views.append(check_strides(view))
+    return views
+
+
 def merged_spans(views: Sequence[View]) -> list[tuple[str, int, int]]:
     """(names, address, bytes) of the memory that views reach, overlapping ones joined (slices of a packed QKV)."""
     merged: list[tuple[str, int, int]] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from . import emulation, present  # noqa: F401  (emulation registers its subcommands)
+from . import emulation, measurement, present  # noqa: F401  (emulation and measurement register their subcommands)
 from .command import (
     VERIFICATION_FAILED,
     Exhaustively,
@@ -35,7 +35,7 @@ from .command import (
 from .emit import is_current, kernel_path, require_writable, write_bytes, write_kernel, write_text
 from .explain import explain_kernel
 from .matrix import SHAPE_FORMAT, Shape, load_matrix, parse_shape, run_cases, shapes_of
-from .options import kernel_spec, spec_options
+from .options import kernel_spec, listed_specs, spec_options
 from .pages import write_pages
 from .plan import Plan, plan_kernel
 from .resources import checkout_root, generated_dir
@@ -62,9 +62,7 @@ JsonFile = typer.Option(None, "--json", metavar="FILE", help="write all rows her
 @spec_options
 def budget(fields: dict[str, Any], as_json: bool = Json) -> None:
     """What each kv_stage and P staging needs of shared memory and TMEM. --head-dim takes a list here."""
-    wanted = fields.pop("head_dim", BUDGET_HEAD_DIMS)
-    dims = [int(word) if word.isdecimal() else word for word in str(wanted).split(",")]
-    specs = [kernel_spec(None, {**fields, "head_dim": dim}) for dim in dims]
+    specs = listed_specs(None, fields, BUDGET_HEAD_DIMS)
     whole = [row for spec in specs if has_table(spec) for row in survey_kernel(spec)]
     wide = [row for spec in specs if not has_table(spec) for row in explain_kernel(spec)]
     if as_json:

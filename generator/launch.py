@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
-from .arrays import ALIGNMENT, Views, check_inputs, check_scale, compact_strides, output_layout
+from .arrays import ALIGNMENT, Views, check_inputs, check_outputs, check_scale, compact_strides, output_layout
 from .compile import Binary
 from .dsl import Call, HostFunction, Scalars, TensorArgument, runtime_library
 from .emulator.host import library_path, redirect
 from .signature import inputs
 
 KNOWN_CALLS = 1024  # kinds of calls that a Launcher remembers, some 2 KB each
+EMULATE = 'use backend="emulator" with CPU arrays'
 _COMPUTE_CAPABILITY = {"sm_90a": (9, 0), "sm_100a": (10, 0)}
 
 
@@ -46,12 +47,29 @@ def _error_name(status: int) -> str:
     return runtime.cudaError_t(status).name
 
 
+def check_device(arch: str, device: int = 0, remedy: str = EMULATE) -> None:
+    """Raise RunError unless CUDA device `device` exists and can execute code for `arch`. remedy: what else to do."""
+    found = compute_capability(device, remedy)
+    if found != _COMPUTE_CAPABILITY[arch]:
+        major, minor = found
+        raise RunError(f"the kernel was built for {arch}, but CUDA device {device} is sm_{major}{minor}; {remedy}")
+
+
+def device_arch(device: int = 0, remedy: str = EMULATE) -> str:
+    """The architecture of the vocabulary whose code CUDA device `device` executes. Raises RunError for none."""
+    major, minor = compute_capability(device, remedy)
+    for arch, capability in _COMPUTE_CAPABILITY.items():
+        if capability == (major, minor):
+            return arch
+    known = " and ".join(_COMPUTE_CAPABILITY)
+    raise RunError(f"CUDA device {device} is sm_{major}{minor}, and kernels are built for {known}; {remedy}")
+
+
 @cache  # a device does not change; refusals are not kept
-def check_device(arch: str, device: int = 0) -> None:
-    """Raise RunError unless CUDA device `device` exists and can execute code for `arch`."""
+def compute_capability(device: int = 0, remedy: str = EMULATE) -> tuple[int, int]:
+    """(major, minor) of a CUDA device. Raises RunError when there is no such device."""
     from cuda.bindings import runtime
 
-    remedy = 'use backend="emulator" with CPU arrays'
     try:
         count = check_cuda(runtime.cudaGetDeviceCount())
     except (RunError, RuntimeError) as error:  # RuntimeError: cuda-python finds no driver library
@@ -61,8 +79,7 @@ def check_device(arch: str, device: int = 0) -> None:
     attribute = runtime.cudaDeviceAttr
     major = check_cuda(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMajor, device))
     minor = check_cuda(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMinor, device))
-    if (major, minor) != _COMPUTE_CAPABILITY[arch]:
-        raise RunError(f"the kernel was built for {arch}, but CUDA device {device} is sm_{major}{minor}; {remedy}")
+    return major, minor
 
 
 @cache
@@ -98,6 +115,21 @@ def launch_views(binary: Binary, views: Views, scale: float, stream: int, device
 def _check_status(binary: Binary, status: int) -> None:
     if status:
         raise RunError(f"{binary.spec.name}: the launch failed with CUDA error {_error_name(status)}")
+
+
+def launch_into(binary: Binary, views: Views, scale: float, out: Sequence[Any]) -> tuple[Any, ...]:
+    """One launch on PyTorch's current stream that writes into these tensors, which are returned. Nothing is prepared
+    for later calls. Raises CallError for outputs that are not the kernel's, RunError.
+    """
+    import torch
+
+    device = views[0].owner.device
+    check_device(binary.spec.arch, device.index or 0)
+    written = check_outputs(binary.spec, views[0], out)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        launch_views(binary, [*views, *written], scale, stream, device.index or 0)
+    return tuple(out)
 
 
 # --- PyTorch's tensors ------------------------------------------------------------------------------------------------

@@ -38,6 +38,17 @@ def kernel_spec(kernel: str | None, fields: dict[str, Any]) -> KernelSpec:
     return load_spec(kernel, **fields)
 
 
+def listed_specs(kernel: str | None, fields: dict[str, Any], head_dims: str | None) -> list[KernelSpec]:
+    """One specification a head_dim where the option takes a list, "64,128"; head_dims: the list when it is not given,
+    None for the kernel's own. Raises SpecError.
+    """
+    wanted = fields.get("head_dim", head_dims)
+    if wanted is None:
+        return [kernel_spec(kernel, fields)]
+    dims = [int(word) if word.isdecimal() else word for word in str(wanted).split(",")]
+    return [kernel_spec(kernel, {**fields, "head_dim": dim}) for dim in dims]
+
+
 def _kinds(name: str) -> set[type]:
     """The types that a field's values have; a Literal counts as those of its values."""
     kinds: set[type] = set()

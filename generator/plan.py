@@ -34,7 +34,16 @@ from .layout import WHOLE_TILES, Plan, Rejected
 from .spec import HEAD_DIM_MAX, HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
 from .warpgroups import CONSUMERS_MAX, can_pack, warpgroup_preference, warpgroup_tilings
 
-__all__ = ["CHUNKED", "WHOLE_TILES", "DoesNotFit", "NotImplementedYet", "Plan", "candidates", "plan_kernel"]
+__all__ = [
+    "CHUNKED",
+    "WHOLE_TILES",
+    "DoesNotFit",
+    "NotImplementedYet",
+    "Plan",
+    "candidates",
+    "plan_kernel",
+    "plan_tiling",
+]
 
 TILE_NS = (128, 64, 32, 16)
 SHARED_TILE_NS = tuple(range(128, 0, -16))  # two K tiles must fit where K in chunks is V too: finer steps fill the rest
@@ -74,8 +83,25 @@ def plan_kernel(spec: KernelSpec) -> Plan:
     fitting.sort(key=lambda pair: rank(pair[0]))
     chosen, budget = fitting[0]
     rejected += [_second(spec, arch, chosen, tiling) for tiling, _ in fitting[1:]]
-    kind = {"warpgroups": HopperPlan, "columns": ColumnsPlan}.get(chosen.strategy, Plan)
-    return kind(spec, arch, chosen, budget, tuple(rejected))
+    return _plan_class(chosen)(spec, arch, chosen, budget, tuple(rejected))
+
+
+def plan_tiling(spec: KernelSpec, tiling: Tiling) -> Plan:
+    """The Plan of a specification with exactly this tiling, whatever the planner would take; nothing is rejected.
+
+    Raises NotImplementedYet as plan_kernel does, DoesNotFit when the tiling's budget overflows.
+    """
+    arch = ARCHS[spec.arch]
+    check_implemented(spec)
+    budget = budget_of(spec, arch, tiling)
+    if not budget.fits:
+        over = budget.overflows[0]
+        raise DoesNotFit("tiling", str(tiling), f"does not fit: {over}", over.remedy)
+    return _plan_class(tiling)(spec, arch, tiling, budget, ())
+
+
+def _plan_class(tiling: Tiling) -> type[Plan]:
+    return {"warpgroups": HopperPlan, "columns": ColumnsPlan}.get(tiling.strategy, Plan)
 
 
 def strategies(spec: KernelSpec) -> tuple[str, ...]:

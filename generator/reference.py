@@ -23,6 +23,7 @@ class Seen:
     causal, left, right: of the first source, aligned at the bottom right against the batch entry's own length: row i
     stands at key i + length - Sq. seqlens, seqlens2: keys of each source that exist, [B]. k2, v2, limit2: a second
     source, [B, Skv2, Hkv, ...], and how many of its keys a row sees, [B, Sq]. sink: a logit a query head, [Hq].
+    rows: the Q in hand holds only these rows, [n], of so many `queries`: a sample of a longer call.
     """
 
     causal: bool = False
@@ -34,11 +35,14 @@ class Seen:
     seqlens2: Any = None
     limit2: Any = None
     sink: Any = None
+    rows: Any = None
+    queries: int | None = None
 
     def first(self, b: int, queries: int, keys: int) -> np.ndarray:
         """[Sq, Skv], true where a row of batch entry b sees a key of the first source."""
         length = keys if self.seqlens is None else int(self.seqlens[b])
-        distance = np.arange(keys)[None, :] - (np.arange(queries)[:, None] + length - queries)
+        rows = np.arange(queries) if self.rows is None else np.asarray(self.rows)
+        distance = np.arange(keys)[None, :] - (rows[:, None] + length - (self.queries or queries))
         seen = np.broadcast_to(np.arange(keys) < length, (queries, keys))
         if self.causal:
             seen = seen & (distance <= 0)

@@ -1,4 +1,4 @@
-"""Where templates/ and specs/ are, in a checkout and in an installed wheel, and the version.
+"""Where templates/, specs/ and tuned.json are, in a checkout and in an installed wheel, and the version.
 
 In a checkout (or an editable install) they lie beside the package, in a wheel inside it.
 """
@@ -31,6 +31,11 @@ def templates_dir() -> Path:
 def specs_dir() -> Path:
     """Folder of the specifications (*.toml)."""
     return _folder("specs")
+
+
+def tuned_path() -> Path:
+    """The table of measured winners (tuned.py)."""
+    return _PACKAGE / "tuned.json"
 
 
 def generated_dir() -> Path:

@@ -30,7 +30,16 @@ from .compile import Binary
 from .dsl import Scalars, Traced
 from .emulator import Gpu, Labels
 from .emulator.host import HostError, attached
-from .launch import Launcher, RunError, check_cuda, check_device, host_function, launch_views, scalars_of
+from .launch import (
+    Launcher,
+    RunError,
+    check_cuda,
+    check_device,
+    host_function,
+    launch_into,
+    launch_views,
+    scalars_of,
+)
 
 BACKENDS = ("emulator", "cuda")
 EMULATED_SMS = 4  # few, so that the CTAs of a persistent kernel take turns at small sizes
@@ -47,18 +56,28 @@ class Run:
 
 
 def run_kernel(
-    binary: Binary, *arrays: Any, scale: float | None = None, backend: str | None = None, **named: Any
+    binary: Binary,
+    *arrays: Any,
+    scale: float | None = None,
+    backend: str | None = None,
+    out: Sequence[Any] | None = None,
+    **named: Any,
 ) -> tuple[Any, ...]:
     """Attention of the arrays that the kernel takes, by position or by name; see arrays.check_inputs.
 
-    scale: of the scores, default 1/sqrt(head_dim). backend: default by where the arrays are. Returns O [B, Sq, Hq, Dv]
-    (float32 when unnormalized), then LSE and, when unnormalized, m, float32 [B, Hq, Sq], in the library of q.
+    scale: of the scores, default 1/sqrt(head_dim). backend: default by where the arrays are. out: CUDA tensors to write
+    into, in the order of what is returned. Returns O [B, Sq, Hq, Dv] (float32 when unnormalized), then LSE and, when
+    unnormalized, m, float32 [B, Hq, Sq], in the library of q.
     Raises CallError for arrays that the kernel was not built for, RunError when it cannot be launched or writes outside
     its outputs, EmulatorError for what the emulator refuses.
     """
     views = check_inputs(binary.spec, *arrays, **named)
     if _check_backend(backend, views) == "cuda" and views[0].device != "cpu":
+        if out is not None:
+            return launch_into(binary, views, check_scale(binary.spec, scale), out)
         return Launcher(binary)({view.name: view.owner for view in views}, scale)
+    if out is not None:
+        raise CallError("out", "given", "is for CUDA tensors; q is on the CPU", "leave it out")
     run = run_observed(binary, *arrays, scale=scale, backend=backend, **named)
     for output in run.outputs:
         if output.outside():

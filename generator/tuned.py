@@ -1,4 +1,5 @@
-"""What was measured to be the fastest plan, by head dims and mask: tuned.json, which `bespoke tune` writes.
+"""What was measured to be the fastest plan, by head dims and mask: tuned.json, which `bespoke tune` writes, one record
+a line.
 
 The planner takes it for a specification of these head dims and this kind of mask, whatever else that asks for, as long
 as it fits; where nothing was measured it goes by its model.
@@ -7,12 +8,14 @@ as it fits; where nothing was measured it goes by its model.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from .spec import KernelSpec
+from .resources import tuned_path
+from .spec import KernelSpec, SpecError
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,34 @@ class Winner:
 
 @cache
 def _winners() -> dict[tuple[Any, ...], Winner]:
-    text = resources.files(__package__).joinpath("tuned.json").read_text()
-    found = [Winner(**record) for record in json.loads(text)]
+    return read_winners(tuned_path())
+
+
+def read_winners(path: Path) -> dict[tuple[Any, ...], Winner]:
+    """The winners of a tuned.json by their keys. Raises SpecError when it cannot be read, is no such file, or has two
+    winners for one key.
+    """
+    try:
+        found = [Winner(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    except OSError as error:
+        raise SpecError("tuned.json", path, f"cannot be read: {error.strerror}", "name another file") from None
+    except (ValueError, TypeError) as error:
+        raise SpecError("tuned.json", path, f"is not a list of winners: {error}", "name another file") from None
     by_key = {item.key: item for item in found}
     if len(by_key) != len(found):
-        raise ValueError("tuned.json has two winners for one key")
+        raise SpecError("tuned.json", path, "has two winners for one key", "remove one of them")
     return by_key
+
+
+def merged(known: Iterable[Winner], measured: Iterable[Winner]) -> list[Winner]:
+    """Both, where a key has two the measured one, in order of the keys."""
+    by_key = {item.key: item for item in (*known, *measured)}
+    return [by_key[key] for key in sorted(by_key)]
+
+
+def spelled(winners: Iterable[Winner]) -> str:
+    """The text of a tuned.json: a record a line."""
+    return "[\n" + ",\n".join(f" {json.dumps(asdict(item))}" for item in winners) + "\n]\n"
 
 
 def mask_kind(spec: KernelSpec) -> str:

@@ -78,6 +78,11 @@ def schedule(spec: KernelSpec, tile_m: int, tile_n: int) -> dict[str, bool]:
     found = winner(spec)
     if found and (tile_m, tile_n) == (found.tile_m, found.tile_n):
         return {"turns": found.turns, "lazy": found.lazy}
+    return default_schedule(spec, tile_m)
+
+
+def default_schedule(spec: KernelSpec, tile_m: int) -> dict[str, bool]:
+    """turns and lazy where nothing was measured: by how wide O is."""
     wide = spec.v_dim > WIDE
     return {"turns": tile_m > 64 and not wide, "lazy": wide}
 
@@ -214,6 +219,12 @@ def warpgroup_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     multiplied; a group's heads in one tile; the winner of a measurement, where there was one; then the fewest predicted
     cycles a score.
     """
+    shallow, apart, *model = model_preference(spec, arch, tiling)
+    return (shallow, apart, not is_winner(spec, tiling), *model)
+
+
+def model_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
+    """warpgroup_preference as if nothing had been measured."""
     apart = not packs(spec, arch, tiling.tile_m)
     cycles = predicted_cycles(spec, arch, tiling) / (tiling.tile_m * tiling.tile_n)
-    return (tiling.kv_stages < 2, apart, not is_winner(spec, tiling), cycles, -tiling.kv_stages, tiling.o_over_q)
+    return (tiling.kv_stages < 2, apart, cycles, -tiling.kv_stages, tiling.o_over_q)

@@ -6,7 +6,7 @@ import pytest
 
 import generator
 from generator import arrays, run
-from generator.arrays import CallError, Output, check_inputs, merged_spans, output_layout, view_of
+from generator.arrays import CallError, Output, check_inputs, check_outputs, merged_spans, output_layout, view_of
 from generator.reference import attention
 from generator.run import RunError, run_kernel, run_observed
 from generator.spec import SpecError, load_spec
@@ -205,6 +205,37 @@ def test_refused_scale(kernel, inputs, scale):
 def test_refused_backend(kernel, inputs):
     with pytest.raises(CallError, match="^backend = 'tpu': must be emulator or cuda; leave it out"):
         run_kernel(kernel.binary, *inputs, backend="tpu")
+
+
+def test_outputs_to_write_into_are_for_cuda_tensors(kernel, inputs):
+    with pytest.raises(CallError, match="^out = 'given': is for CUDA tensors; q is on the CPU; leave it out"):
+        run_kernel(kernel.binary, *inputs, out=())
+
+
+@pytest.mark.parametrize(
+    "o, lse, message",
+    [
+        ((2, 70, 4, 16), (2, 4, 70), r"o.shape = \(2, 70, 4, 16\): of these inputs it is \(2, 70, 4, 32\)"),
+        ((2, 70, 4, 32), (2, 70, 4), r"lse.shape = .*: of these inputs it is \(2, 4, 70\)"),
+        ((2, 70, 4, 32), None, "out = '1 arrays': must be 2: o, lse; pass one for each"),
+    ],
+)
+def test_refused_outputs(inputs, o, lse, message):
+    given = [zeros(*o), *([zeros(*lse, dtype=np.float32)] if lse else [])]
+    with pytest.raises(CallError, match=f"^{message}"):
+        check_outputs(spec_of(), view_of("q", inputs[0]), given)
+
+
+def test_outputs_of_another_type_or_place_are_refused(inputs):
+    q, o, lse = view_of("q", inputs[0]), zeros(2, 70, 4, 32), zeros(2, 4, 70, dtype=np.float32)
+    assert [view.name for view in check_outputs(spec_of(), q, (o, lse))] == ["o", "lse"]
+    with pytest.raises(CallError, match="^lse.dtype = 'float64': the kernel was built for float32"):
+        check_outputs(spec_of(), q, (o, lse.astype(float)))
+    with pytest.raises(CallError, match="^lse.strides = "):
+        check_outputs(spec_of(), q, (o, zeros(2, 4, 140, dtype=np.float32)[..., ::2]))
+    elsewhere = arrays.View(**{**vars(q), "device": "cuda:0"})
+    with pytest.raises(CallError, match="^device = 'cpu': o must be where q is, on cuda:0; move it there"):
+        check_outputs(spec_of(), elsewhere, (o, lse))
 
 
 def test_no_gpu_says_so(kernel, inputs):
