@@ -67,6 +67,11 @@ class Explained:
         return shared or SAYS[self.strategy]
 
     @property
+    def instruction(self) -> str:
+        """The MMA instruction that the cost counts."""
+        return "wgmma" if self.tiling.strategy == "warpgroups" else "tcgen05.mma"
+
+    @property
     def chosen(self) -> bool:
         return self.status == "chosen"
 

@@ -290,16 +290,21 @@ def _check_hopper(spec: KernelSpec, arch: Arch) -> None:
         if columns > arch.mma_n_max:
             limit = f"not implemented for sm_90a yet beyond {arch.mma_n_max}"
             raise NotImplementedYet(field, columns, limit, 'use arch = "sm_100a"')
-    if spec.tile_m != "auto" and spec.tile_m not in range(arch.mma_m, CONSUMERS_MAX * arch.mma_m + 1, arch.mma_m):
-        rows = ", ".join(str(arch.mma_m * count) for count in range(1, CONSUMERS_MAX + 1))
+    if spec.tile_m != "auto" and spec.tile_m not in hopper_rows(arch):
+        rows = ", ".join(map(str, hopper_rows(arch)))
         raise DoesNotFit("tile_m", spec.tile_m, f"a consumer warpgroup has {arch.mma_m} query rows", f"use {rows}")
-    rows = range(arch.mma_m, CONSUMERS_MAX * arch.mma_m + 1, arch.mma_m) if spec.tile_m == "auto" else (spec.tile_m,)
+    rows = hopper_rows(arch) if spec.tile_m == "auto" else (spec.tile_m,)
     group = spec.q_heads_per_kv
     if spec.pack_heads is True and group > 1 and not any(can_pack(group, count, arch) for count in rows):
         limit = (
             f"a group of {group} query heads does not fold into {' or '.join(map(str, rows))} rows of a tile, 64 a box"
         )
         raise DoesNotFit("pack_heads", True, limit, 'use "auto" or false, or another tile_m')
+
+
+def hopper_rows(arch: Arch) -> tuple[int, ...]:
+    """What tile_m may be on sm_90a."""
+    return tuple(arch.mma_m * count for count in range(1, CONSUMERS_MAX + 1))
 
 
 def _later_in_two_tiles(spec: KernelSpec) -> Iterator[tuple[str, str]]:
@@ -336,13 +341,21 @@ def _cures(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
     """(field, what to set it to) for each field whose change alone makes the specification fit."""
     if spec.kv_stage != "auto" and (deepest := deepest_kv_stage(spec, arch)):
         yield "kv_stage", f"the deepest that fits is {deepest}"
+    if strategies(spec) == ("warpgroups",):
+        choices = {"tile_m": hopper_rows(arch), "tile_n": TILE_NS}
+        yield from _cures_among(choices, spec, arch)
+        return
     if spec.tile_m == arch.mma_m and spec.strategy == "auto":
         for strategy in CHUNKED:
             if _any_fits(spec.model_copy(update={"strategy": strategy, "tile_m": "auto"}), arch):
                 yield "tile_m", f"leave it out: strategy = {strategy} fits"
                 break
     others = (*(("tiles",) if fits_tiles(spec) else ()), *CHUNKED)
-    choices = {"strategy": others, "p_staging": arch.p_stagings, "tile_n": TILE_NS}
+    yield from _cures_among({"strategy": others, "p_staging": arch.p_stagings, "tile_n": TILE_NS}, spec, arch)
+
+
+def _cures_among(choices: dict[str, tuple], spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
+    """_cures of these fields: the first value that fits of each that the specification sets."""
     for field, values in choices.items():
         if getattr(spec, field) != "auto":
             fitting = (v for v in values if _any_fits(spec.model_copy(update={field: v}), arch))

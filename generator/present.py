@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .arch import SM100A
+from .accumulators import NAMES, Accumulators, accumulators
 from .explain import Explained
 from .layout import Plan
 from .mask import TileCounts
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 TABLE_WIDTH = 240  # columns of the widest table; a narrower terminal wraps its lines rather than losing cells
 SMEM_BUFFERS = ("sQ", "sK", "sV", "sP", "sO", "barriers")
-TMEM_REGIONS = ("S", "P", "O")
 OPCODES_SHOWN = 3
 KERNEL_NAME_SHOWN = 40
 
@@ -100,20 +99,22 @@ def _table(*columns: str, title: str | None = None, left: tuple[str, ...] = ()) 
 
 
 def budget_table(rows: Iterable[Row]) -> Table:
-    """One line a head_dim, P staging and kv_stage: bytes of shared memory, columns of TMEM, status."""
-    regions = [f"TMEM {name}" for name in TMEM_REGIONS]
+    """One line a head_dim, P staging and kv_stage of one architecture: bytes of shared memory, columns of TMEM or
+    registers of a consumer thread, status.
+    """
+    rows = list(rows)
+    held = [accumulators(row.spec, row.tiling, row.budget) for row in rows]
     smem = (*SMEM_BUFFERS, "total", "limit")
-    heads = ("head_dim", "P in", "kv_stage", "tile", *smem, *regions, "sum", "alloc", "status")
+    heads = ("head_dim", "P in", "kv_stage", "tile", *smem, *_held_heads(held), "status")
     table = _table(*heads, left=("P in", "status"))
-    for row in rows:
+    for row, parts in zip(rows, held, strict=True):
         budget = row.budget
         color = "red" if row.overflows else "yellow" if row.missing else "green"
         table.add_row(
             *_head_cells(row),
             *(_smem_cell(row, name) for name in SMEM_BUFFERS),
             *(str(number) for number in (budget.smem_total, budget.smem_limit)),
-            *(str(_columns(row, name)) for name in TMEM_REGIONS),
-            *(str(number) for number in (budget.tmem_used, budget.tmem_columns)),
+            *_held_cells(parts),
             f"[{color}]{escape(row.status)}[/]",
             style="bold" if row.chosen else None,
         )
@@ -132,8 +133,15 @@ def _smem_cell(row: Row, name: str) -> str:
     return "in sQ" if name == "sO" and row.tiling.o_over_q else str(row.budget.bytes_of(name))
 
 
-def _columns(row: Row, name: str) -> int:
-    return row.budget.columns_of(name)
+def _held_heads(held: Sequence[Accumulators]) -> tuple[str, ...]:
+    if held and held[0].unit == "registers":
+        return (*(f"reg {name}" for name in NAMES), "other", "sum", "of")
+    return (*(f"TMEM {name}" for name in NAMES), "sum", "alloc")
+
+
+def _held_cells(held: Accumulators) -> list[str]:
+    other = [held.other] if held.unit == "registers" else []
+    return [str(number) for number in (*held.parts.values(), *other, held.used, held.limit)]
 
 
 def overflow_notes(rows: Iterable[Row]) -> list[str]:
@@ -153,10 +161,12 @@ def overflow_notes(rows: Iterable[Row]) -> list[str]:
 
 def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table:
     """One line a strategy: what it needs of one CTA, what a KV tile costs it, and why it was not taken."""
-    smem, tmem = ("sQ", "sK", "sV", "ring", "sP", "sO"), [f"TMEM {name}" for name in TMEM_REGIONS]
-    heads = ("head_dim", "strategy", "tile", "P in", *smem, "total", *tmem, "sum", "SM cycles", "status")
+    rows = list(rows)
+    held = [accumulators(row.spec, row.tiling, row.budget) for row in rows]
+    smem, shown = ("sQ", "sK", "sV", "ring", "sP", "sO"), [name for name in _held_heads(held) if name != "alloc"]
+    heads = ("head_dim", "strategy", "tile", "P in", *smem, "total", *shown, "SM cycles", "status")
     table = _table(*heads, title=title, left=("strategy", "P in", "status"))
-    for row in rows:
+    for row, parts in zip(rows, held, strict=True):
         budget, tiling = row.budget, row.tiling
         color = "green" if row.chosen else "yellow" if budget.fits else "red"
         spec = row.spec
@@ -165,8 +175,7 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
             *(dims, row.strategy, f"{tiling.tile_m}x{tiling.tile_n}", tiling.p_staging.upper()),
             *("in sQ" if name == "sO" and tiling.o_over_q else str(budget.bytes_of(name)) for name in smem),
             str(budget.smem_total),
-            *(str(budget.columns_of(name)) for name in TMEM_REGIONS),
-            str(budget.tmem_used),
+            *_held_cells(parts)[: len(shown)],
             f"{row.cost.score:.0f}",
             f"[{color}]{escape(row.status if budget.fits else 'does not fit: see below')}[/]",
             style="bold" if row.chosen else None,
@@ -177,9 +186,10 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
 def cost_table(rows: Iterable[Explained]) -> Table:
     """One line a strategy: what a KV tile costs a CTA in MMAs, bytes and cycles of each resource."""
     units = ("tensor core", "smem", "L2", "MUFU")
-    counts = ("tcgen05.mma", "L2 bytes", "MMA reads", "smem writes")
+    rows = list(rows)
+    counts = (" or ".join(dict.fromkeys(row.instruction for row in rows)), "L2 bytes", "MMA reads", "smem writes")
     heads = ("strategy", "a tile", *counts, *(f"{name} cycles" for name in units), "limiter")
-    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {SM100A.rates}"
+    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {rows[0].cost.rates}"
     table = _table(*heads, title=title, left=("strategy", "a tile", "limiter"))
     for row in rows:
         cost = row.cost
@@ -218,10 +228,7 @@ def strategy_document(rows: Iterable[Explained]) -> list[dict[str, Any]]:
             "smem": {buffer.name: row.budget.bytes_of(buffer.name) for buffer in row.budget.buffers},
             "smem_total": row.budget.smem_total,
             "smem_limit": row.budget.smem_limit,
-            "tmem": {region.name: region.columns for region in row.budget.regions},
-            "tmem_used": row.budget.tmem_used,
-            "tmem_columns": row.budget.tmem_columns,
-            "tmem_limit": row.budget.tmem_limit,
+            **_held_fields(row, by_region=True),
             "fits": row.budget.fits,
             "chosen": row.chosen,
             "status": row.status,
@@ -237,8 +244,18 @@ def strategy_document(rows: Iterable[Explained]) -> list[dict[str, Any]]:
     ]
 
 
+def _held_fields(row: Row | Explained, by_region: bool = False) -> dict[str, Any]:
+    """What S, P and O take, by name, or by region of every query tile."""
+    fields = accumulators(row.spec, row.tiling, row.budget).fields(row.budget)
+    if by_region and "tmem" in fields:
+        fields["tmem"] = {region.name: region.columns for region in row.budget.regions}
+    return fields
+
+
 def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The table for programs. smem and tmem hold bytes and columns by name; overflows the reasons and remedies."""
+    """The table for programs. smem and tmem hold bytes and columns by name, registers those of a consumer thread, in
+    place of tmem, on sm_90a; overflows the reasons and remedies.
+    """
     return [
         {
             "arch": row.spec.arch,
@@ -248,10 +265,7 @@ def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "smem": {name: row.budget.bytes_of(name) for name in SMEM_BUFFERS},
             "smem_total": row.budget.smem_total,
             "smem_limit": row.budget.smem_limit,
-            "tmem": {name: _columns(row, name) for name in TMEM_REGIONS},
-            "tmem_used": row.budget.tmem_used,
-            "tmem_columns": row.budget.tmem_columns,
-            "tmem_limit": row.budget.tmem_limit,
+            **_held_fields(row),
             "fits": not row.overflows,
             "implemented": not row.missing,
             "chosen": row.chosen,
@@ -263,7 +277,9 @@ def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def plan_tables(plan: Plan) -> list[Table]:
-    """The plan's budget: shared memory, TMEM, mbarriers, warps."""
+    """The plan's budget: shared memory, TMEM or a consumer's registers, mbarriers, warps and, where they take turns,
+    named barriers.
+    """
     budget, arch, named = plan.budget, plan.arch, len(plan.budget.named_barriers)
     smem = _table(
         *("buffer", "offset", "bytes", "stages", "holds"),
@@ -272,13 +288,6 @@ def plan_tables(plan: Plan) -> list[Table]:
     )
     for item in budget.buffers:
         smem.add_row(item.name, str(item.offset), str(item.bytes), str(item.stages), item.reason)
-    tmem = _table(
-        *("region", "column", "columns", "holds"),
-        title=f"TMEM: {budget.tmem_used} of {budget.tmem_limit} columns, {budget.tmem_columns} allocated",
-        left=("region", "holds"),
-    )
-    for region in budget.regions:
-        tmem.add_row(region.name, str(region.column), str(region.columns), region.reason)
     warps = _table(
         *("role", "warps", "registers", "why"),
         title=f"{budget.threads} of {arch.threads_per_cta} threads, {named} of {arch.named_barriers} named barriers",
@@ -293,7 +302,35 @@ def plan_tables(plan: Plan) -> list[Table]:
     )
     for barrier in budget.mbarriers:
         barriers.add_row(barrier.name, str(barrier.stages), str(barrier.arrivals), barrier.reason)
-    return [smem, tmem, barriers, warps]
+    return [smem, _held_table(plan), barriers, *([_named_table(plan)] if named > 1 else []), warps]
+
+
+def _held_table(plan: Plan) -> Table:
+    budget, held = plan.budget, accumulators(plan.spec, plan.tiling, plan.budget)
+    if held.unit == "registers":
+        title = f"registers of a consumer thread: {held.used} of {held.limit}"
+        table = _table("what", "registers", "holds", title=title, left=("what", "holds"))
+        rows, columns = plan.arch.mma_m, {"S": plan.tile_n, "P": plan.tile_n, "O": plan.spec.v_dim}
+        for name, count in held.parts.items():
+            kind = "of 16 bits, two a register" if name == "P" else "float32"
+            table.add_row(name, str(count), f"{rows} x {columns[name]} {kind}, over 128 threads")
+        table.add_row("other", str(held.other), "addresses, descriptors, loop state, rows' statistics; an estimate")
+        return table
+    table = _table(
+        *("region", "column", "columns", "holds"),
+        title=f"TMEM: {budget.tmem_used} of {budget.tmem_limit} columns, {budget.tmem_columns} allocated",
+        left=("region", "holds"),
+    )
+    for region in budget.regions:
+        table.add_row(region.name, str(region.column), str(region.columns), region.reason)
+    return table
+
+
+def _named_table(plan: Plan) -> Table:
+    table = _table("id", "name", "threads", "why", title="named barriers", left=("name", "why"))
+    for barrier in plan.budget.named_barriers:
+        table.add_row(str(barrier.id), barrier.name, str(barrier.threads), barrier.reason)
+    return table
 
 
 def rejected_table(plan: Plan, limit: int) -> Table:
@@ -395,9 +432,10 @@ def binary_table(plan: Plan, binary: Any) -> Table:
     how = "from the cache" if binary.cached else f"{binary.seconds:.2f} s"
     table = _table("", "planned", "compiled", title=f"compiled: {len(binary.cubin)} bytes of cubin, {how}", left=("",))
     registers = max(role.registers for role in budget.roles)
+    tmem = [("TMEM columns", str(budget.tmem_columns), binary.tmem_columns)] if budget.tmem_limit else []
     for name, planned, actual in (
         ("dynamic shared memory, bytes", str(budget.smem_total), binary.smem_bytes),
-        ("TMEM columns", str(budget.tmem_columns), binary.tmem_columns),
+        *tmem,
         ("threads", str(budget.threads), binary.threads),
         ("registers a thread", f"about {registers}", binary.registers),
         ("spilled bytes a thread", "0", binary.spills),
