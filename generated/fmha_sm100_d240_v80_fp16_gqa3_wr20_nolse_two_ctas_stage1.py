@@ -36,7 +36,7 @@
 #   sum_full        112       1         4  softmax, one lane a warp: sums and references are in shared memory
 #   sum_empty       120       1         4  correction, one lane a warp: they are in registers
 #
-# Warps: 384 threads, 64512 registers by estimate
+# Warps: 384 threads, 64512 of 64512 registers handed out
 #   role        first warp  warps  registers  why
 #   softmax              0      4        240  setmaxnreg: a row of S, part of P, what the exponentials need
 #   correction           4      4        152  setmaxnreg: part of a row of O, its factor
@@ -94,7 +94,8 @@ CORRECTION_REGISTERS = 152
 ISSUER_REGISTERS = 112
 
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see softmax_tile
-POLYNOMIAL_PAIRS = (1, 4, 6)  # of each 8 pairs of columns: exponentials by FMA
+PAIR_PERIOD = 16
+POLYNOMIAL_PAIRS = (1, 4, 6, 9, 12, 14)  # of each PAIR_PERIOD pairs of columns: exponentials by FMA
 
 THREADS = 384
 WARP_ROWS = 32
@@ -150,7 +151,7 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
 
 # Columns that one tcgen05.ld or tcgen05.st moves, and columns of O that one TMA store takes.
 S_COLUMNS = 32
-P_COLUMNS = 32
+P_COLUMNS = 16
 O_COLUMNS = 16
 O_CHUNK = 80
 
@@ -276,7 +277,7 @@ def visits_of(block, lengths):
 
 
 def tma_views(atom, smem, gmem):
-    """Both sides of a TMA load: mode 0 is one tile, mode 1 the stage or the tile number."""
+    """Both sides of a TMA load: mode 0 is what one load brings, the others count stages, and tiles or chunks."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 
@@ -508,15 +509,19 @@ def softmax_tile(s_tmem, p_tmem, row_stats, bars, n, seen, scale_log2, m, total)
 
     shift = -reference * scale_log2
     p_tile = columns_of(score_tile(p_tmem, slot), 0, TILE_N // 2)
+    sums = None
     for c in cutlass.range_constexpr(0, TILE_N, 2 * P_COLUMNS):
         part = cute.make_tensor(s.iterator + c, cute.make_layout(2 * P_COLUMNS))
         exponentiate(part, scale_log2, shift)
         p = cute.make_rmem_tensor(2 * P_COLUMNS, DTYPE)
         p.store(part.load().to(DTYPE))
         write_row(columns_of(p_tile, c // 2, P_COLUMNS), cute.recast_tensor(p, Float32), P_COLUMNS)
+        if cutlass.const_expr(c + 2 * P_COLUMNS < TILE_N):
+            sums = add_pairs(sums, part)
     cute.arch.fence_view_async_tmem_store()
     arrive_even(bars + P_FULL + slot)
-    return m_new, total * factor + row_sum(s)
+    even, odd = add_pairs(sums, part)
+    return m_new, total * factor + (even + odd)
 
 
 @cute.jit
@@ -524,7 +529,7 @@ def exponentiate(s, scale_log2, shift):
     """s = exp2(s scale_log2 + shift) in place, in pairs; some of them on the FMA units, which are less busy."""
     for c in cutlass.range_constexpr(0, cute.size(s), 2):
         x, y = cute.arch.fma_packed_f32x2((s[c], s[c + 1]), (scale_log2, scale_log2), (shift, shift))
-        if cutlass.const_expr(c // 2 % 8 in POLYNOMIAL_PAIRS):
+        if cutlass.const_expr(c // 2 % PAIR_PERIOD in POLYNOMIAL_PAIRS):
             s[c], s[c + 1] = exp2_polynomial(x, y)
         else:
             s[c] = cute.math.exp2(x, fastmath=True)
@@ -559,12 +564,16 @@ def raise_exponent(power, whole):
 
 
 @cute.jit
-def row_sum(s):
-    sums = [(s[0], s[1]), (s[2], s[3])]
-    for c in cutlass.range_constexpr(4, cute.size(s), 2):
-        sums[c // 2 % 2] = cute.arch.add_packed_f32x2(sums[c // 2 % 2], (s[c], s[c + 1]))
-    even, odd = cute.arch.add_packed_f32x2(sums[0], sums[1])
-    return even + odd
+def add_pairs(sums, s):
+    """The sums of s's even and of its odd columns, added to `sums`, None for nothing yet. One chain, in order: the
+    compiler then takes the columns' exponentials in this order too, and each one's register is soon free.
+    """
+    for c in cutlass.range_constexpr(0, cute.size(s), 2):
+        if cutlass.const_expr(sums is None):
+            sums = s[c], s[c + 1]
+        else:
+            sums = cute.arch.add_packed_f32x2(sums, (s[c], s[c + 1]))
+    return sums
 
 
 @cute.jit

@@ -213,7 +213,7 @@ def hide_columns(s, end):
 
 
 def tma_views(atom, smem, gmem):
-    """Both sides of a TMA load: mode 0 is one chunk, the others count stages or chunks."""
+    """Both sides of a TMA load: mode 0 is what one load brings, the others count stages, and tiles or chunks."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 

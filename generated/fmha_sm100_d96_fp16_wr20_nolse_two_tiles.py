@@ -36,13 +36,13 @@
 #   sum_full        192       2         4  softmax, one lane a warp: sums and references are in shared memory
 #   sum_empty       208       2         4  correction, one lane a warp: they are in registers
 #
-# Warps: 512 threads, 65536 registers by estimate
+# Warps: 512 threads, 65536 of 65536 registers handed out
 #   role        first warp  warps  registers  why
-#   softmax              0      8        192  setmaxnreg: a row of S, part of P, what the exponentials need
-#   correction           8      4         88  setmaxnreg: part of a row of O, its factor
-#   mma                 12      1         40  setmaxnreg: descriptors, coordinates, loop state
-#   tma                 13      1         40  setmaxnreg: descriptors, coordinates, loop state
-#   idle                14      2         40  setmaxnreg counts whole warpgroups
+#   softmax              0      8        216  setmaxnreg: a row of S, part of P, what the exponentials need
+#   correction           8      4         48  setmaxnreg: part of a row of O, its factor
+#   mma                 12      1         32  setmaxnreg: descriptors, coordinates, loop state
+#   tma                 13      1         32  setmaxnreg: descriptors, coordinates, loop state
+#   idle                14      2         32  setmaxnreg counts whole warpgroups
 """Fused attention forward: a CTA two query tiles at a time, 128 rows each of a query head.
 
 Grid (as many CTAs as run at once, or as there is work for), 512 threads each. O of two query tiles leaves while
@@ -79,12 +79,13 @@ O_TILE_BYTES = 12288
 
 TILE_WARPS = 4
 CORRECTION_WARP = 8
-SOFTMAX_REGISTERS = 192
-CORRECTION_REGISTERS = 88
-ISSUER_REGISTERS = 40
+SOFTMAX_REGISTERS = 216
+CORRECTION_REGISTERS = 48
+ISSUER_REGISTERS = 32
 
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see softmax_tile
-POLYNOMIAL_PAIRS = (1, 4, 6)  # of each 8 pairs of columns: exponentials by FMA
+PAIR_PERIOD = 16
+POLYNOMIAL_PAIRS = (1, 4, 6, 9, 12, 14)  # of each PAIR_PERIOD pairs of columns: exponentials by FMA
 
 THREADS = 512
 WARP_ROWS = 32
@@ -141,8 +142,9 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
 
 # Columns that one tcgen05.ld or tcgen05.st moves, and columns of O that one TMA store takes.
 S_COLUMNS = 32
-P_COLUMNS = 32
-O_COLUMNS = 16
+P_COLUMNS = 16
+O_COLUMNS = 8
+STAGE_COLUMNS = 16  # of O on its way out
 O_CHUNK = 48
 
 LOG2_E = 1.4426950408889634
@@ -282,7 +284,7 @@ def sees(own, j):
 
 
 def tma_views(atom, smem, gmem):
-    """Both sides of a TMA load: mode 0 is one tile, mode 1 the stage or the tile number."""
+    """Both sides of a TMA load: mode 0 is what one load brings, the others count stages, and tiles or chunks."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 
@@ -536,15 +538,19 @@ def softmax_tile(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, count, s
     arrive_warp(bars + FACTOR_FULL + i)
 
     shift = -reference * scale_log2
+    sums = None
     for c in cutlass.range_constexpr(0, TILE_N, 2 * P_COLUMNS):
         part = cute.make_tensor(s.iterator + c, cute.make_layout(2 * P_COLUMNS))
         exponentiate(part, scale_log2, shift)
         p = cute.make_rmem_tensor(2 * P_COLUMNS, DTYPE)
         p.store(part.load().to(DTYPE))
         write_row(columns_of(p_tile[i], c // 2, P_COLUMNS), cute.recast_tensor(p, Float32), P_COLUMNS)
+        if cutlass.const_expr(c + 2 * P_COLUMNS < TILE_N):
+            sums = add_pairs(sums, part)
     cute.arch.fence_view_async_tmem_store()
     arrive_warp(bars + P_FULL + i)
-    return m_new, total * factor + row_sum(s)
+    even, odd = add_pairs(sums, part)
+    return m_new, total * factor + (even + odd)
 
 
 @cute.jit
@@ -552,7 +558,7 @@ def exponentiate(s, scale_log2, shift):
     """s = exp2(s scale_log2 + shift) in place, in pairs; some of them on the FMA units, which are less busy."""
     for c in cutlass.range_constexpr(0, cute.size(s), 2):
         x, y = cute.arch.fma_packed_f32x2((s[c], s[c + 1]), (scale_log2, scale_log2), (shift, shift))
-        if cutlass.const_expr(c // 2 % 8 in POLYNOMIAL_PAIRS):
+        if cutlass.const_expr(c // 2 % PAIR_PERIOD in POLYNOMIAL_PAIRS):
             s[c], s[c + 1] = exp2_polynomial(x, y)
         else:
             s[c] = cute.math.exp2(x, fastmath=True)
@@ -587,12 +593,16 @@ def raise_exponent(power, whole):
 
 
 @cute.jit
-def row_sum(s):
-    sums = [(s[0], s[1]), (s[2], s[3])]
-    for c in cutlass.range_constexpr(4, cute.size(s), 2):
-        sums[c // 2 % 2] = cute.arch.add_packed_f32x2(sums[c // 2 % 2], (s[c], s[c + 1]))
-    even, odd = cute.arch.add_packed_f32x2(sums[0], sums[1])
-    return even + odd
+def add_pairs(sums, s):
+    """The sums of s's even and of its odd columns, added to `sums`, None for nothing yet. One chain, in order: the
+    compiler then takes the columns' exponentials in this order too, and each one's register is soon free.
+    """
+    for c in cutlass.range_constexpr(0, cute.size(s), 2):
+        if cutlass.const_expr(sums is None):
+            sums = s[c], s[c + 1]
+        else:
+            sums = cute.arch.add_packed_f32x2(sums, (s[c], s[c + 1]))
+    return sums
 
 
 def max3(a, b, c):
@@ -677,15 +687,16 @@ def finish(o_tmem, o_smem, tma_o, mo, row_stats, bars, scale, i: cutlass.Constex
     cute.arch.mbarrier_wait(bars + SUM_FULL + i, turn & 1)
     total = sums[i, row]
     arrive_rows(bars + SUM_EMPTY + i)
-    wait_tmem(bars + O_FULL + i, (times + 1) & 1)  # the last PV
     if q_tile * TILE_M < seqlen_q:
-        place = q_tile, head, batch
-        store_outputs(o_tmem[i], o_smem[i], tma_o, mo, scale, total, place, seqlen_q, kv_tiles)
+        place, full = (q_tile, head, batch), (bars + O_FULL + i, (times + 1) & 1)
+        store_outputs(o_tmem[i], o_smem[i], tma_o, mo, scale, total, place, seqlen_q, kv_tiles, full)
 
 
 @cute.jit
-def store_outputs(o_tmem, o_smem, tma_o, mo, scale, total, block, seqlen_q, kv_tiles):
+def store_outputs(o_tmem, o_smem, tma_o, mo, scale, total, block, seqlen_q, kv_tiles, full):
+    """O once the last PV is complete. full: its mbarrier and phase."""
     q_tile, head, batch = block
+    wait_tmem(*full)
     if kv_tiles == 0:
         zero_o(o_tmem)
     factor = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)  # a row that sees no key: O = 0
@@ -715,13 +726,13 @@ def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
 
 @cute.jit
 def stage_o(o_tmem, slab, factor):
-    """O_CHUNK columns of O from TMEM to shared memory, O_COLUMNS of them in registers at a time."""
-    for i in cutlass.range_constexpr(O_CHUNK // O_COLUMNS):
-        row = read_row(columns_of(o_tmem, i * O_COLUMNS, O_COLUMNS), O_COLUMNS)
+    """O_CHUNK columns of O from TMEM to shared memory, STAGE_COLUMNS of them in registers at a time."""
+    for i in cutlass.range_constexpr(O_CHUNK // STAGE_COLUMNS):
+        row = read_row(columns_of(o_tmem, i * STAGE_COLUMNS, STAGE_COLUMNS), STAGE_COLUMNS)
         scale_row(row, factor)
-        out = cute.make_rmem_tensor(O_COLUMNS, OUT_DTYPE)
+        out = cute.make_rmem_tensor(STAGE_COLUMNS, OUT_DTYPE)
         out.store(row.load().to(OUT_DTYPE))
-        cute.autovec_copy(out, cute.local_tile(slab, (1, O_COLUMNS), (cute.arch.lane_idx(), i))[0, None])
+        cute.autovec_copy(out, cute.local_tile(slab, (1, STAGE_COLUMNS), (cute.arch.lane_idx(), i))[0, None])
     cute.arch.fence_view_async_shared()  # TMA reads the slab through the async proxy
     cute.arch.sync_warp()
 

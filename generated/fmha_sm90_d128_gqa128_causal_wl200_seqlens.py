@@ -20,7 +20,7 @@
 #   v_full       64       2         1  TMA: a V tile has landed
 #   v_empty      80       2         8  consumers, one lane a warp: PV has read the V tile
 #
-# Warps: 384 threads, 64512 registers by estimate
+# Warps: 384 threads, 64512 of 64512 registers handed out
 #   role      first warp  warps  registers  why
 #   consumer           0      8        240  setmaxnreg: S 80, P 40, O 64, 28 else by estimate
 #   tma                8      1         24  setmaxnreg: coordinates, loop state
@@ -53,6 +53,7 @@ TILE_N = 160
 CONSUMERS = 2
 GROUP_ROWS = 64  # query rows of a consumer: M of wgmma
 GROUP_THREADS = 128
+O_WIDTH = HEAD_DIM_V  # columns of O that a consumer holds
 KV_STAGES = 2
 Q_BYTES = 16384  # of one consumer
 K_TILE_BYTES = 40960
@@ -87,7 +88,7 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (V_EMPTY, 2, 8),
 )
 
-# Named barriers, one a consumer from here on.
+# Named barriers, one a warpgroup from here on.
 TURN_BARRIER = 1
 OWN_BARRIER = 3
 
@@ -370,19 +371,21 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 @cute.jit
 def scale_rows(o, factor):
-    for b in cutlass.range_constexpr(HEAD_DIM_V // 8):
+    for b in cutlass.range_constexpr(O_WIDTH // 8):
         for r in cutlass.range_constexpr(2):
             o[4 * b + 2 * r] = o[4 * b + 2 * r] * factor[r]
             o[4 * b + 2 * r + 1] = o[4 * b + 2 * r + 1] * factor[r]
 
 
 @cute.jit
-def round_p(s, p):
-    """P as operand A of PV: of each block of 16 columns a thread has the same eight elements, in the same order."""
-    for block in cutlass.range_constexpr(TILE_N // 16):
+def round_by_eight(source, target, blocks: cutlass.Constexpr):
+    """float32 to 16 bits, eight elements a time, which are converted in pairs. Of each block of 16 columns a thread has
+    eight, in the same order in operand A of a wgmma as in its result: so S becomes P in place.
+    """
+    for block in cutlass.range_constexpr(blocks):
         eight = cute.make_layout(8)
-        part = cute.make_tensor(s.iterator + 8 * block, eight).load()
-        cute.make_tensor(p.iterator + 8 * block, eight).store(part.to(DTYPE))
+        part = cute.make_tensor(source.iterator + 8 * block, eight).load()
+        cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
 
 
 @cute.jit
@@ -393,19 +396,30 @@ def row_sums(total):
             total[r] = total[r] + cute.arch.shuffle_sync_bfly(total[r], 1 << step)
 
 
+def query_head(head, row):
+    """The query head of a row of the tile."""
+    return head * Q_HEADS_PER_KV + row % Q_HEADS_PER_KV
+
+
 @cute.jit
-def store_outputs(o, m, total, o_smem, out, rows, scale, block, tokens, seqlen_q, first_row, group):
-    """Both rows of this thread out: their sums joined, O normalized, LSE."""
-    q_tile, head, batch = block
+def finish_rows(m, total, factor, rows, scale, block, first_row, tokens, seqlen_q):
+    """Both rows of this thread: their sums joined, LSE stored, and what O is to be multiplied with put into factor."""
+    _, head, batch = block
     (lse,) = rows
     row_sums(total)
-    factor = cute.make_rmem_tensor(2, Float32)
     for r in cutlass.range_constexpr(2):
-        q_head = head * Q_HEADS_PER_KV + (first_row + 8 * r) % Q_HEADS_PER_KV
+        q_head = query_head(head, first_row + 8 * r)
         row_total = total[r]
         factor[r] = cute.arch.rcp_approx(row_total) if row_total > 0.0 else Float32(0.0)  # nothing seen: O = 0
         if (tokens[r] < seqlen_q) & (cute.arch.lane_idx() % 4 == 0):
             lse[batch, q_head, tokens[r]] = m[r] * scale + cute.math.log2(row_total, fastmath=True) * LN_2
+
+
+@cute.jit
+def store_outputs(o, m, total, o_smem, out, rows, scale, block, group, first_row, tokens, seqlen_q):
+    """Both rows of this thread out: O normalized, LSE."""
+    factor = cute.make_rmem_tensor(2, Float32)
+    finish_rows(m, total, factor, rows, scale, block, first_row, tokens, seqlen_q)
     scale_rows(o, factor)
     store_o(o, o_smem, out, block, group)
 
@@ -418,10 +432,7 @@ def store_o(o, o_smem, out, block, group):
     first_warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
     slab = o_smem[None, None, group]
     rounded = cute.make_rmem_tensor(o.layout, DTYPE)
-    for block in cutlass.range_constexpr(HEAD_DIM_V // 16):  # by eight, which are converted in pairs
-        eight = cute.make_layout(8)
-        part = cute.make_tensor(o.iterator + 8 * block, eight).load()
-        cute.make_tensor(rounded.iterator + 8 * block, eight).store(part.to(DTYPE))
+    round_by_eight(o, rounded, O_WIDTH // 16)
     if first_warp:
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store of the turn before has read the slab
     cute.arch.barrier(barrier_id=OWN_BARRIER + group, number_of_threads=GROUP_THREADS)
@@ -490,7 +501,7 @@ def first_tile(operands, bars, place, seen, scale_log2, stats):
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
     first_softmax(s, scale_log2, m, total, seen)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -514,7 +525,7 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     warpgroup.wait_group(0)
     arrive_warp(bars + V_EMPTY + stage_before)
     scale_rows(o, factor)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -573,7 +584,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         release_q(bars, group)
         if kv_tiles > 0:
             last_pv(operands, bars, before)
-        store_outputs(o, m, total, o_smem, out, rows, scale, block, tokens, seqlen_q, first_row, group)
+        store_outputs(o, m, total, o_smem, out, rows, scale, block, group, first_row, tokens, seqlen_q)
     cute.arch.cp_async_bulk_wait_group(0)
 
 

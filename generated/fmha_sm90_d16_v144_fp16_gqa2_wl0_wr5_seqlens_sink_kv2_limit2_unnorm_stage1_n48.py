@@ -21,7 +21,7 @@
 #   v_full       64       1         1  TMA: a V tile has landed
 #   v_empty      72       1        12  consumers, one lane a warp: PV has read the V tile
 #
-# Warps: 512 threads, 65536 registers by estimate
+# Warps: 512 threads, 65536 of 65536 registers handed out
 #   role      first warp  warps  registers  why
 #   consumer           0     12        160  setmaxnreg: S 24, P 12, O 72, 28 else by estimate
 #   tma               12      1         32  setmaxnreg: coordinates, loop state
@@ -54,6 +54,7 @@ TILE_N = 48
 CONSUMERS = 3
 GROUP_ROWS = 64  # query rows of a consumer: M of wgmma
 GROUP_THREADS = 128
+O_WIDTH = HEAD_DIM_V  # columns of O that a consumer holds
 KV_STAGES = 1
 Q_BYTES = 2048  # of one consumer
 K_TILE_BYTES = 1536
@@ -88,7 +89,7 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (V_EMPTY, 1, 12),
 )
 
-# Named barriers, one a consumer from here on.
+# Named barriers, one a warpgroup from here on.
 OWN_BARRIER = 4
 
 LOG2_E = 1.4426950408889634
@@ -409,19 +410,21 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 @cute.jit
 def scale_rows(o, factor):
-    for b in cutlass.range_constexpr(HEAD_DIM_V // 8):
+    for b in cutlass.range_constexpr(O_WIDTH // 8):
         for r in cutlass.range_constexpr(2):
             o[4 * b + 2 * r] = o[4 * b + 2 * r] * factor[r]
             o[4 * b + 2 * r + 1] = o[4 * b + 2 * r + 1] * factor[r]
 
 
 @cute.jit
-def round_p(s, p):
-    """P as operand A of PV: of each block of 16 columns a thread has the same eight elements, in the same order."""
-    for block in cutlass.range_constexpr(TILE_N // 16):
+def round_by_eight(source, target, blocks: cutlass.Constexpr):
+    """float32 to 16 bits, eight elements a time, which are converted in pairs. Of each block of 16 columns a thread has
+    eight, in the same order in operand A of a wgmma as in its result: so S becomes P in place.
+    """
+    for block in cutlass.range_constexpr(blocks):
         eight = cute.make_layout(8)
-        part = cute.make_tensor(s.iterator + 8 * block, eight).load()
-        cute.make_tensor(p.iterator + 8 * block, eight).store(part.to(DTYPE))
+        part = cute.make_tensor(source.iterator + 8 * block, eight).load()
+        cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
 
 
 @cute.jit
@@ -445,19 +448,33 @@ def row_sums(total):
             total[r] = total[r] + cute.arch.shuffle_sync_bfly(total[r], 1 << step)
 
 
+def query_head(head, row):
+    """The query head of a row of the tile."""
+    return head * Q_HEADS_PER_KV + row % Q_HEADS_PER_KV
+
+
 @cute.jit
-def store_outputs(o, m, total, mo, rows, scale, block, tokens, seqlen_q, first_row):
-    """Both rows of this thread out: their sums joined, O as it is, LSE and m."""
-    q_tile, head, batch = block
+def finish_rows(m, total, rows, scale, block, first_row, tokens, seqlen_q):
+    """Both rows of this thread: their sums joined, LSE and m stored."""
+    _, head, batch = block
     limit2, sink, lse, m_out = rows
     row_sums(total)
     scale_log2 = scale * LOG2_E
     for r in cutlass.range_constexpr(2):
-        q_head = head * Q_HEADS_PER_KV + (first_row + 8 * r) % Q_HEADS_PER_KV
+        q_head = query_head(head, first_row + 8 * r)
         weight, row_total, top = join_sink(m[r], total[r], sink[q_head], scale_log2)
         if (tokens[r] < seqlen_q) & (cute.arch.lane_idx() % 4 == 0):
             lse[batch, q_head, tokens[r]] = (top + cute.math.log2(row_total, fastmath=True)) * LN_2
             m_out[batch, q_head, tokens[r]] = m[r] * scale
+
+
+@cute.jit
+def store_outputs(o, m, total, mo, rows, scale, block, first_row, tokens, seqlen_q):
+    """Both rows of this thread out: O as it is, LSE and m."""
+    finish_rows(m, total, rows, scale, block, first_row, tokens, seqlen_q)
+    q_tile, head, batch = block
+    for r in cutlass.range_constexpr(2):
+        q_head = query_head(head, first_row + 8 * r)
         if tokens[r] < seqlen_q:
             row = mo[batch, tokens[r], q_head, None]
             for b in cutlass.range_constexpr(HEAD_DIM_V // 8):
@@ -505,7 +522,7 @@ def first_tile(operands, bars, place, seen, scale_log2, stats):
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
     first_softmax(s, scale_log2, m, total, seen)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -530,7 +547,7 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     else:
         warpgroup.wait_group(0)
     arrive_warp(bars + V_EMPTY + stage_before)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -594,7 +611,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         release_q(bars, group)
         if kv_tiles > 0:
             last_pv(operands, bars, before)
-        store_outputs(o, m, total, out, rows, scale, block, tokens, seqlen_q, first_row)
+        store_outputs(o, m, total, out, rows, scale, block, first_row, tokens, seqlen_q)
 
 
 @cute.jit

@@ -17,7 +17,7 @@
 #   k_full       48       3         1  TMA: a K tile has landed
 #   k_empty      72       3        12  consumers, one lane a warp: PV, and QK before it, have read it
 #
-# Warps: 512 threads, 65536 registers by estimate
+# Warps: 512 threads, 65536 of 65536 registers handed out
 #   role      first warp  warps  registers  why
 #   consumer           0     12        160  setmaxnreg: S 40, P 20, O 64, 28 else by estimate
 #   tma               12      1         32  setmaxnreg: coordinates, loop state
@@ -48,6 +48,7 @@ TILE_N = 80
 CONSUMERS = 3
 GROUP_ROWS = 64  # query rows of a consumer: M of wgmma
 GROUP_THREADS = 128
+O_WIDTH = HEAD_DIM_V  # columns of O that a consumer holds
 KV_STAGES = 3
 Q_BYTES = 32768  # of one consumer
 K_TILE_BYTES = 40960
@@ -75,7 +76,7 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (K_EMPTY, 3, 12),
 )
 
-# Named barriers, one a consumer from here on.
+# Named barriers, one a warpgroup from here on.
 TURN_BARRIER = 1
 OWN_BARRIER = 4
 
@@ -357,19 +358,21 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 @cute.jit
 def scale_rows(o, factor):
-    for b in cutlass.range_constexpr(HEAD_DIM_V // 8):
+    for b in cutlass.range_constexpr(O_WIDTH // 8):
         for r in cutlass.range_constexpr(2):
             o[4 * b + 2 * r] = o[4 * b + 2 * r] * factor[r]
             o[4 * b + 2 * r + 1] = o[4 * b + 2 * r + 1] * factor[r]
 
 
 @cute.jit
-def round_p(s, p):
-    """P as operand A of PV: of each block of 16 columns a thread has the same eight elements, in the same order."""
-    for block in cutlass.range_constexpr(TILE_N // 16):
+def round_by_eight(source, target, blocks: cutlass.Constexpr):
+    """float32 to 16 bits, eight elements a time, which are converted in pairs. Of each block of 16 columns a thread has
+    eight, in the same order in operand A of a wgmma as in its result: so S becomes P in place.
+    """
+    for block in cutlass.range_constexpr(blocks):
         eight = cute.make_layout(8)
-        part = cute.make_tensor(s.iterator + 8 * block, eight).load()
-        cute.make_tensor(p.iterator + 8 * block, eight).store(part.to(DTYPE))
+        part = cute.make_tensor(source.iterator + 8 * block, eight).load()
+        cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
 
 
 @cute.jit
@@ -381,9 +384,9 @@ def row_sums(total):
 
 
 @cute.jit
-def store_outputs(o, m, total, mo, rows, scale, block, tokens, seqlen_q, first_row):
-    """Both rows of this thread out: their sums joined, O as it is, LSE and m."""
-    q_tile, head, batch = block
+def finish_rows(m, total, rows, scale, block, first_row, tokens, seqlen_q):
+    """Both rows of this thread: their sums joined, LSE and m stored."""
+    _, head, batch = block
     limit2, lse, m_out = rows
     row_sums(total)
     for r in cutlass.range_constexpr(2):
@@ -392,6 +395,15 @@ def store_outputs(o, m, total, mo, rows, scale, block, tokens, seqlen_q, first_r
         if (tokens[r] < seqlen_q) & (cute.arch.lane_idx() % 4 == 0):
             lse[batch, q_head, tokens[r]] = m[r] * scale + cute.math.log2(row_total, fastmath=True) * LN_2
             m_out[batch, q_head, tokens[r]] = m[r] * scale
+
+
+@cute.jit
+def store_outputs(o, m, total, mo, rows, scale, block, first_row, tokens, seqlen_q):
+    """Both rows of this thread out: O as it is, LSE and m."""
+    finish_rows(m, total, rows, scale, block, first_row, tokens, seqlen_q)
+    q_tile, head, batch = block
+    for r in cutlass.range_constexpr(2):
+        q_head = head
         if tokens[r] < seqlen_q:
             row = mo[batch, tokens[r], q_head, None]
             for b in cutlass.range_constexpr(HEAD_DIM_V // 8):
@@ -449,7 +461,7 @@ def first_tile(operands, bars, place, seen, scale_log2, stats):
     multiply_qk(s, q, k, stage)
     warpgroup.wait_group(0)
     first_softmax(s, scale_log2, m, total, seen)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -471,7 +483,7 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage_before)
     scale_rows(o, factor)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -535,7 +547,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         release_q(bars, group)
         if kv_tiles > 0:
             last_pv(operands, bars, before)
-        store_outputs(o, m, total, out, rows, scale, block, tokens, seqlen_q, first_row)
+        store_outputs(o, m, total, out, rows, scale, block, first_row, tokens, seqlen_q)
 
 
 @cute.jit

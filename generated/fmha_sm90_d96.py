@@ -20,7 +20,7 @@
 #   v_full      112       4         1  TMA: a V tile has landed
 #   v_empty     144       4        12  consumers, one lane a warp: PV has read the V tile
 #
-# Warps: 512 threads, 65536 registers by estimate
+# Warps: 512 threads, 65536 of 65536 registers handed out
 #   role      first warp  warps  registers  why
 #   consumer           0     12        160  setmaxnreg: S 56, P 28, O 48, 28 else by estimate
 #   tma               12      1         32  setmaxnreg: coordinates, loop state
@@ -50,6 +50,7 @@ TILE_N = 112
 CONSUMERS = 3
 GROUP_ROWS = 64  # query rows of a consumer: M of wgmma
 GROUP_THREADS = 128
+O_WIDTH = HEAD_DIM_V  # columns of O that a consumer holds
 KV_STAGES = 4
 Q_BYTES = 12288  # of one consumer
 K_TILE_BYTES = 21504
@@ -84,7 +85,7 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (V_EMPTY, 4, 12),
 )
 
-# Named barriers, one a consumer from here on.
+# Named barriers, one a warpgroup from here on.
 TURN_BARRIER = 1
 OWN_BARRIER = 4
 
@@ -337,19 +338,21 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 @cute.jit
 def scale_rows(o, factor):
-    for b in cutlass.range_constexpr(HEAD_DIM_V // 8):
+    for b in cutlass.range_constexpr(O_WIDTH // 8):
         for r in cutlass.range_constexpr(2):
             o[4 * b + 2 * r] = o[4 * b + 2 * r] * factor[r]
             o[4 * b + 2 * r + 1] = o[4 * b + 2 * r + 1] * factor[r]
 
 
 @cute.jit
-def round_p(s, p):
-    """P as operand A of PV: of each block of 16 columns a thread has the same eight elements, in the same order."""
-    for block in cutlass.range_constexpr(TILE_N // 16):
+def round_by_eight(source, target, blocks: cutlass.Constexpr):
+    """float32 to 16 bits, eight elements a time, which are converted in pairs. Of each block of 16 columns a thread has
+    eight, in the same order in operand A of a wgmma as in its result: so S becomes P in place.
+    """
+    for block in cutlass.range_constexpr(blocks):
         eight = cute.make_layout(8)
-        part = cute.make_tensor(s.iterator + 8 * block, eight).load()
-        cute.make_tensor(p.iterator + 8 * block, eight).store(part.to(DTYPE))
+        part = cute.make_tensor(source.iterator + 8 * block, eight).load()
+        cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
 
 
 @cute.jit
@@ -361,18 +364,24 @@ def row_sums(total):
 
 
 @cute.jit
-def store_outputs(o, m, total, o_smem, out, rows, scale, block, tokens, seqlen_q, first_row, group):
-    """Both rows of this thread out: their sums joined, O normalized, LSE."""
-    q_tile, head, batch = block
+def finish_rows(m, total, factor, rows, scale, block, first_row, tokens, seqlen_q):
+    """Both rows of this thread: their sums joined, LSE stored, and what O is to be multiplied with put into factor."""
+    _, head, batch = block
     (lse,) = rows
     row_sums(total)
-    factor = cute.make_rmem_tensor(2, Float32)
     for r in cutlass.range_constexpr(2):
         q_head = head
         row_total = total[r]
         factor[r] = cute.arch.rcp_approx(row_total)
         if (tokens[r] < seqlen_q) & (cute.arch.lane_idx() % 4 == 0):
             lse[batch, q_head, tokens[r]] = m[r] * scale + cute.math.log2(row_total, fastmath=True) * LN_2
+
+
+@cute.jit
+def store_outputs(o, m, total, o_smem, out, rows, scale, block, group, first_row, tokens, seqlen_q):
+    """Both rows of this thread out: O normalized, LSE."""
+    factor = cute.make_rmem_tensor(2, Float32)
+    finish_rows(m, total, factor, rows, scale, block, first_row, tokens, seqlen_q)
     scale_rows(o, factor)
     store_o(o, o_smem, out, block, group)
 
@@ -385,10 +394,7 @@ def store_o(o, o_smem, out, block, group):
     first_warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
     slab = o_smem[None, None, group]
     rounded = cute.make_rmem_tensor(o.layout, DTYPE)
-    for block in cutlass.range_constexpr(HEAD_DIM_V // 16):  # by eight, which are converted in pairs
-        eight = cute.make_layout(8)
-        part = cute.make_tensor(o.iterator + 8 * block, eight).load()
-        cute.make_tensor(rounded.iterator + 8 * block, eight).store(part.to(DTYPE))
+    round_by_eight(o, rounded, O_WIDTH // 16)
     cute.arch.barrier(barrier_id=OWN_BARRIER + group, number_of_threads=GROUP_THREADS)
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), DTYPE)
     copy = cute.make_tiled_copy_C(atom, pv_mma()).get_slice(cute.arch.thread_idx()[0] % GROUP_THREADS)
@@ -455,7 +461,7 @@ def first_tile(operands, bars, place, seen, scale_log2, stats):
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
     first_softmax(s, scale_log2, m, total, seen)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -479,7 +485,7 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     warpgroup.wait_group(0)
     arrive_warp(bars + V_EMPTY + stage_before)
     scale_rows(o, factor)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -536,7 +542,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
             before, place = place, next_tile(operands, bars, group, place, before, seen_of(j, bounds, span), scale_log2, stats)
         if kv_tiles > 0:
             last_pv(operands, bars, before)
-        store_outputs(o, m, total, o_smem, out, rows, scale, block, tokens, seqlen_q, first_row, group)
+        store_outputs(o, m, total, o_smem, out, rows, scale, block, group, first_row, tokens, seqlen_q)
         release_q(bars, group)
     cute.arch.cp_async_bulk_wait_group(0)
 

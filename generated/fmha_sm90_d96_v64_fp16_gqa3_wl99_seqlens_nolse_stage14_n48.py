@@ -21,7 +21,7 @@
 #   v_full      240      14         1  TMA: a V tile has landed
 #   v_empty     352      14         4  consumers, one lane a warp: PV has read the V tile
 #
-# Warps: 256 threads, 33792 registers by estimate
+# Warps: 256 threads, 33792 of 65536 registers handed out
 #   role      first warp  warps  registers  why
 #   consumer           0      4        240  setmaxnreg: S 24, P 12, O 32, 28 else by estimate
 #   tma                4      1         24  setmaxnreg: coordinates, loop state
@@ -52,6 +52,7 @@ TILE_N = 48
 CONSUMERS = 1
 GROUP_ROWS = 64  # query rows of a consumer: M of wgmma
 GROUP_THREADS = 128
+O_WIDTH = HEAD_DIM_V  # columns of O that a consumer holds
 KV_STAGES = 14
 Q_BYTES = 12288  # of one consumer
 K_TILE_BYTES = 9216
@@ -86,7 +87,7 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (V_EMPTY, 14, 4),
 )
 
-# Named barriers, one a consumer from here on.
+# Named barriers, one a warpgroup from here on.
 OWN_BARRIER = 2
 
 LOG2_E = 1.4426950408889634
@@ -364,19 +365,21 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 @cute.jit
 def scale_rows(o, factor):
-    for b in cutlass.range_constexpr(HEAD_DIM_V // 8):
+    for b in cutlass.range_constexpr(O_WIDTH // 8):
         for r in cutlass.range_constexpr(2):
             o[4 * b + 2 * r] = o[4 * b + 2 * r] * factor[r]
             o[4 * b + 2 * r + 1] = o[4 * b + 2 * r + 1] * factor[r]
 
 
 @cute.jit
-def round_p(s, p):
-    """P as operand A of PV: of each block of 16 columns a thread has the same eight elements, in the same order."""
-    for block in cutlass.range_constexpr(TILE_N // 16):
+def round_by_eight(source, target, blocks: cutlass.Constexpr):
+    """float32 to 16 bits, eight elements a time, which are converted in pairs. Of each block of 16 columns a thread has
+    eight, in the same order in operand A of a wgmma as in its result: so S becomes P in place.
+    """
+    for block in cutlass.range_constexpr(blocks):
         eight = cute.make_layout(8)
-        part = cute.make_tensor(s.iterator + 8 * block, eight).load()
-        cute.make_tensor(p.iterator + 8 * block, eight).store(part.to(DTYPE))
+        part = cute.make_tensor(source.iterator + 8 * block, eight).load()
+        cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
 
 
 @cute.jit
@@ -388,14 +391,20 @@ def row_sums(total):
 
 
 @cute.jit
-def store_outputs(o, m, total, o_smem, out, scale, block, first_row, group):
-    """Both rows of this thread out: their sums joined, O normalized."""
-    q_tile, head, batch = block
+def finish_rows(m, total, factor, scale, block, first_row):
+    """Both rows of this thread: their sums joined, and what O is to be multiplied with put into factor."""
+    _, head, batch = block
     row_sums(total)
-    factor = cute.make_rmem_tensor(2, Float32)
     for r in cutlass.range_constexpr(2):
         row_total = total[r]
         factor[r] = cute.arch.rcp_approx(row_total) if row_total > 0.0 else Float32(0.0)  # nothing seen: O = 0
+
+
+@cute.jit
+def store_outputs(o, m, total, o_smem, out, scale, block, group, first_row):
+    """Both rows of this thread out: O normalized."""
+    factor = cute.make_rmem_tensor(2, Float32)
+    finish_rows(m, total, factor, scale, block, first_row)
     scale_rows(o, factor)
     store_o(o, o_smem, out, block, group)
 
@@ -408,10 +417,7 @@ def store_o(o, o_smem, out, block, group):
     first_warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
     slab = o_smem[None, None, group]
     rounded = cute.make_rmem_tensor(o.layout, DTYPE)
-    for block in cutlass.range_constexpr(HEAD_DIM_V // 16):  # by eight, which are converted in pairs
-        eight = cute.make_layout(8)
-        part = cute.make_tensor(o.iterator + 8 * block, eight).load()
-        cute.make_tensor(rounded.iterator + 8 * block, eight).store(part.to(DTYPE))
+    round_by_eight(o, rounded, O_WIDTH // 16)
     cute.arch.barrier(barrier_id=OWN_BARRIER + group, number_of_threads=GROUP_THREADS)
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), DTYPE)
     copy = cute.make_tiled_copy_C(atom, pv_mma()).get_slice(cute.arch.thread_idx()[0] % GROUP_THREADS)
@@ -467,7 +473,7 @@ def first_tile(operands, bars, place, seen, scale_log2, stats):
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
     first_softmax(s, scale_log2, m, total, seen)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -489,7 +495,7 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     warpgroup.wait_group(0)
     arrive_warp(bars + V_EMPTY + stage_before)
     scale_rows(o, factor)
-    round_p(s, p)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
@@ -545,7 +551,7 @@ def consume(smem_tiles, out, bars, scale, call):
             before, place = place, next_tile(operands, bars, group, place, before, seen_of(j, bounds, span), scale_log2, stats)
         if kv_tiles > 0:
             last_pv(operands, bars, before)
-        store_outputs(o, m, total, o_smem, out, scale, block, first_row, group)
+        store_outputs(o, m, total, o_smem, out, scale, block, group, first_row)
         release_q(bars, group)
     cute.arch.cp_async_bulk_wait_group(0)
 

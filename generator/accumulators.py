@@ -1,7 +1,7 @@
 """Where S, P and O of a candidate lie and what they take there: TMEM columns of a CTA, or registers of a thread.
 
-On sm_90a they are fragments in a consumer's registers, of which setmaxnreg gives it so many; on sm_100a regions of
-tensor memory, of which tcgen05.alloc hands out powers of two.
+On sm_90a they are fragments in the registers of warpgroups, of which setmaxnreg gives each role so many; on sm_100a
+regions of tensor memory, of which tcgen05.alloc hands out powers of two.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .arch import ARCHS
 from .budget import Budget, Tiling
+from .columns import OUTPUT_OTHERS, SCORE_OTHERS, half_width, score_fragments
 from .spec import KernelSpec
 from .warpgroups import OTHER_REGISTERS, fragment_registers
 
@@ -17,13 +19,10 @@ NAMES = ("S", "P", "O")
 
 
 @dataclass(frozen=True)
-class Accumulators:
-    """unit: "TMEM" (columns of a CTA) or "registers" (of a consumer thread). parts: of S, P and O, of every query tile.
+class Held:
+    """Registers of a thread of one role. parts: of each fragment; other: of the rest, an estimate; limit: given."""
 
-    other: what the thread holds besides, an estimate. limit: allocated columns; registers that the consumer is given.
-    """
-
-    unit: str
+    role: str
     parts: dict[str, int]
     other: int
     limit: int
@@ -31,6 +30,34 @@ class Accumulators:
     @property
     def used(self) -> int:
         return sum(self.parts.values()) + self.other
+
+
+def held_by_roles(spec: KernelSpec, tiling: Tiling, budget: Budget) -> list[Held]:
+    """The roles that hold fragments in registers; none on sm_100a."""
+    if tiling.strategy == "warpgroups":
+        given = budget.role("consumer").registers
+        return [Held("consumer", fragment_registers(spec, tiling), OTHER_REGISTERS, given)]
+    if tiling.strategy == "columns":
+        scores, output = (budget.role(name).registers for name in ("scores", "output"))
+        fragments = score_fragments(spec, ARCHS[spec.arch], tiling)
+        half = {"O": half_width(spec) // 2}
+        return [Held("scores", fragments, SCORE_OTHERS, scores), Held("output", half, OUTPUT_OTHERS, output)]
+    return []
+
+
+@dataclass(frozen=True)
+class Accumulators:
+    """unit: "TMEM" (columns of a CTA) or "registers" (of a thread). parts: of S, P and O, of every query tile.
+
+    other, used, limit: the rest and the sum of the thread that has the least to spare, and what it is given; in TMEM
+    nothing, the columns used, and those allocated.
+    """
+
+    unit: str
+    parts: dict[str, int]
+    other: int
+    used: int
+    limit: int
 
     def fields(self, budget: Budget) -> dict[str, Any]:
         """For programs: tmem, tmem_used, ... or registers, registers_used, registers_limit."""
@@ -43,8 +70,9 @@ class Accumulators:
 
 def accumulators(spec: KernelSpec, tiling: Tiling, budget: Budget) -> Accumulators:
     """Of a candidate with this budget."""
-    if tiling.strategy == "warpgroups":
-        held = fragment_registers(spec, tiling)
-        return Accumulators("registers", held, OTHER_REGISTERS, budget.role("consumer").registers)
+    if roles := held_by_roles(spec, tiling, budget):
+        fullest = min(roles, key=lambda held: held.limit - held.used)
+        parts = {name: held.parts[name] for name in NAMES for held in roles if name in held.parts}
+        return Accumulators("registers", parts, fullest.other, fullest.used, fullest.limit)
     columns = {name: budget.columns_of(name) for name in NAMES}
-    return Accumulators("TMEM", columns, 0, budget.tmem_columns)
+    return Accumulators("TMEM", columns, 0, budget.tmem_used, budget.tmem_columns)

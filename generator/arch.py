@@ -40,8 +40,10 @@ class Arch:
     tmem_columns: int  # 0: the architecture has no tensor memory
     tmem_alloc_min: int  # columns; an allocation is a power of two
     tmem_lanes: int
+    tmem_lane_step: int  # from a lane's address to the next one's
     mma_m: int  # rows of A that one dense MMA instruction multiplies at full rate, alone or in a CTA pair of half each
     mma_n_max: int  # columns of D that one dense MMA instruction writes
+    mma_k: int  # columns of A that one dense MMA instruction of 16-bit operands multiplies
     p_stagings: tuple[str, ...]  # where the second GEMM can read P
     rates: Rates | None  # None: nothing is planned by them yet
 
@@ -59,8 +61,10 @@ SM100A = Arch(
     tmem_columns=512,  # [PTX 9.7.16.1]
     tmem_alloc_min=32,  # [PTX 9.7.16.7.1]
     tmem_lanes=128,  # [PTX 9.7.16.1]
+    tmem_lane_step=1 << 16,  # an address has the lane in its upper half [PTX 9.7.16.1]
     mma_m=128,  # [PTX 9.7.16.2]
     mma_n_max=256,  # [PTX 9.7.16.2]
+    mma_k=16,  # [PTX 9.7.16.2]
     p_stagings=("tmem", "smem"),  # tcgen05.mma reads A from tensor or shared memory [PTX 9.7.16.10]
     rates=Rates(
         # 2.25 PFLOP/s dense bf16 over 148 SMs at 1.86 GHz (B200 data sheet; FlashAttention-4's analysis has the same
@@ -86,8 +90,10 @@ SM90A = Arch(
     tmem_columns=0,
     tmem_alloc_min=0,
     tmem_lanes=0,
+    tmem_lane_step=0,
     mma_m=64,  # [PTX 9.7.15.2]
     mma_n_max=256,  # [PTX 9.7.15.2]
+    mma_k=16,  # [PTX 9.7.15.2]
     p_stagings=("register", "smem"),  # wgmma reads A from registers or shared memory [PTX 9.7.15.5]
     rates=Rates(
         # 989 TFLOP/s dense bf16 over 132 SMs at 1.83 GHz (H100 SXM data sheet)

@@ -37,10 +37,11 @@ class Tiling:
 
     strategy: "tiles": K and V in rings of their own, a tile a stage. "two_tiles": so too, and two query tiles a CTA, of
     tile_m rows each. "two_ctas": so too, by two CTAs, with tile_m rows of the query tile and half of K and V each.
-    "chunks": both in chunks through one ring, whose
-    buffers kv_stages counts; passes: into how many passes it splits O's columns. "pair": as chunks, by a CTA pair.
+    "chunks": both in chunks through one ring, whose buffers kv_stages counts; passes: into how many passes it splits
+    O's columns. "pair": as chunks, by a CTA pair.
     "warpgroups": consumer warpgroups of 64 of the tile_m rows each; turns: they issue their MMAs one after another;
-    lazy: O is rescaled only where a row's maximum has moved much.
+    lazy: O is rescaled only where a row's maximum has moved much. "columns": one warpgroup of 64 rows for S, two more
+    with half of O's columns each; tile_m counts the rows of a cluster.
     """
 
     tile_m: int
@@ -64,6 +65,7 @@ class Tiling:
             "two_ctas": "two CTAs, ",
             "chunks": "K and V in chunks, ",
             "pair": "CTA pair, ",
+            "columns": f"O's columns over two warpgroups, {'cluster of two CTAs, ' if self.tile_m > 64 else ''}",
             "warpgroups": f"{self.tile_m // 64} consumer warpgroup{'s' if self.tile_m > 64 else ''}, ",
         }[self.strategy]
         how += "in turns, " if self.turns else ""
@@ -128,7 +130,7 @@ class Mbarrier:
 
 @dataclass(frozen=True)
 class Role:
-    """A group of warps. registers: an estimate a thread, compared with ptxas's figure after compiling."""
+    """A group of warps. registers: of a thread, an estimate or what setmaxnreg hands out (see Budget.handed_out)."""
 
     name: str
     first_warp: int
@@ -183,6 +185,7 @@ class Budget:
     registers_limit: int  # a thread
     registers_total: int  # an SM's, for this CTA
     registers_pool: int  # of which the CTA can have so many
+    handed_out: bool  # by setmaxnreg, each role its own; else a role's are an estimate
     overflows: tuple[Overflow, ...]
 
     @property
@@ -283,6 +286,7 @@ def assembled(
         registers_limit=arch.registers_per_thread,
         registers_total=total,
         registers_pool=pool,
+        handed_out=handed_out,
         overflows=(),
     )
 

@@ -51,6 +51,7 @@ from .budget import (
     softmax_role,
     swizzle_bytes,
 )
+from .columns import column_budget
 from .lifetime import fewest_buffers
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_ctas import two_cta_budget
@@ -173,6 +174,8 @@ def budget_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
         return two_cta_budget(spec, arch, tiling)
     if tiling.strategy == "warpgroups":
         return warpgroup_budget(spec, arch, tiling)
+    if tiling.strategy == "columns":
+        return column_budget(spec, arch, tiling)
     shape = geometry(spec, arch, tiling)
     mbarriers = _mbarriers(tiling, shape)
     buffers = _buffers(spec, arch, tiling, shape, mbarriers[1] + TMEM_SLOT_BYTES)

@@ -14,7 +14,7 @@ from .budget import ELEMENT_BYTES, Tiling
 from .chunks import geometry
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_ctas import CTAS, polynomial_pairs
-from .two_tiles import POLYNOMIAL_PAIRS, QUERY_TILES
+from .two_tiles import PAIR_PERIOD, POLYNOMIAL_PAIRS, QUERY_TILES
 from .warpgroups import consumers
 
 UNIT = 128  # scores are compared a block of UNIT query rows x UNIT keys
@@ -96,7 +96,7 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
         mma_read_bytes=queries * step_bytes * (qk_read + pv_read),
         write_bytes=ELEMENT_BYTES * written,
         load_bytes=ELEMENT_BYTES * loaded,
-        exponentials=queries * rows * keys * (8 - by_fma) // 8,
+        exponentials=queries * rows * keys * (PAIR_PERIOD - by_fma) // PAIR_PERIOD,
         rates=arch.rates,
     )
 

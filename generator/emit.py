@@ -149,7 +149,8 @@ def budget_lines(budget: Budget) -> list[str]:
         ("name", "offset", "stages", "arrivals", "a phase completes when"),
         ((m.name, m.offset, m.stages, m.arrivals, m.reason) for m in budget.mbarriers),
     )
-    lines += ["", f"Warps: {budget.threads} threads, {budget.registers_total} registers by estimate"]
+    how = f"of {budget.registers_pool} registers handed out" if budget.handed_out else "registers by estimate"
+    lines += ["", f"Warps: {budget.threads} threads, {budget.registers_total} {how}"]
     lines += _columns(
         ("role", "first warp", "warps", "registers", "why"),
         ((r.name, r.first_warp, r.warps, r.registers, r.reason) for r in budget.roles),

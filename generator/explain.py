@@ -2,7 +2,7 @@
 
 `bespoke plan --explain` and, for head dims that whole tiles do not reach, `bespoke budget` print it. The figures are
 those that the planner chooses by (cost.py); a strategy that does not fit is shown by its closest candidate, with what
-overflows and what would cure it.
+overflows and what would cure it, one that the template does not have for the specification with the reason alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from .plan import (
     NotImplementedYet,
     candidates,
     check_implemented,
-    fits_tiles,
     plan_kernel,
     ranking,
     strategies,
@@ -47,16 +46,18 @@ SHARED_SAYS = {
 
 @dataclass(frozen=True)
 class Explained:
-    """One strategy. tiling, budget, cost: of its best candidate, or of its closest when none fits.
+    """One strategy. tiling, budget, cost: of its best candidate, or of its closest when none fits; None when the
+    template does not have it for this specification.
 
-    status: "chosen", "costs ... times as much" or what overflows; remedy: what to set to get it, or what would cure it.
+    status: "chosen", "costs ... times as much", what overflows or why it is refused; remedy: what to set to get it, or
+    what would cure it.
     """
 
     strategy: str
     spec: KernelSpec
-    tiling: Tiling
-    budget: Budget
-    cost: Cost
+    tiling: Tiling | None
+    budget: Budget | None
+    cost: Cost | None
     status: str
     remedy: str
 
@@ -69,11 +70,15 @@ class Explained:
     @property
     def instruction(self) -> str:
         """The MMA instruction that the cost counts."""
-        return "wgmma" if self.tiling.strategy == "warpgroups" else "tcgen05.mma"
+        return "tcgen05.mma" if ARCHS[self.spec.arch].tmem_columns else "wgmma"
 
     @property
     def chosen(self) -> bool:
         return self.status == "chosen"
+
+    @property
+    def refused(self) -> bool:
+        return self.budget is None
 
 
 def explain_kernel(spec: KernelSpec) -> list[Explained]:
@@ -94,6 +99,10 @@ def explain_kernel(spec: KernelSpec) -> list[Explained]:
 def _explained(spec: KernelSpec, arch: Arch, name: str, chosen: Tiling | None, best: Cost | None) -> Explained:
     rows = {"tile_m": "auto"} if name == "pair" or spec.tile_m == 64 else {}
     only = spec.model_copy(update={"strategy": name, **rows})
+    try:
+        check_implemented(only)
+    except (DoesNotFit, NotImplementedYet) as error:
+        return Explained(name, only, None, None, None, f"refused: {error.field} {error.limit}", error.remedy)
     tried = [(tiling, budget_of(only, arch, tiling)) for tiling in candidates(only, arch)]
     fitting = [(tiling, budget) for tiling, budget in tried if budget.fits]
     if not fitting:
@@ -109,9 +118,6 @@ def _explained(spec: KernelSpec, arch: Arch, name: str, chosen: Tiling | None, b
     cost = cost_of(only, arch, tiling)
     if tiling == chosen:
         return Explained(name, only, tiling, budget, cost, "chosen", "")
-    if name == "tiles" and not fits_tiles(spec):
-        why = "fits, but one tcgen05.mma writes all of O: head_dim and head_dim_v at most 256"
-        return Explained(name, only, tiling, budget, cost, why, "strategy = chunks splits O's columns")
     status = f"costs {cost.score / best.score:.2f} times as much" if best else "fits"
     if best and cost.score <= best.score and strategies(spec) == ("tiles",):
         status += ", but whole tiles are taken where one MMA writes all of O"

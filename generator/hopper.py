@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from math import gcd
 
-from .budget import ELEMENT_BYTES, swizzle_bytes
+from .budget import ELEMENT_BYTES, Role, swizzle_bytes
+from .columns import CHUNK, OUTPUT_GROUPS, P_STAGES, V_KEYS, chunks_apart, half_width, k_chunks, o_parts
 from .layout import Plan, TileLayout
 from .partials import PARTIALS, Partials, with_sink
 from .two_tiles import SKIP_LOG2
@@ -47,7 +48,7 @@ class HopperPlan(Plan):
     @property
     def partials(self) -> Partials:
         found = PARTIALS[self.tiling.strategy]
-        return with_sink(found, "_epilogue") if self.spec.sink else found
+        return with_sink(found, "_finish") if self.spec.sink else found
 
     @property
     def skip_log2(self) -> float:
@@ -68,6 +69,26 @@ class HopperPlan(Plan):
         """The hardware's number of a named barrier of the budget; KeyError when this plan has none."""
         found = {barrier.name: barrier.id for barrier in self.budget.named_barriers}
         return found[name]
+
+    @property
+    def splits_columns(self) -> bool:
+        """O's columns lie in two warpgroups."""
+        return False
+
+    @property
+    def cluster(self) -> int:
+        """CTAs that load K and V for one another."""
+        return 1
+
+    @property
+    def roles(self) -> list[tuple[str, Role]]:
+        """The roles that get registers of their own, as the kernel's constants call them."""
+        return [("CONSUMER", self.budget.role("consumer")), ("PRODUCER", self.budget.role("tma"))]
+
+    @property
+    def own_barrier(self) -> int:
+        """The first of the named barriers that one warpgroup has to itself."""
+        return self.named_barrier("consumer 0")
 
     @property
     def needs_tokens(self) -> bool:
@@ -106,5 +127,126 @@ class HopperPlan(Plan):
             spans["sK"] = spans["sV"] = swizzle_bytes(gcd(spec.head_dim, spec.v_dim) * ELEMENT_BYTES)
         return {
             name: TileLayout(name, count, columns, ELEMENT_BYTES, spans[name], major)
+            for name, count, columns, major in shapes
+        }
+
+
+class ColumnsPlan(HopperPlan):
+    """The same for strategy "columns": a score warpgroup, and two that hold half of O's columns each."""
+
+    @property
+    def splits_columns(self) -> bool:
+        """O's columns lie in two warpgroups."""
+        return True
+
+    @property
+    def cluster(self) -> int:
+        """CTAs that load K and V for one another."""
+        return self.tile_m // self.arch.mma_m
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that work together."""
+        return self.cluster
+
+    @property
+    def roles(self) -> list[tuple[str, Role]]:
+        """The roles that get registers of their own, as the kernel's constants call them."""
+        names = {"SCORE": "scores", "OUTPUT": "output", "PRODUCER": "tma"}
+        return [(name, self.budget.role(role)) for name, role in names.items()]
+
+    @property
+    def own_barrier(self) -> int:
+        return self.named_barrier("output 0")
+
+    @property
+    def takes_turns(self) -> bool:
+        return False
+
+    @property
+    def worker(self) -> str:
+        return "cluster" if self.cluster > 1 else "CTA"
+
+    @property
+    def workers(self) -> str:
+        return "cute.arch.grid_dim()[0]" + (" // 2" if self.cluster > 1 else "")
+
+    @property
+    def place(self) -> str:
+        return "cute.arch.block_idx()[0]" + (" // 2" if self.cluster > 1 else "")
+
+    @property
+    def cta_rows_said(self) -> str:
+        """What a CTA covers, in words."""
+        return f"{self.arch.mma_m} rows of the cluster's: {self.tile_rows}" if self.cluster > 1 else self.tile_rows
+
+    @property
+    def k_chunks(self) -> int:
+        return k_chunks(self.spec)
+
+    @property
+    def q_columns(self) -> int:
+        """Columns of Q in registers."""
+        return self.spec.head_dim if not self.chunks_apart else (self.k_chunks - self.chunks_apart) * CHUNK
+
+    @property
+    def chunks_apart(self) -> int:
+        """Chunks of Q that stay in shared memory: the last ones."""
+        return chunks_apart(self.spec, self.arch, self.tiling)
+
+    @property
+    def q_stages(self) -> int:
+        return self.budget.buffer("sQ").stages
+
+    @property
+    def v_slices(self) -> int:
+        return self.tile_n // V_KEYS
+
+    @property
+    def v_stages(self) -> int:
+        return self.budget.buffer("sV").stages
+
+    @property
+    def p_stages(self) -> int:
+        return P_STAGES
+
+    @property
+    def o_width(self) -> int:
+        return half_width(self.spec)
+
+    @property
+    def o_parts(self) -> tuple[int, ...]:
+        return o_parts(self.spec)
+
+    @property
+    def q_chunk_bytes(self) -> int:
+        return self.arch.mma_m * CHUNK * ELEMENT_BYTES
+
+    @property
+    def k_chunk_bytes(self) -> int:
+        return self.layouts["sK"].bytes
+
+    @property
+    def v_slice_bytes(self) -> int:
+        return OUTPUT_GROUPS * self.layouts["sV"].bytes
+
+    @property
+    def loaded_tile_times_slices(self) -> str:
+        """The first slice of the j-th KV tile of source 1."""
+        return f"{self.loaded_tile} * V_SLICES"
+
+    @cached_property
+    def layouts(self) -> dict[str, TileLayout]:
+        """TileLayout of a chunk of "sQ" and "sK", half a slice of "sV", "sP", and of what is staged of "sO"."""
+        spec, rows, keys = self.spec, self.arch.mma_m, self.tile_n
+        shapes = [
+            ("sQ", rows, CHUNK, "K"),
+            ("sK", keys, CHUNK, "K"),
+            ("sV", V_KEYS, half_width(spec), "MN"),
+            ("sP", rows, keys, "K"),
+            *([] if spec.unnormalized else [("sO", rows, self.o_chunk, "")]),
+        ]
+        return {
+            name: TileLayout(name, count, columns, ELEMENT_BYTES, swizzle_bytes(columns * ELEMENT_BYTES), major)
             for name, count, columns, major in shapes
         }

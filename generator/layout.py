@@ -21,8 +21,8 @@ from .partials import PARTIALS, Partials, with_sink
 from .signature import Parameter, signature
 from .spec import KernelSpec
 from .spelling import Spelling
-from .two_ctas import polynomial_pairs, v_width
-from .two_tiles import EXP2_CUBIC, POLYNOMIAL_PAIRS, QUERY_TILES, SKIP_LOG2
+from .two_ctas import P_COLUMNS_MAX, polynomial_pairs, v_width
+from .two_tiles import EXP2_CUBIC, PAIR_PERIOD, POLYNOMIAL_PAIRS, QUERY_TILES, SKIP_LOG2, registers_of
 
 WHOLE_TILES = ("tiles", "two_tiles", "two_ctas")  # of sm_100a
 REGISTER_COLUMNS_MAX = 32
@@ -146,6 +146,11 @@ class Plan(Spelling):
         return 2 if self.pair or self.two_ctas else 1
 
     @property
+    def cta_mask(self) -> int:
+        """A bit for each of them, by rank."""
+        return (1 << self.ctas) - 1
+
+    @property
     def passes(self) -> int:
         """Passes over O's columns, each with the scores recomputed."""
         return self.tiling.passes
@@ -232,8 +237,12 @@ class Plan(Spelling):
         return EXP2_CUBIC
 
     @property
+    def pair_period(self) -> int:
+        return PAIR_PERIOD
+
+    @property
     def polynomial_pairs(self) -> tuple[int, ...]:
-        """Of each 8 neighbouring pairs of columns, those whose exponentials are computed by the polynomial."""
+        """Of each pair_period neighbouring pairs of columns, those whose exponentials the polynomial computes."""
         return polynomial_pairs(self.spec, self.arch) if self.two_ctas else POLYNOMIAL_PAIRS
 
     @property
@@ -244,12 +253,22 @@ class Plan(Spelling):
     @property
     def p_columns(self) -> int:
         """Columns of P (two elements each) that one tcgen05.st takes from registers."""
-        return register_columns(self.tile_n // 2)
+        most = REGISTER_COLUMNS_MAX
+        if self.corrected:
+            most = P_COLUMNS_MAX if self.two_ctas else registers_of(self.tiling).p_columns
+        return register_columns(self.tile_n // 2, most)
 
     @property
     def o_columns(self) -> int:
-        """Columns of O that the rescale and the epilogue hold in registers at a time."""
-        return register_columns(self.o_chunk)
+        """Columns of O that the rescale holds in registers at a time."""
+        most = registers_of(self.tiling).o_columns if self.query_tiles == 2 else REGISTER_COLUMNS_MAX
+        return register_columns(self.o_chunk, most)
+
+    @property
+    def stage_columns(self) -> int:
+        """Columns of O that the epilogue holds in registers at a time."""
+        most = registers_of(self.tiling).stage_columns if self.query_tiles == 2 else REGISTER_COLUMNS_MAX
+        return register_columns(self.o_chunk, most)
 
     @property
     def mask(self) -> Mask:
@@ -339,9 +358,9 @@ class Plan(Spelling):
         }
 
 
-def register_columns(columns: int) -> int:
-    """Widest tcgen05.ld or .st (a power of two, at most 32 registers) that walks these columns evenly."""
-    return min(REGISTER_COLUMNS_MAX, columns & -columns)
+def register_columns(columns: int, most: int = REGISTER_COLUMNS_MAX) -> int:
+    """Widest tcgen05.ld or .st (a power of two, at most as many registers) that walks these columns evenly."""
+    return min(most, columns & -columns)
 
 
 def packs_heads(spec: KernelSpec, rows: int) -> bool:

@@ -40,13 +40,15 @@ class Overlap(ValueError):
 
 
 def uses(name: str) -> tuple[Use, ...]:
-    """The uses of a buffer or TMEM region by its name in a Budget; KeyError for one that the model does not know."""
+    """The uses of a buffer or TMEM region by its name in a Budget; KeyError for one that the model does not know. sK is
+    taken to be V too, as with kv_shared: PV reads it last.
+    """
     tiles = range(TILES)
     once: dict[str, tuple[Event, ...]] = {
         "sQ": (("load Q", 0), *(("QK", j) for j in tiles)),
         "sO": (("stage O", 0), ("store O", 0)),
         "O": (*(("write P", j) for j in tiles), *(("PV", j) for j in tiles), ("stage O", 0)),
-        "sK": tuple((what, j) for j in tiles for what in ("load K", "QK")),
+        "sK": tuple((what, j) for j in tiles for what in ("load K", "QK", "PV")),
         "sV": tuple((what, j) for j in tiles for what in ("load V", "PV")),
         "ring": tuple((what, j) for j in tiles for what in ("load K", "QK", "load V", "PV")),
         "peaks": (*(("write P", j) for j in tiles), ("stage O", 0)),

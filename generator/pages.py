@@ -155,7 +155,7 @@ def _page(strategy: str, plan: Plan, what: str) -> str:
 
 
 def _instruction(plan: Plan) -> str:
-    return "wgmma" if plan.tiling.strategy == "warpgroups" else "tcgen05.mma"
+    return "tcgen05.mma" if plan.budget.tmem_limit else "wgmma"
 
 
 def _accumulators(strategy: str, plan: Plan) -> list[str]:
@@ -256,6 +256,8 @@ def strategy_lines(fields: Mapping[str, Any]) -> list[str]:
 def _index_row(row: Explained) -> tuple[object, ...]:
     tiling, budget, spec = row.tiling, row.budget, row.spec
     dims = spec.head_dim if spec.v_dim == spec.head_dim else f"{spec.head_dim}/{spec.v_dim}"
+    if row.refused:
+        return (dims, row.strategy, *[""] * 6, f"{row.status}; {row.remedy}")
     columns = " + ".join(f"{region.name} {region.columns}" for region in budget.regions)
     status = f"**{row.status}**" if row.chosen else row.status
     tile = f"{tiling.tile_m}x{tiling.tile_n}"

@@ -20,28 +20,34 @@ def _partials(overview: str, constants: str, *parts: str) -> Partials:
 
 
 _CHUNKS = ("overview_chunks", "constants_chunks", "operands_chunks", "tiles", "mask")
-_APART = ("load_chunks", "mma_chunks", "tmem")  # chunks of V in buffers of their own
+_APART = ("tma_views", "load_chunks", "mma_chunks", "tmem")  # chunks of V in buffers of their own
 _OUT = ("rows", "store_columns", "stage", "kernel_chunks", "launch_chunks")
 PARTIALS = {
     "tiles": _partials(
-        *("overview_tiles", "constants_tiles", "operands", "tiles", "mask", "load", "mma", "tmem"),
-        *("softmax", "rows", "epilogue", "stage", "kernel", "launch"),
+        *("overview_tiles", "constants_tiles", "operands", "tiles", "mask", "tma_views", "load", "mma"),
+        *("tmem", "softmax", "rows", "epilogue", "stage", "kernel", "launch"),
     ),
     "two_tiles": _partials(
-        *("overview_two", "constants_two", "operands", "tiles", "mask", "work", "spans_two", "load", "mma_two"),
-        *("tmem", "softmax_two", "rows", "correction_two", "epilogue_turns", "stage", "kernel_two", "launch"),
+        *("overview_two", "constants_two", "operands", "tiles", "mask", "work", "spans_two"),
+        *("tma_views", "load", "mma_two", "tmem", "softmax_two", "rows", "correction_two", "epilogue_turns", "stage"),
+        *("kernel_two", "launch"),
     ),
     "two_ctas": _partials(
-        *("overview_ctas", "constants_ctas", "operands_ctas", "tiles", "mask", "work", "spans_ctas", "load_ctas"),
-        *("mma_ctas", "tmem", "softmax_ctas", "rows", "correction_ctas", "epilogue_turns", "stage", "kernel_ctas"),
-        "launch",
+        *("overview_ctas", "constants_ctas", "operands_ctas", "tiles", "mask", "work", "spans_ctas"),
+        *("tma_views", "load_ctas", "mma_ctas", "tmem", "softmax_ctas", "rows", "correction_ctas", "epilogue_turns"),
+        *("stage", "kernel_ctas", "launch"),
     ),
     "chunks": _partials(*_CHUNKS, *_APART, "softmax", *_OUT),
-    "chunks_shared": _partials(*_CHUNKS, "load_shared", "mma_shared", "tmem", "softmax", *_OUT),
+    "chunks_shared": _partials(*_CHUNKS, "tma_views", "load_shared", "mma_shared", "tmem", "softmax", *_OUT),
     "pair": _partials(*_CHUNKS, *_APART, "softmax_pair", *_OUT),
     "warpgroups": _partials(
         *("overview_sm90", "constants_sm90", "operands_sm90", "ring_sm90", "mask", "work", "spans_sm90", "load_sm90"),
-        *("softmax_sm90", "epilogue_sm90", "consumer_sm90", "kernel_sm90", "launch_sm90"),
+        *("softmax_sm90", "finish_sm90", "epilogue_sm90", "consumer_sm90", "kernel_sm90", "launch_sm90"),
+    ),
+    "columns": _partials(
+        *("overview_columns", "constants_columns", "operands_columns", "ring_columns", "mask", "work", "spans_sm90"),
+        *("load_columns", "softmax_sm90", "finish_sm90", "scores_columns", "outputs_columns", "kernel_columns"),
+        "launch_columns",
     ),
 }
 

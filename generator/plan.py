@@ -27,10 +27,11 @@ from dataclasses import replace
 from .arch import ARCHS, Arch
 from .budget import Tiling
 from .chunks import PASSES, budget_of, chunked_tilings, geometry, shared_chunks
+from .columns import check_columns, column_preference, column_tilings
 from .cost import cost_of
-from .hopper import HopperPlan
+from .hopper import ColumnsPlan, HopperPlan
 from .layout import WHOLE_TILES, Plan, Rejected
-from .spec import HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
+from .spec import HEAD_DIM_MAX, HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
 from .warpgroups import CONSUMERS_MAX, can_pack, warpgroup_preference, warpgroup_tilings
 
 __all__ = ["CHUNKED", "WHOLE_TILES", "DoesNotFit", "NotImplementedYet", "Plan", "candidates", "plan_kernel"]
@@ -73,7 +74,7 @@ def plan_kernel(spec: KernelSpec) -> Plan:
     fitting.sort(key=lambda pair: rank(pair[0]))
     chosen, budget = fitting[0]
     rejected += [_second(spec, arch, chosen, tiling) for tiling, _ in fitting[1:]]
-    kind = HopperPlan if chosen.strategy == "warpgroups" else Plan
+    kind = {"warpgroups": HopperPlan, "columns": ColumnsPlan}.get(chosen.strategy, Plan)
     return kind(spec, arch, chosen, budget, tuple(rejected))
 
 
@@ -82,7 +83,7 @@ def strategies(spec: KernelSpec) -> tuple[str, ...]:
     if spec.strategy != "auto":
         return (spec.strategy,)
     if spec.arch == "sm_90a":
-        return ("warpgroups",)
+        return ("warpgroups",) if fits_tiles(spec) else ("columns",)
     if fits_tiles(spec):
         return ("tiles",)
     rows = ARCHS[spec.arch].mma_m  # of one CTA: all of them ask for one CTA with whole rows of O in it, half for a pair
@@ -104,6 +105,8 @@ def candidates(spec: KernelSpec, arch: Arch) -> list[Tiling]:
             found += _whole_tiles(spec, tile_ns, stagings)
         elif strategy == "warpgroups":
             found += warpgroup_tilings(spec, arch)
+        elif strategy == "columns":
+            found += column_tilings(spec, arch)
         elif strategy == "two_tiles":
             whole = _whole_tiles(spec, tile_ns, ("tmem",))
             found += [replace(t, strategy=strategy) for t in whole if not t.o_over_q]
@@ -141,6 +144,8 @@ def ranking(spec: KernelSpec, arch: Arch) -> Callable[[Tiling], tuple]:
     """Sort key of candidates: the smallest is taken. The rules are in the module's docstring."""
     if strategies(spec) == ("warpgroups",):
         return lambda tiling: warpgroup_preference(spec, arch, tiling)
+    if strategies(spec) == ("columns",):
+        return lambda tiling: column_preference(spec, arch, tiling)
     if strategies(spec)[0] in WHOLE_TILES:
         return preference
 
@@ -186,7 +191,7 @@ _COSTS = (  # one a component of `by_cost`
 
 def _second(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rejected:
     """A candidate that fits and was not taken: by the first rule on which the chosen one is better."""
-    if chosen.strategy == "warpgroups":
+    if chosen.strategy in ("warpgroups", "columns"):
         return _second_on_hopper(spec, arch, chosen, tiling)
     if chosen.strategy not in WHOLE_TILES:
         rank = ranking(spec, arch)
@@ -216,10 +221,18 @@ _HOPPER_RULES = (  # one a component of `warpgroup_preference`, and the fields t
 )
 
 
+_COLUMN_RULES = (  # one a component of `column_preference`
+    ("fits, but moves twice the bytes from L2: no cluster", ("tile_m",)),
+    ("fits, but has a smaller tile_n", ("tile_n",)),
+    ("fits, but shares the rings' memory less evenly", ("kv_stage",)),
+)
+
+
 def _second_on_hopper(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rejected:
     values = {"kv_stage": tiling.kv_stages, "tile_m": tiling.tile_m, "tile_n": tiling.tile_n}
-    ranks = (warpgroup_preference(spec, arch, item) for item in (chosen, tiling))
-    for (reason, fields), better, worse in zip(_HOPPER_RULES, *ranks, strict=True):
+    rank = ranking(spec, arch)
+    rules = _HOPPER_RULES if chosen.strategy == "warpgroups" else _COLUMN_RULES
+    for (reason, fields), better, worse in zip(rules, rank(chosen), rank(tiling), strict=True):
         if better != worse:
             remedy = ", ".join(f"{field} = {values[field]}" for field in fields)
             text = reason.format(worse * 128 * 128, better * 128 * 128)
@@ -237,7 +250,7 @@ def check_implemented(spec: KernelSpec) -> None:
     if spec.arch == "sm_90a":
         _check_hopper(spec, arch)
         return
-    if spec.strategy == "warpgroups":
+    if spec.strategy in ("warpgroups", "columns"):
         raise NotImplementedYet("strategy", spec.strategy, "is for Hopper (sm_90a) only", 'use "auto"')
     if spec.pack_heads is True and arch.mma_m % spec.q_heads_per_kv:
         limit = f"a group of {spec.q_heads_per_kv} query heads does not divide the {arch.mma_m} rows of a tile"
@@ -280,31 +293,31 @@ def _later(spec: KernelSpec) -> Iterator[tuple[str, str]]:
 
 def _check_hopper(spec: KernelSpec, arch: Arch) -> None:
     """check_implemented of sm_90a."""
-    if spec.strategy not in ("auto", "warpgroups"):
+    if spec.strategy not in ("auto", "warpgroups", "columns"):
         limit = "is for Blackwell (sm_100a) only"
-        raise NotImplementedYet("strategy", spec.strategy, limit, 'use "auto" or "warpgroups"')
+        raise NotImplementedYet("strategy", spec.strategy, limit, 'use "auto", "warpgroups" or "columns"')
     if spec.p_staging == "smem":
         limit = "not implemented for sm_90a: P goes from the registers of S to PV"
         raise NotImplementedYet("p_staging", "smem", limit, 'use "auto" or "register"')
-    for field, columns in (("head_dim", spec.head_dim), ("head_dim_v", spec.v_dim)):
-        if columns > arch.mma_n_max:
-            limit = f"not implemented for sm_90a yet beyond {arch.mma_n_max}"
-            raise NotImplementedYet(field, columns, limit, 'use arch = "sm_100a"')
-    if spec.tile_m != "auto" and spec.tile_m not in hopper_rows(arch):
-        rows = ", ".join(map(str, hopper_rows(arch)))
+    if spec.head_dim > HEAD_DIM_MAX:
+        limit = f"not implemented for sm_90a yet beyond {HEAD_DIM_MAX}"
+        raise NotImplementedYet("head_dim", spec.head_dim, limit, 'use arch = "sm_100a"')
+    if strategies(spec) == ("columns",):
+        for field, limit, remedy in check_columns(spec):
+            raise NotImplementedYet(field, getattr(spec, field), f"not implemented for sm_90a yet: {limit}", remedy)
+    elif not fits_tiles(spec):
+        limit = f"one warpgroup holds all of O: head_dim and head_dim_v of at most {arch.mma_n_max}"
+        raise NotImplementedYet("strategy", spec.strategy, f"not implemented for sm_90a yet: {limit}", 'use "columns"')
+    if spec.tile_m != "auto" and spec.tile_m not in range(arch.mma_m, CONSUMERS_MAX * arch.mma_m + 1, arch.mma_m):
+        rows = ", ".join(str(arch.mma_m * count) for count in range(1, CONSUMERS_MAX + 1))
         raise DoesNotFit("tile_m", spec.tile_m, f"a consumer warpgroup has {arch.mma_m} query rows", f"use {rows}")
-    rows = hopper_rows(arch) if spec.tile_m == "auto" else (spec.tile_m,)
+    rows = range(arch.mma_m, CONSUMERS_MAX * arch.mma_m + 1, arch.mma_m) if spec.tile_m == "auto" else (spec.tile_m,)
     group = spec.q_heads_per_kv
     if spec.pack_heads is True and group > 1 and not any(can_pack(group, count, arch) for count in rows):
         limit = (
             f"a group of {group} query heads does not fold into {' or '.join(map(str, rows))} rows of a tile, 64 a box"
         )
         raise DoesNotFit("pack_heads", True, limit, 'use "auto" or false, or another tile_m')
-
-
-def hopper_rows(arch: Arch) -> tuple[int, ...]:
-    """What tile_m may be on sm_90a."""
-    return tuple(arch.mma_m * count for count in range(1, CONSUMERS_MAX + 1))
 
 
 def _later_in_two_tiles(spec: KernelSpec) -> Iterator[tuple[str, str]]:
@@ -341,21 +354,15 @@ def _cures(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
     """(field, what to set it to) for each field whose change alone makes the specification fit."""
     if spec.kv_stage != "auto" and (deepest := deepest_kv_stage(spec, arch)):
         yield "kv_stage", f"the deepest that fits is {deepest}"
-    if strategies(spec) == ("warpgroups",):
-        choices = {"tile_m": hopper_rows(arch), "tile_n": TILE_NS}
-        yield from _cures_among(choices, spec, arch)
-        return
-    if spec.tile_m == arch.mma_m and spec.strategy == "auto":
+    if spec.arch == "sm_100a" and spec.tile_m == arch.mma_m and spec.strategy == "auto":
         for strategy in CHUNKED:
             if _any_fits(spec.model_copy(update={"strategy": strategy, "tile_m": "auto"}), arch):
                 yield "tile_m", f"leave it out: strategy = {strategy} fits"
                 break
     others = (*(("tiles",) if fits_tiles(spec) else ()), *CHUNKED)
-    yield from _cures_among({"strategy": others, "p_staging": arch.p_stagings, "tile_n": TILE_NS}, spec, arch)
-
-
-def _cures_among(choices: dict[str, tuple], spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
-    """_cures of these fields: the first value that fits of each that the specification sets."""
+    choices = {"strategy": others, "p_staging": arch.p_stagings, "tile_n": TILE_NS}
+    if spec.arch == "sm_90a":
+        choices = {"tile_n": range(TILE_NS[0], 0, -HEAD_DIM_STEP), "tile_m": (arch.mma_m * 2, arch.mma_m)}
     for field, values in choices.items():
         if getattr(spec, field) != "auto":
             fitting = (v for v in values if _any_fits(spec.model_copy(update={field: v}), arch))

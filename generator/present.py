@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .accumulators import NAMES, Accumulators, accumulators
+from .accumulators import NAMES, Accumulators, accumulators, held_by_roles
 from .explain import Explained
 from .layout import Plan
 from .mask import TileCounts
@@ -162,20 +162,22 @@ def overflow_notes(rows: Iterable[Row]) -> list[str]:
 def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table:
     """One line a strategy: what it needs of one CTA, what a KV tile costs it, and why it was not taken."""
     rows = list(rows)
-    held = [accumulators(row.spec, row.tiling, row.budget) for row in rows]
+    held = [accumulators(row.spec, row.tiling, row.budget) for row in rows if not row.refused]
     smem, shown = ("sQ", "sK", "sV", "ring", "sP", "sO"), [name for name in _held_heads(held) if name != "alloc"]
     heads = ("head_dim", "strategy", "tile", "P in", *smem, "total", *shown, "SM cycles", "status")
     table = _table(*heads, title=title, left=("strategy", "P in", "status"))
-    for row, parts in zip(rows, held, strict=True):
-        budget, tiling = row.budget, row.tiling
-        color = "green" if row.chosen else "yellow" if budget.fits else "red"
-        spec = row.spec
+    for row in rows:
+        budget, tiling, spec = row.budget, row.tiling, row.spec
         dims = str(spec.head_dim) if spec.v_dim == spec.head_dim else f"{spec.head_dim}/{spec.v_dim}"
+        if row.refused:
+            table.add_row(dims, row.strategy, *[""] * (len(heads) - 3), "[red]refused: see below[/]")
+            continue
+        color = "green" if row.chosen else "yellow" if budget.fits else "red"
         table.add_row(
             *(dims, row.strategy, f"{tiling.tile_m}x{tiling.tile_n}", tiling.p_staging.upper()),
             *("in sQ" if name == "sO" and tiling.o_over_q else str(budget.bytes_of(name)) for name in smem),
             str(budget.smem_total),
-            *_held_cells(parts)[: len(shown)],
+            *_held_cells(accumulators(spec, tiling, budget))[: len(shown)],
             f"{row.cost.score:.0f}",
             f"[{color}]{escape(row.status if budget.fits else 'does not fit: see below')}[/]",
             style="bold" if row.chosen else None,
@@ -184,12 +186,12 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
 
 
 def cost_table(rows: Iterable[Explained]) -> Table:
-    """One line a strategy: what a KV tile costs a CTA in MMAs, bytes and cycles of each resource."""
+    """One line a strategy, none for a refused one: what a KV tile costs a CTA, in MMAs, bytes and cycles."""
     units = ("tensor core", "smem", "L2", "MUFU")
-    rows = list(rows)
+    rows = [row for row in rows if not row.refused]
     counts = (" or ".join(dict.fromkeys(row.instruction for row in rows)), "L2 bytes", "MMA reads", "smem writes")
     heads = ("strategy", "a tile", *counts, *(f"{name} cycles" for name in units), "limiter")
-    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {rows[0].cost.rates}"
+    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {rows[0].cost.rates if rows else '-'}"
     table = _table(*heads, title=title, left=("strategy", "a tile", "limiter"))
     for row in rows:
         cost = row.cost
@@ -211,34 +213,24 @@ def strategy_notes(rows: Iterable[Explained]) -> list[str]:
     notes = []
     for row in rows:
         notes.append(f"{row.strategy}: {row.says}")
-        notes.append(f"  {row.tiling}: {row.status}")
+        notes.append(f"  {row.status}" if row.refused else f"  {row.tiling}: {row.status}")
         notes += [f"    remedy: {row.remedy}"] if row.remedy and not row.chosen else []
     return notes
 
 
 def strategy_document(rows: Iterable[Explained]) -> list[dict[str, Any]]:
-    """The strategies for programs: cost holds a KV tile's counts of one CTA, cycles a resource, and the score."""
+    """The strategies for programs; one that is refused has no figures."""
     return [
         {
             "arch": row.spec.arch,
             "head_dim": row.spec.head_dim,
             "head_dim_v": row.spec.v_dim,
-            **asdict(row.tiling),
+            **({} if row.refused else _figures(row)),
             "strategy": row.strategy,
-            "smem": {buffer.name: row.budget.bytes_of(buffer.name) for buffer in row.budget.buffers},
-            "smem_total": row.budget.smem_total,
-            "smem_limit": row.budget.smem_limit,
-            **_held_fields(row, by_region=True),
-            "fits": row.budget.fits,
+            "fits": not row.refused and row.budget.fits,
             "chosen": row.chosen,
             "status": row.status,
             "remedy": row.remedy,
-            "cost": {
-                **asdict(row.cost),
-                "cycles": row.cost.cycles,
-                "limiter": row.cost.limiter,
-                "sm_cycles_128x128": row.cost.score,
-            },
         }
         for row in rows
     ]
@@ -250,6 +242,24 @@ def _held_fields(row: Row | Explained, by_region: bool = False) -> dict[str, Any
     if by_region and "tmem" in fields:
         fields["tmem"] = {region.name: region.columns for region in row.budget.regions}
     return fields
+
+
+def _figures(row: Explained) -> dict[str, Any]:
+    """cost holds a KV tile's counts of one CTA, cycles a resource, and the score."""
+    budget, cost = row.budget, row.cost
+    return {
+        **asdict(row.tiling),
+        "smem": {buffer.name: budget.bytes_of(buffer.name) for buffer in budget.buffers},
+        "smem_total": budget.smem_total,
+        "smem_limit": budget.smem_limit,
+        **_held_fields(row, by_region=True),
+        "cost": {
+            **asdict(cost),
+            "cycles": cost.cycles,
+            "limiter": cost.limiter,
+            "sm_cycles_128x128": cost.score,
+        },
+    }
 
 
 def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -302,20 +312,24 @@ def plan_tables(plan: Plan) -> list[Table]:
     )
     for barrier in budget.mbarriers:
         barriers.add_row(barrier.name, str(barrier.stages), str(barrier.arrivals), barrier.reason)
-    return [smem, _held_table(plan), barriers, *([_named_table(plan)] if named > 1 else []), warps]
+    return [smem, *_held_tables(plan), barriers, *([_named_table(plan)] if named > 1 else []), warps]
 
 
-def _held_table(plan: Plan) -> Table:
-    budget, held = plan.budget, accumulators(plan.spec, plan.tiling, plan.budget)
-    if held.unit == "registers":
-        title = f"registers of a consumer thread: {held.used} of {held.limit}"
+def _held_tables(plan: Plan) -> list[Table]:
+    """Registers of the roles that hold fragments, a table each, or the regions of tensor memory."""
+    budget, tables = plan.budget, []
+    rows, keys = plan.arch.mma_m, plan.tile_n
+    for held in held_by_roles(plan.spec, plan.tiling, budget):
+        title = f"registers of a thread, {held.role}: {held.used} of {held.limit}"
         table = _table("what", "registers", "holds", title=title, left=("what", "holds"))
-        rows, columns = plan.arch.mma_m, {"S": plan.tile_n, "P": plan.tile_n, "O": plan.spec.v_dim}
         for name, count in held.parts.items():
-            kind = "of 16 bits, two a register" if name == "P" else "float32"
-            table.add_row(name, str(count), f"{rows} x {columns[name]} {kind}, over 128 threads")
+            columns = keys if name in "SP" else 4 * count if name == "Q" else 2 * count
+            kind = "float32" if name in "SO" else "of 16 bits, two a register"
+            table.add_row(name, str(count), f"{rows} x {columns} {kind}, over 128 threads")
         table.add_row("other", str(held.other), "addresses, descriptors, loop state, rows' statistics; an estimate")
-        return table
+        tables.append(table)
+    if tables:
+        return tables
     table = _table(
         *("region", "column", "columns", "holds"),
         title=f"TMEM: {budget.tmem_used} of {budget.tmem_limit} columns, {budget.tmem_columns} allocated",
@@ -323,7 +337,7 @@ def _held_table(plan: Plan) -> Table:
     )
     for region in budget.regions:
         table.add_row(region.name, str(region.column), str(region.columns), region.reason)
-    return table
+    return [table]
 
 
 def _named_table(plan: Plan) -> Table:

@@ -83,8 +83,8 @@ class KernelSpec(BaseModel):
     kv_shared: bool = Field(False, description="V is a prefix of K's columns: one buffer serves both")
     output: Literal["normalized", "unnormalized"] = Field("normalized", description="unnormalized: float32 O, LSE, m")
     lse: bool = Field(True, description="store the log-sum-exp, float32 [B, Hq, Sq], natural log")
-    strategy: Literal["auto", "tiles", "two_tiles", "two_ctas", "chunks", "passes", "pair", "warpgroups"] = Field(
-        "auto", description="how K, V and O are laid over CTAs; auto: the planner's cost model decides"
+    strategy: Literal["auto", "tiles", "two_tiles", "two_ctas", "chunks", "passes", "pair", "warpgroups", "columns"] = (
+        Field("auto", description="how K, V and O are laid over CTAs; auto: the planner's cost model decides")
     )
     p_staging: Literal["auto", "tmem", "smem", "register"] = Field("auto", description="where P waits for P.V")
     kv_stage: int | Literal["auto"] = Field("auto", description="depth of the K and V rings: tiles, or chunks")

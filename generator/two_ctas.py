@@ -36,9 +36,10 @@ from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_tiles import POLYNOMIAL_PAIRS
 
 CTAS = 2
+P_COLUMNS_MAX = 16  # that one tcgen05.st takes: their 32 columns of S are free then
 SCORE_TILES = 2  # S and P of KV tile n in one, of n + 1 in the other
 # Of 384 threads' 168 each at entry, all: no warp needs as much, and ptxas spills in none.
-SOFTMAX_REGISTERS = 240  # a row of S (128), 32 columns of P, and what the exponentials need
+SOFTMAX_REGISTERS = 240  # a row of S (128), part of P, and what the exponentials need
 CORRECTION_REGISTERS = 152  # 32 columns of O, a factor and addresses
 ISSUER_REGISTERS = 112  # descriptors, coordinates, loop state
 
@@ -50,13 +51,13 @@ def v_width(spec: KernelSpec) -> int:
 
 
 def polynomial_pairs(spec: KernelSpec, arch: Arch) -> tuple[int, ...]:
-    """Of each 8 neighbouring pairs of columns, those whose exponentials the FMA units compute. Few where the
+    """Of each PAIR_PERIOD neighbouring pairs of columns, those whose exponentials the FMA units compute. Few where the
     special-function unit takes at most half of the tensor core's time, as at head_dim 256: only the first and the last
     KV tile's exponentials are waited for there.
     """
     special = 1 / arch.rates.mufu_ops
     tensor = 2 * (spec.head_dim + spec.v_dim) / arch.rates.tensor_flop
-    return POLYNOMIAL_PAIRS[1:2] if 2 * special <= tensor else POLYNOMIAL_PAIRS
+    return POLYNOMIAL_PAIRS[1::2] if 2 * special <= tensor else POLYNOMIAL_PAIRS
 
 
 def two_cta_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:

@@ -10,7 +10,7 @@ is a choice here and no estimate.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from .arch import Arch
 from .budget import (
@@ -37,11 +37,6 @@ from .lifetime import check_overlaps
 from .spec import KernelSpec
 
 QUERY_TILES = 2
-# Of 512 threads' 65536. At head_dim 128, full and causal, ptxas spills 0 and 28 bytes a thread with these; with 184, 96
-# and 48 168 and 208 in the softmax loop, with 192, 80 and 48 0 and 84.
-SOFTMAX_REGISTERS = 192  # a row of S (128), 32 columns of P, and what the exponentials need
-CORRECTION_REGISTERS = 88  # 32 columns of O, a factor and addresses
-ISSUER_REGISTERS = 40  # descriptors, coordinates, loop state
 # P is at most 2^SKIP_LOG2 then, which 16 bits hold with the same relative error as 1, and a row's sum of 2^20 of them
 # is within float32's range.
 SKIP_LOG2 = 8.0
@@ -49,7 +44,35 @@ SKIP_LOG2 = 8.0
 EXP2_CUBIC = (0.077119089663028717, 0.22756439447402954, 0.69514614343643188)
 # Three exponentials of eight leave the special-function unit, 16 a cycle, at 5/8 of the time that the tensor core takes
 # for a tile of head_dim 128; on the timeline's model more make no difference, fewer do.
-POLYNOMIAL_PAIRS = (1, 4, 6)
+PAIR_PERIOD = 16
+POLYNOMIAL_PAIRS = (1, 4, 6, 9, 12, 14)
+
+
+@dataclass(frozen=True)
+class Registers:
+    """Of 512 threads' 65536, all: by thread of a role. p_columns: of P that a softmax thread holds at a time, at most;
+    o_columns, stage_columns: of O that a correction thread does when it rescales and when O leaves.
+    """
+
+    softmax: int  # a row of S, part of P, and what the exponentials need
+    correction: int  # part of a row of O, a factor and addresses
+    issuer: int  # descriptors, coordinates, loop state
+    p_columns: int
+    o_columns: int
+    stage_columns: int
+
+
+# ptxas begins a row's polynomials early, for they are the longest chains, and their results wait in registers while the
+# special-function unit works: head_dim 64 to 128 spilled 348 to 468 bytes a thread with 192 registers for softmax and P
+# in halves of a row, and does not with these, where each quarter's columns of S are free once its P is on its way.
+WHOLE_ROW = Registers(softmax=216, correction=48, issuer=32, p_columns=16, o_columns=8, stage_columns=16)
+HALF_ROW = Registers(softmax=168, correction=104, issuer=72, p_columns=32, o_columns=32, stage_columns=32)
+HALF_ROW_COLUMNS = 64  # of S, at most
+
+
+def registers_of(tiling: Tiling) -> Registers:
+    """How the CTA's registers are handed out."""
+    return HALF_ROW if tiling.tile_n <= HALF_ROW_COLUMNS else WHOLE_ROW
 
 
 def two_tile_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
@@ -57,22 +80,22 @@ def two_tile_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     mbarriers = _mbarriers(spec, tiling, arch)
     buffers = _buffers(spec, tiling, mbarriers[1] + TMEM_SLOT_BYTES)
     regions = _regions(spec, tiling)
-    roles = _roles(arch)
+    roles = _roles(arch, registers_of(tiling))
     budget = assembled(arch, mbarriers, buffers, regions, roles, handed_out=True)
     return replace(budget, overflows=(*_overflows(budget, spec, tiling), *register_overflow(budget)))
 
 
-def _roles(arch: Arch) -> tuple[Role, ...]:
+def _roles(arch: Arch, registers: Registers) -> tuple[Role, ...]:
     group = arch.group_warps
     first = QUERY_TILES * group
     issuer = "setmaxnreg: descriptors, coordinates, loop state"
     row = "setmaxnreg: a row of S, part of P, what the exponentials need"
     return (
-        Role("softmax", 0, first, SOFTMAX_REGISTERS, row),
-        Role("correction", first, group, CORRECTION_REGISTERS, "setmaxnreg: part of a row of O, its factor"),
-        Role("mma", first + group, 1, ISSUER_REGISTERS, issuer),
-        Role("tma", first + group + 1, 1, ISSUER_REGISTERS, issuer),
-        Role("idle", first + group + 2, group - 2, ISSUER_REGISTERS, "setmaxnreg counts whole warpgroups"),
+        Role("softmax", 0, first, registers.softmax, row),
+        Role("correction", first, group, registers.correction, "setmaxnreg: part of a row of O, its factor"),
+        Role("mma", first + group, 1, registers.issuer, issuer),
+        Role("tma", first + group + 1, 1, registers.issuer, issuer),
+        Role("idle", first + group + 2, group - 2, registers.issuer, "setmaxnreg counts whole warpgroups"),
     )
 
 

@@ -157,7 +157,16 @@ def test_every_strategy_is_explained(head_dim):
     assert [row.tiling for row in rows if row.chosen] == [plan_of(head_dim=head_dim).tiling]
     for row in rows:
         assert row.status and (row.chosen or row.remedy)
-        assert row.budget.fits or "over by" in row.status
+        assert row.refused or row.budget.fits or "over by" in row.status
+
+
+def test_a_strategy_that_the_template_does_not_have_is_refused_and_not_costed():
+    rows = {row.strategy: row for row in explain_kernel(load_spec(head_dim=320))}
+    assert [name for name, row in rows.items() if row.refused] == ["tiles", "two_tiles", "two_ctas"]
+    assert all(row.cost is row.tiling is None for row in rows.values() if row.refused)
+    assert rows["tiles"].status.startswith("refused: strategy not implemented for sm_100a yet")
+    assert "one MMA writes all of O, head_dim and head_dim_v of at most 256" in rows["tiles"].remedy
+    assert rows["two_ctas"].remedy.startswith("at most 256, or a CTA pair")
 
 
 def test_explanation_of_what_does_not_fit_still_shows_every_strategy():

@@ -63,7 +63,7 @@ def test_both_read_k_and_v_once():
     assert two.mma_read_bytes / two.rows / two.keys < one.mma_read_bytes / one.rows / one.keys
 
 
-@pytest.mark.parametrize("head_dim, share", [(64, 3), (128, 3), (192, 3), (240, 3), (256, 1)])
+@pytest.mark.parametrize("head_dim, share", [(64, 6), (128, 6), (192, 6), (240, 6), (256, 3)])
 def test_share_of_the_exponentials_by_polynomial(head_dim, share):
     """MUFU takes 256 / (d + dv) of the tensor core's time: half of it at head_dim 256."""
     assert len(polynomial_pairs(load_spec(head_dim=head_dim), SM100A)) == share
@@ -200,3 +200,9 @@ def test_every_interleaving_of_its_barriers_ends():
     assert verify_kernel(binary, (1, 1, 1, 256, 96), prepare=observe).passed
     (text,) = proof.proofs
     assert "every interleaving of its barriers ends, no phase is aliased, no count overflows" in text
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(192, 128), (256, 256)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_nothing_spills(head_dim, head_dim_v, causal):
+    assert compile_kernel(plan(head_dim=head_dim, head_dim_v=head_dim_v, causal=causal)).spills == 0

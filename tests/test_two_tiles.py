@@ -164,3 +164,11 @@ def test_every_interleaving_of_its_barriers_ends(causal):
     assert verify_kernel(binary, (1, 1, 1, 256, 160), prepare=observe).passed
     (text,) = proof.proofs
     assert "every interleaving of its barriers ends, no phase is aliased, no count overflows" in text
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_nothing_spills(head_dim, causal):
+    """The registers that setmaxnreg hands out are what the roles need: a figure of this DSL's ptxas, see WHOLE_ROW."""
+    binary = compile_kernel(plan(head_dim=head_dim, causal=causal))
+    assert binary.spills == binary.stack_bytes == 0

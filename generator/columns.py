@@ -1,0 +1,238 @@
+"""What a CTA needs on sm_90a beyond head_dim 256, where the accumulator of 64 query rows takes half of the register
+file: one warpgroup computes the scores, two more hold half of O's columns each.
+
+Pure arithmetic, as in budget.py. Q stays in the score warpgroup's registers, operand A of QK, as far as they suffice;
+that way shared memory gives its bandwidth to K and V, which stream through rings in pieces: K in chunks of columns, V
+in slices of keys. P goes through shared memory, with the factor by which O is to be rescaled. With a cluster of two
+CTAs, each loads half of every piece for both (multicast), which halves what L2 has to give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .arch import Arch
+from .budget import (
+    ACCUMULATOR_BYTES,
+    ELEMENT_BYTES,
+    Budget,
+    Buffer,
+    Mbarrier,
+    NamedBarrier,
+    Overflow,
+    Role,
+    Tiling,
+    assembled,
+    place_buffers,
+    place_mbarriers,
+    register_overflow,
+    smem_overflows,
+)
+from .spec import HEAD_DIM_STEP, KernelSpec
+
+CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
+V_KEYS = 32  # keys of V in a buffer
+OUTPUT_GROUPS = 2
+P_STAGES = 2
+# What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
+# ptxas spills nothing at head_dim 512, with 8 less of either it does; an output thread has two accumulators.
+SCORE_OTHERS, OUTPUT_OTHERS = 16, 32
+PRODUCER_REGISTERS = 24
+PART, PART_MAX = 128, 192  # columns of O: of the first of two wgmma where one would write more than PART_MAX
+TILE_NS = (128, 96, 64)
+CLUSTERS = (2, 1)
+K_TILES_AHEAD = 1.5  # of K in its ring at most; what is left goes to V
+
+
+def half_width(spec: KernelSpec) -> int:
+    """Columns of O that one output warpgroup holds."""
+    return spec.v_dim // OUTPUT_GROUPS
+
+
+def o_parts(spec: KernelSpec) -> tuple[int, ...]:
+    """Columns of it that one wgmma writes. ptxas refuses one whose accumulator leaves it too few of the registers that
+    all threads have at entry (128, of 512 threads), whatever setmaxnreg gives later.
+    """
+    width = half_width(spec)
+    return (width,) if width <= PART_MAX else (PART, width - PART)
+
+
+def k_chunks(spec: KernelSpec) -> int:
+    return -(-spec.head_dim // CHUNK)
+
+
+def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
+    """Every Tiling of the strategy that the specification's fields leave open. kv_stages counts chunks of K; V's ring
+    takes the shared memory that is left (v_stages).
+    """
+    tile_ns = TILE_NS if spec.tile_n == "auto" else (spec.tile_n,)
+    clusters = CLUSTERS if spec.tile_m == "auto" else (spec.tile_m // arch.mma_m,)
+    found = []
+    for cluster in clusters:
+        for tile_n in tile_ns:
+            most = int(K_TILES_AHEAD * k_chunks(spec))
+            depths = range(most, 1, -1) if spec.kv_stage == "auto" else (spec.kv_stage,)
+            found += [
+                Tiling(
+                    *(arch.mma_m * cluster, tile_n, depth, "smem", False, o_chunk(spec), "columns"),
+                    k_chunk=CHUNK,
+                    v_keys=V_KEYS,
+                    lazy=True,
+                )
+                for depth in depths
+            ]
+    return found
+
+
+def o_chunk(spec: KernelSpec) -> int:
+    """Columns of O that an output warpgroup stages at a time: one swizzle span."""
+    return next(columns for columns in (64, 32, 16) if half_width(spec) % columns == 0)
+
+
+def v_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
+    """Buffers of V's ring: as many as fit beside the rest, at most two KV tiles' worth."""
+    rest = sum(size for name, size, *_ in _wanted(spec, arch, tiling, 0) if name != "sV")
+    free = arch.smem_per_cta - rest - 4096  # barriers, and what alignment to 1024 bytes takes
+    return max(1, min(2 * tiling.tile_n // V_KEYS, free // _v_bytes(spec)))
+
+
+def _v_bytes(spec: KernelSpec) -> int:
+    return V_KEYS * spec.v_dim * ELEMENT_BYTES
+
+
+def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[tuple[str, int, int, str | None, str]]:
+    rows, keys = arch.mma_m, tiling.tile_n
+    apart, stages = chunks_apart(spec, arch, tiling), q_stages(spec, arch, tiling)
+    why = f"{rows} x {CHUNK} a stage, on the way to registers" + (f"; the last {apart} chunks stay" if apart else "")
+    wanted = [
+        ("rows", P_STAGES * rows * ACCUMULATOR_BYTES, P_STAGES, None, f"factors of {rows} rows"),
+        (
+            *("sK", tiling.kv_stages * keys * CHUNK * ELEMENT_BYTES, tiling.kv_stages, None),
+            f"{keys} x {CHUNK} a stage",
+        ),
+        ("sQ", stages * rows * CHUNK * ELEMENT_BYTES, stages, None, why),
+        ("sV", v_count * _v_bytes(spec), v_count, None, f"{V_KEYS} x {spec.v_dim} a stage"),
+        ("sP", P_STAGES * rows * keys * ELEMENT_BYTES, P_STAGES, None, f"{rows} x {keys} a stage"),
+    ]
+    if not spec.unnormalized:
+        size = OUTPUT_GROUPS * rows * tiling.o_chunk * ELEMENT_BYTES
+        why = f"{rows} x {tiling.o_chunk} an output warpgroup, in {half_width(spec) // tiling.o_chunk} steps"
+        wanted.append(("sO", size, OUTPUT_GROUPS, None, why))
+    return wanted
+
+
+def column_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
+    """The Budget of a candidate. Never raises for what does not fit: see Budget.overflows."""
+    v_count, cluster = v_stages(spec, arch, tiling), tiling.tile_m // arch.mma_m
+    mbarriers = _mbarriers(tiling, v_count, arch.group_warps, cluster, q_stages(spec, arch, tiling))
+    buffers = _buffers(spec, arch, tiling, mbarriers[1], v_count)
+    budget = assembled(arch, mbarriers, buffers, ((), 0), _roles(spec, arch, tiling), _named_barriers, handed_out=True)
+    return replace(budget, overflows=tuple(_overflows(budget, spec, arch, tiling)))
+
+
+def _buffers(
+    spec: KernelSpec, arch: Arch, tiling: Tiling, barrier_bytes: int, v_count: int
+) -> tuple[tuple[Buffer, ...], int]:
+    wanted = [("barriers", barrier_bytes, 1, None, "mbarriers"), *_wanted(spec, arch, tiling, v_count)]
+    return place_buffers(wanted)
+
+
+def output_registers(spec: KernelSpec) -> int:
+    """Of a thread that holds O: a multiple of 8."""
+    return -(-(half_width(spec) // 2 + OUTPUT_OTHERS) // 8) * 8
+
+
+def score_registers(spec: KernelSpec, arch: Arch) -> int:
+    """What the others leave of the register file, 240 at most."""
+    group = arch.group_warps * arch.warp_size
+    left = arch.registers_per_sm // group - OUTPUT_GROUPS * output_registers(spec) - PRODUCER_REGISTERS
+    return min(240, left // 8 * 8)
+
+
+def score_fragments(spec: KernelSpec, arch: Arch, tiling: Tiling) -> dict[str, int]:
+    """Registers that a thread of the score warpgroup holds of Q, S and P: 64 rows over 128 threads."""
+    q_columns = spec.head_dim - min(spec.head_dim, chunks_apart(spec, arch, tiling) * CHUNK)
+    return {"Q": q_columns // 4, "S": tiling.tile_n // 2, "P": tiling.tile_n // 4}
+
+
+def chunks_apart(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
+    """Chunks of Q, the last ones, that stay in shared memory because the score warpgroup's registers do not suffice."""
+    free = score_registers(spec, arch) - SCORE_OTHERS - tiling.tile_n // 2 - tiling.tile_n // 4
+    return next(count for count in range(k_chunks(spec) + 1) if spec.head_dim - count * CHUNK <= max(0, 4 * free))
+
+
+def q_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
+    """Buffers through which Q's chunks come: all that stay, and two so that one is loaded while another is read."""
+    return max(2, chunks_apart(spec, arch, tiling))
+
+
+def _roles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple[Role, ...]:
+    size = arch.group_warps
+    held = ", ".join(f"{name} {count}" for name, count in score_fragments(spec, arch, tiling).items())
+    o_why = f"setmaxnreg: half of O {half_width(spec) // 2}, {OUTPUT_OTHERS} else by estimate"
+    return (
+        Role("scores", 0, size, score_registers(spec, arch), f"setmaxnreg: {held}, {SCORE_OTHERS} else by estimate"),
+        Role("output", size, OUTPUT_GROUPS * size, output_registers(spec), o_why),
+        Role("tma", 3 * size, 1, PRODUCER_REGISTERS, "setmaxnreg: coordinates, loop state"),
+        Role("idle", 3 * size + 1, size - 1, PRODUCER_REGISTERS, "setmaxnreg counts whole warpgroups"),
+    )
+
+
+def _mbarriers(
+    tiling: Tiling, v_count: int, warps: int, cluster: int, q_count: int
+) -> tuple[tuple[Mbarrier, ...], int]:
+    both = ", in both CTAs" if cluster > 1 else ""
+    output = OUTPUT_GROUPS * warps
+    return place_mbarriers(
+        (
+            ("q_full", q_count, 1, "TMA: a chunk of Q has landed"),
+            ("q_empty", q_count, warps, "score warps, one lane each: it is in registers, or the last QK has read it"),
+            ("k_full", tiling.kv_stages, 1, "TMA: a chunk of K has landed"),
+            ("k_empty", tiling.kv_stages, cluster * warps, f"score warps, one lane each{both}: it has been read"),
+            ("v_full", v_count, 1, "TMA: a slice of V has landed"),
+            ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
+            ("p_full", P_STAGES, warps, "score warps, one lane each: P and the factors of O are written"),
+            ("p_empty", P_STAGES, output, "output warps, one lane each: P and factors have been read"),
+            ("scored", P_STAGES, warps, "score warps, one lane each: QK of the next KV tile is done"),
+        )
+    )
+
+
+def _named_barriers(threads: int) -> tuple[NamedBarrier, ...]:
+    own = [NamedBarrier(1 + i, f"output {i}", 128, f"half {i} of O: sO may be written; is written") for i in range(2)]
+    return (NamedBarrier(0, "cta", threads, "mbarriers initialized"), *own)
+
+
+def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> Iterator[Overflow]:
+    yield from smem_overflows(budget, "a lower kv_stage or a smaller tile_n")
+    yield from register_overflow(budget)
+    held = score_fragments(spec, arch, tiling)
+    need, limit = sum(held.values()) + SCORE_OTHERS, budget.role("scores").registers
+    if need > limit:
+        reason = " + ".join(f"{name} {count}" for name, count in held.items()) + f" + {SCORE_OTHERS} else, a thread"
+        yield Overflow("registers", "registers", need, limit, reason, "a smaller tile_n")
+    slices = budget.buffer("sV").stages
+    if slices * V_KEYS < tiling.tile_n // 2:
+        reason = "half of a KV tile's V waits while the next scores are computed"
+        yield Overflow("smem", "slices", tiling.tile_n // 2 // V_KEYS, slices, reason, "a lower kv_stage")
+
+
+def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
+    """Sort key of candidates: a cluster, which halves what L2 gives; the widest tile; about as much of K in its ring as
+    of V.
+    """
+    v_bytes = v_stages(spec, arch, tiling) * _v_bytes(spec)
+    k_bytes = tiling.kv_stages * tiling.tile_n * CHUNK * ELEMENT_BYTES
+    return (-tiling.tile_m, -tiling.tile_n, abs(k_bytes - v_bytes))
+
+
+def check_columns(spec: KernelSpec) -> Iterator[tuple[str, str, str]]:
+    """(field, what is not implemented, remedy) of everything that the strategy lacks."""
+    step = 2 * HEAD_DIM_STEP
+    if spec.v_dim % step:
+        yield "head_dim_v", f"two warpgroups hold half of O each: a multiple of {step}", f"use a multiple of {step}"
+    if spec.kv_shared:
+        yield "kv_shared", "K streams in chunks of columns, V in slices of keys", "leave it out (default: false)"
+    if spec.tile_n != "auto" and spec.tile_n % (2 * V_KEYS):
+        yield "tile_n", f"PV takes halves of {V_KEYS} keys a slice", f"use a multiple of {2 * V_KEYS}"
