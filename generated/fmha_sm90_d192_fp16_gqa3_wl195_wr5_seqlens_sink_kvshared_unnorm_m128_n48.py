@@ -26,8 +26,8 @@
 """Attention forward on sm_90a: 2 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
 
 A CTA works on one query tile after another: 128 query rows of a query head. A warp brings Q,
-and K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns S of
-the one into P, in registers, while the tensor core still multiplies for the other.
+and K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns S
+of the one into P, in registers, while the tensor core still multiplies for the other.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -35,7 +35,7 @@ Grid: as many CTAs as run at once, at most one a query tile.
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float16, Float32, Int32, Int64, Uint8
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import Field, OperandSource, SmemLayoutAtomKind
 
 KERNEL_NAME = "fmha_sm90_d192_fp16_gqa3_wl195_wr5_seqlens_sink_kvshared_unnorm_m128_n48"
@@ -89,18 +89,14 @@ LN_2 = 0.6931471805599453
 def qk_mma():
     """S = Q K^T of one consumer: 64 x TILE_N in float32, both operands from shared memory."""
     shape = (GROUP_ROWS, TILE_N, 16)
-    op = warpgroup.MmaF16BF16Op(
-        DTYPE, Float32, shape, OperandSource.SMEM, OperandMajorMode.K, OperandMajorMode.K
-    )
+    op = warpgroup.MmaF16BF16Op(DTYPE, Float32, shape, OperandSource.SMEM, OperandMajorMode.K, OperandMajorMode.K)
     return cute.make_tiled_mma(op)
 
 
 def pv_mma():
     """O += P V of one consumer, P from registers. V's head_dim is contiguous, which makes B MN-major."""
     shape = (GROUP_ROWS, HEAD_DIM_V, 16)
-    op = warpgroup.MmaF16BF16Op(
-        DTYPE, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.MN
-    )
+    op = warpgroup.MmaF16BF16Op(DTYPE, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.MN)
     return cute.make_tiled_mma(op)
 
 
@@ -297,7 +293,7 @@ def row_max(s, r: cutlass.Constexpr, best):
 
 @cute.jit
 def reference_of(m, seen):
-    """What a row's scores are taken relative to; with a mask the row may have seen nothing: -inf - -inf would be NaN."""
+    """What a row's scores are taken relative to. With a mask the row may have seen nothing: -inf - -inf is NaN."""
     if cutlass.const_expr(seen is not None):
         m = m if m > -Float32.inf else Float32(0.0)
     return m
@@ -476,7 +472,7 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     seen: columns of the tile that each of this thread's rows sees, None for all.
     """
     (s, p, o, q, k, v), (m, total, factor) = operands, stats
-    (stage, phase), (stage_before, phase_before) = place, before
+    (stage, phase), (stage_before, _) = place, before
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
     multiply_qk(s, q, k, stage)
     multiply_pv(o, p, v, stage_before)
@@ -537,10 +533,11 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         cute.arch.mbarrier_wait(bars + Q_FULL + group, turn & 1)
         if kv_tiles > 0:
             before, place = place, first_tile(operands, bars, place, seen_of(0, bounds, span), scale_log2, stats)
-        for j in cutlass.range(1, whole_tiles, unroll=1):
+        for _ in cutlass.range(1, whole_tiles, unroll=1):
             before, place = place, next_tile(operands, bars, group, place, before, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles, unroll=1):
-            before, place = place, next_tile(operands, bars, group, place, before, seen_of(j, bounds, span), scale_log2, stats)
+            seen = seen_of(j, bounds, span)
+            before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)
         release_q(bars, group)
         if kv_tiles > 0:
             last_pv(operands, bars, before)
@@ -644,6 +641,7 @@ def launch(
     heads = q.shape[2]
     tiles = query_tiles(q.shape[1]) * heads * q.shape[0]
     matrices = (tma_q, mq, tma_k, mk, mo)
-    kernel = fmha_sm90_d192_fp16_gqa3_wl195_wr5_seqlens_sink_kvshared_unnorm_m128_n48(*matrices, seqlens, sink, lse, m_out, heads, q.shape[0], scale)
+    arguments = (*matrices, seqlens, sink, lse, m_out, heads, q.shape[0], scale)
+    kernel = fmha_sm90_d192_fp16_gqa3_wl195_wr5_seqlens_sink_kvshared_unnorm_m128_n48(*arguments)
     grid = (cutlass.min(tiles, ctas), 1, 1)
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

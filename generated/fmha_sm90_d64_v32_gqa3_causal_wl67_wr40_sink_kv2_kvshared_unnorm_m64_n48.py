@@ -26,8 +26,8 @@
 """Attention forward on sm_90a: 1 consumer warpgroup with 64 query rows, softmax between the two GEMMs.
 
 A CTA works on one query tile after another: 64 query rows of a query head. A warp brings Q,
-and K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns S of
-the one into P, in registers, while the tensor core still multiplies for the other.
+and K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns S
+of the one into P, in registers, while the tensor core still multiplies for the other.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -35,7 +35,7 @@ Grid: as many CTAs as run at once, at most one a query tile.
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import Field, OperandSource, SmemLayoutAtomKind
 
 KERNEL_NAME = "fmha_sm90_d64_v32_gqa3_causal_wl67_wr40_sink_kv2_kvshared_unnorm_m64_n48"
@@ -87,18 +87,14 @@ LN_2 = 0.6931471805599453
 def qk_mma():
     """S = Q K^T of one consumer: 64 x TILE_N in float32, both operands from shared memory."""
     shape = (GROUP_ROWS, TILE_N, 16)
-    op = warpgroup.MmaF16BF16Op(
-        DTYPE, Float32, shape, OperandSource.SMEM, OperandMajorMode.K, OperandMajorMode.K
-    )
+    op = warpgroup.MmaF16BF16Op(DTYPE, Float32, shape, OperandSource.SMEM, OperandMajorMode.K, OperandMajorMode.K)
     return cute.make_tiled_mma(op)
 
 
 def pv_mma():
     """O += P V of one consumer, P from registers. V's head_dim is contiguous, which makes B MN-major."""
     shape = (GROUP_ROWS, HEAD_DIM_V, 16)
-    op = warpgroup.MmaF16BF16Op(
-        DTYPE, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.MN
-    )
+    op = warpgroup.MmaF16BF16Op(DTYPE, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.MN)
     return cute.make_tiled_mma(op)
 
 
@@ -316,7 +312,7 @@ def row_max(s, r: cutlass.Constexpr, best):
 
 @cute.jit
 def reference_of(m, seen):
-    """What a row's scores are taken relative to; with a mask the row may have seen nothing: -inf - -inf would be NaN."""
+    """What a row's scores are taken relative to. With a mask the row may have seen nothing: -inf - -inf is NaN."""
     if cutlass.const_expr(seen is not None):
         m = m if m > -Float32.inf else Float32(0.0)
     return m
@@ -484,7 +480,7 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     seen: columns of the tile that each of this thread's rows sees, None for all.
     """
     (s, p, o, q, k, v), (m, total, factor) = operands, stats
-    (stage, phase), (stage_before, phase_before) = place, before
+    (stage, phase), (stage_before, _) = place, before
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
     multiply_qk(s, q, k, stage)
     multiply_pv(o, p, v, stage_before)
@@ -544,11 +540,12 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         cute.arch.mbarrier_wait(bars + Q_FULL + group, turn & 1)
         if kv_tiles > 0:
             before, place = place, first_tile(operands, bars, place, seen_of(0, bounds, spans), scale_log2, stats)
-        for j in cutlass.range(1, whole_tiles, unroll=1):
+        for _ in cutlass.range(1, whole_tiles, unroll=1):
             before, place = place, next_tile(operands, bars, group, place, before, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles - whole_tiles2, unroll=1):
-            before, place = place, next_tile(operands, bars, group, place, before, seen_of(j, bounds, spans), scale_log2, stats)
-        for j in cutlass.range(cutlass.max(kv_tiles - whole_tiles2, 1), kv_tiles, unroll=1):
+            seen = seen_of(j, bounds, spans)
+            before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)
+        for _ in cutlass.range(cutlass.max(kv_tiles - whole_tiles2, 1), kv_tiles, unroll=1):
             before, place = place, next_tile(operands, bars, group, place, before, None, scale_log2, stats)
         release_q(bars, group)
         if kv_tiles > 0:
@@ -564,7 +561,7 @@ def release_q(bars, group):
 
 def seen_of(j, bounds, spans):
     """Columns of the j-th KV tile that each row of this thread sees: see hide_columns."""
-    pairs = [seen_columns(j, *of_row, *spans) for of_row in zip(*bounds)]
+    pairs = [seen_columns(j, *of_row, *spans) for of_row in zip(*bounds, strict=True)]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
@@ -657,6 +654,7 @@ def launch(
     heads = q.shape[2]
     tiles = query_tiles(q.shape[1]) * heads * q.shape[0]
     matrices = (tma_q, mq, tma_k, mk, tma_k2, mk2, mo)
-    kernel = fmha_sm90_d64_v32_gqa3_causal_wl67_wr40_sink_kv2_kvshared_unnorm_m64_n48(*matrices, sink, lse, m_out, heads, q.shape[0], scale)
+    arguments = (*matrices, sink, lse, m_out, heads, q.shape[0], scale)
+    kernel = fmha_sm90_d64_v32_gqa3_causal_wl67_wr40_sink_kv2_kvshared_unnorm_m64_n48(*arguments)
     grid = (cutlass.min(tiles, ctas), 1, 1)
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

@@ -28,8 +28,8 @@
 """Attention forward on sm_90a: 3 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
 
 A CTA works on one query tile after another: 192 query rows of a query head. A warp brings Q,
-and K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns S of
-the one into P, in registers, while the tensor core still multiplies for the other.
+and K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns S
+of the one into P, in registers, while the tensor core still multiplies for the other.
 Consumers take turns at issuing, so that one's softmax runs while another's MMAs do.
 
 Grid: as many CTAs as run at once, at most one a query tile.
@@ -96,18 +96,14 @@ LN_2 = 0.6931471805599453
 def qk_mma():
     """S = Q K^T of one consumer: 64 x TILE_N in float32, both operands from shared memory."""
     shape = (GROUP_ROWS, TILE_N, 16)
-    op = warpgroup.MmaF16BF16Op(
-        DTYPE, Float32, shape, OperandSource.SMEM, OperandMajorMode.K, OperandMajorMode.K
-    )
+    op = warpgroup.MmaF16BF16Op(DTYPE, Float32, shape, OperandSource.SMEM, OperandMajorMode.K, OperandMajorMode.K)
     return cute.make_tiled_mma(op)
 
 
 def pv_mma():
     """O += P V of one consumer, P from registers. V's head_dim is contiguous, which makes B MN-major."""
     shape = (GROUP_ROWS, HEAD_DIM_V, 16)
-    op = warpgroup.MmaF16BF16Op(
-        DTYPE, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.MN
-    )
+    op = warpgroup.MmaF16BF16Op(DTYPE, Float32, shape, OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.MN)
     return cute.make_tiled_mma(op)
 
 
@@ -286,7 +282,7 @@ def row_max(s, r: cutlass.Constexpr, best):
 
 @cute.jit
 def reference_of(m, seen):
-    """What a row's scores are taken relative to; with a mask the row may have seen nothing: -inf - -inf would be NaN."""
+    """What a row's scores are taken relative to. With a mask the row may have seen nothing: -inf - -inf is NaN."""
     if cutlass.const_expr(seen is not None):
         m = m if m > -Float32.inf else Float32(0.0)
     return m
@@ -536,10 +532,11 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         cute.arch.mbarrier_wait(bars + Q_FULL + group, turn & 1)
         if kv_tiles > 0:
             before, place = place, first_tile(operands, bars, place, seen_of(0, bounds, span), scale_log2, stats)
-        for j in cutlass.range(1, whole_tiles, unroll=1):
+        for _ in cutlass.range(1, whole_tiles, unroll=1):
             before, place = place, next_tile(operands, bars, group, place, before, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles, unroll=1):
-            before, place = place, next_tile(operands, bars, group, place, before, seen_of(j, bounds, span), scale_log2, stats)
+            seen = seen_of(j, bounds, span)
+            before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)
         if kv_tiles > 0:
             last_pv(operands, bars, before)
         store_outputs(o, m, total, o_smem, out, rows, scale, block, group, first_row, tokens, seqlen_q)
@@ -643,6 +640,7 @@ def launch(
     heads = q.shape[2]
     tiles = query_tiles(q.shape[1]) * heads * q.shape[0]
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo)
-    kernel = fmha_sm90_d96(*matrices, lse, heads, q.shape[0], scale)
+    arguments = (*matrices, lse, heads, q.shape[0], scale)
+    kernel = fmha_sm90_d96(*arguments)
     grid = (cutlass.min(tiles, ctas), 1, 1)
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

@@ -45,7 +45,6 @@ IMPOSSIBLE = {  # pair -> why no specification has it
     ("shared", True, "one kv stage", True): "QK of the next tile is issued before PV of this one",
     ("output", "unnormalized", "lse", False): "without LSE partial results do not merge",
     ("output", "unnormalized", "sO over sQ", True): "float32 O goes from registers to global memory",
-    ("one kv stage", True, "sO over sQ", True): "one stage leaves room for sO of its own",
 }
 LAZY_COLUMNS = 144  # of O: those whose rescaling is asked for first
 
@@ -123,7 +122,7 @@ def _fields(row: Row) -> Iterator[dict[str, Any]]:
         "window_left": (0 if row["sink"] and d < 64 else d + 3) if row["left"] else None,
         "window_right": (5 if row["lengths"] else 40) if row["right"] else None,
     }
-    tiles = ("auto", *((48, 32) if row["narrow tile"] else (64, 80, 176, 224)))
+    tiles = ("auto", *((48, 32) if row["narrow tile"] else (64, 80, 112, 176, 224)))
     for tile_m, tile_n in product(("auto", 64 * row["consumers"]), tiles):
         asked = fields | {"tile_m": tile_m, "tile_n": tile_n}
         yield asked | {"kv_stage": 1 if row["one kv stage"] else "auto"}
