@@ -16,6 +16,7 @@ from .arch import Arch
 from .budget import (
     ACCUMULATOR_BYTES,
     ELEMENT_BYTES,
+    TILE_ALIGNMENT,
     Budget,
     Buffer,
     Mbarrier,
@@ -41,7 +42,7 @@ SCORE_OTHERS, OUTPUT_OTHERS = 16, 32
 PRODUCER_REGISTERS = 24
 PART, PART_MAX = 128, 192  # columns of O: of the first of two wgmma where one would write more than PART_MAX
 TILE_NS = (128, 96, 64)
-CLUSTERS = (2, 1)
+CLUSTERS = (1, 2)
 K_TILES_AHEAD = 1.5  # of K in its ring at most; what is left goes to V
 
 
@@ -93,7 +94,7 @@ def o_chunk(spec: KernelSpec) -> int:
 def v_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     """Buffers of V's ring: as many as fit beside the rest, at most two KV tiles' worth."""
     rest = sum(size for name, size, *_ in _wanted(spec, arch, tiling, 0) if name != "sV")
-    free = arch.smem_per_cta - rest - 4096  # barriers, and what alignment to 1024 bytes takes
+    free = arch.smem_per_cta - rest - 2 * TILE_ALIGNMENT  # barriers, and what aligning the factors takes
     return max(1, min(2 * tiling.tile_n // V_KEYS, free // _v_bytes(spec)))
 
 
@@ -174,8 +175,8 @@ def _roles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple[Role, ...]:
     return (
         Role("scores", 0, size, score_registers(spec, arch), f"setmaxnreg: {held}, {SCORE_OTHERS} else by estimate"),
         Role("output", size, OUTPUT_GROUPS * size, output_registers(spec), o_why),
-        Role("tma", 3 * size, 1, PRODUCER_REGISTERS, "setmaxnreg: coordinates, loop state"),
-        Role("idle", 3 * size + 1, size - 1, PRODUCER_REGISTERS, "setmaxnreg counts whole warpgroups"),
+        Role("tma", 3 * size, 2, PRODUCER_REGISTERS, "setmaxnreg: coordinates, loop state; one loads Q and K, one V"),
+        Role("idle", 3 * size + 2, size - 2, PRODUCER_REGISTERS, "setmaxnreg counts whole warpgroups"),
     )
 
 
@@ -219,12 +220,13 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
 
 
 def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
-    """Sort key of candidates: a cluster, which halves what L2 gives; the widest tile; about as much of K in its ring as
-    of V.
+    """Sort key of candidates: the smallest is taken, by what was measured on an H200, 2026-11-28. No cluster (480 TFLOPS
+    at head_dim 320, 615 without; 409 and 600 at 512); Q in registers; three slices of V or more (603 at 512, 563 with
+    two); the widest tile (615 with 128 keys at 320, 480 with 64); as much of K as is left.
     """
-    v_bytes = v_stages(spec, arch, tiling) * _v_bytes(spec)
-    k_bytes = tiling.kv_stages * tiling.tile_n * CHUNK * ELEMENT_BYTES
-    return (-tiling.tile_m, -tiling.tile_n, abs(k_bytes - v_bytes))
+    slices = min(3, v_stages(spec, arch, tiling))
+    apart = max(2, chunks_apart(spec, arch, tiling))
+    return (tiling.tile_m, apart, -slices, -tiling.tile_n, -tiling.kv_stages)
 
 
 def check_columns(spec: KernelSpec) -> Iterator[tuple[str, str, str]]:

@@ -155,6 +155,13 @@ class ColumnsPlan(HopperPlan):
         names = {"SCORE": "scores", "OUTPUT": "output", "PRODUCER": "tma"}
         return [(name, self.budget.role(role)) for name, role in names.items()]
 
+    def register_change(self, role: str) -> str:
+        """Whether setmaxnreg takes a role's threads up or down from what all have at entry; the wrong one is an illegal
+        instruction.
+        """
+        at_entry = self.budget.registers_pool // self.budget.threads
+        return "increase" if self.budget.role(role).registers > at_entry else "decrease"
+
     @property
     def own_barrier(self) -> int:
         return self.named_barrier("output 0")

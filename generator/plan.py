@@ -222,9 +222,11 @@ _HOPPER_RULES = (  # one a component of `warpgroup_preference`, and the fields t
 
 
 _COLUMN_RULES = (  # one a component of `column_preference`
-    ("fits, but moves twice the bytes from L2: no cluster", ("tile_m",)),
+    ("fits, but two CTAs wait for one another", ("tile_m",)),
+    ("fits, but reads more of Q from shared memory", ("tile_n",)),
+    ("fits, but holds fewer slices of V", ("kv_stage",)),
     ("fits, but has a smaller tile_n", ("tile_n",)),
-    ("fits, but shares the rings' memory less evenly", ("kv_stage",)),
+    ("fits, but holds fewer chunks of K", ("kv_stage",)),
 )
 
 
