@@ -106,10 +106,10 @@ def _not_on_hopper(fields):
         yield "strategy"
     if fields.get("p_staging", "register") not in ("register", "auto"):
         yield "p_staging"
-    if d > MMA_COLUMNS:
+    if d > 512:
         yield "head_dim"
-    if dv > MMA_COLUMNS:
-        yield "head_dim_v"
+    if max(d, dv) > MMA_COLUMNS:
+        yield "strategy"
     if fields.get("tile_m", GROUP_ROWS) not in THREAD_REGISTERS:
         yield "tile_m"
 

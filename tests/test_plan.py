@@ -159,7 +159,8 @@ def test_p_staging_that_does_not_fit():
 @pytest.mark.parametrize(
     "fields, field",
     [
-        ({"arch": "sm_90a", "head_dim": 272}, "head_dim"),
+        ({"arch": "sm_90a", "head_dim": 576, "head_dim_v": 512}, "head_dim"),
+        ({"arch": "sm_90a", "head_dim": 272, "strategy": "warpgroups"}, "strategy"),
         ({"head_dim": 272, "strategy": "tiles"}, "strategy"),
         ({"head_dim": 64, "head_dim_v": 272, "strategy": "tiles"}, "strategy"),
         ({"head_dim": 512, "p_staging": "tmem", "strategy": "pair"}, "p_staging"),
@@ -189,7 +190,7 @@ def test_later_work_is_refused_by_field(fields, field):
         ),
         (
             {"arch": "sm_90a", "strategy": "tiles"},
-            "strategy = 'tiles': is for Blackwell (sm_100a) only; use \"auto\" or",
+            "strategy = 'tiles': is for Blackwell (sm_100a) only; use \"auto\", ",
         ),
         ({"strategy": "warpgroups"}, "strategy = 'warpgroups': is for Hopper (sm_90a) only; use \"auto\""),
     ],
