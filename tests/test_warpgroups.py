@@ -341,3 +341,26 @@ def test_a_lazy_kernel_rescales_only_where_the_maximum_moves_by_more_than_2_to_t
     exact = (p[:, None] * v[0, :, 0].astype(np.float64)).sum(axis=0) / p.sum()
     got = o[0, :, 0].astype(np.float64) * np.exp(m - lse)[0, 0, :, None].astype(np.float64)
     assert np.linalg.norm(got - exact) / np.linalg.norm(np.broadcast_to(exact, got.shape)) < 3e-3
+
+
+# -- the mutation test: docs/mutation.md has all of it, the suite what is sm_90a's own ---------------------------------
+OWN_KINDS = ("bar.warp.sync", "wgmma.", "bar.arrive", "bar.sync")
+
+
+def test_what_orders_wgmma_and_turns_is_missed_by_none_when_broken(monkeypatch):
+    from generator import mutate
+    from generator.emulator.mutation import run_mutants
+
+    def sampled(*arguments, **options):
+        return run_mutants(*arguments, **options, select=lambda mutant: mutant.kind.startswith(OWN_KINDS))
+
+    monkeypatch.setattr(mutate, "run_mutants", sampled)
+    binary = compile_kernel(plan(head_dim=16, causal=True, tile_m=128, tile_n=16, kv_stage=2))
+    found = mutate.mutate_kernel(binary, mutate.shape_for(binary), jobs=1)
+    by_kind = {}
+    for outcome in found:
+        by_kind.setdefault(outcome.kind, set()).add(outcome.result)
+    assert not any("missed" in results for results in by_kind.values()), by_kind
+    assert by_kind["wgmma.wait_group removed"] == {"reported"} == by_kind["wgmma.commit_group removed"]
+    assert by_kind["bar.warp.sync removed"] == {"equivalent"}, "wgmma and its wait are the whole warp's"
+    assert len(found) > 40
