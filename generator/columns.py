@@ -220,9 +220,10 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
 
 
 def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
-    """Sort key of candidates: the smallest is taken, by what was measured on an H200, 2026-11-28. No cluster (480 TFLOPS
-    at head_dim 320, 615 without; 409 and 600 at 512); Q in registers; three slices of V or more (603 at 512, 563 with
-    two); the widest tile (615 with 128 keys at 320, 480 with 64); as much of K as is left.
+    """Sort key of candidates: the smallest is taken, by what was measured on an H200 (2026-11-28, TFLOP/s).
+
+    No cluster: 480 at head_dim 320, 615 without; 409 and 600 at 512. Q in registers. Three slices of V or more: 603 at
+    512, 563 with two. The widest tile: 615 with 128 keys at 320, 480 with 64. As much of K as is left.
     """
     slices = min(3, v_stages(spec, arch, tiling))
     apart = max(2, chunks_apart(spec, arch, tiling))

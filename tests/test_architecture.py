@@ -11,23 +11,9 @@ PACKAGE = Path(generator.resources.__file__).parent
 
 # Upstream first. A module imports only modules to its left.
 FLOW = (
-    *(
-        "resources",
-        "spec",
-        "signature",
-        "mask",
-        "arch",
-        "lifetime",
-        "budget",
-        "two_tiles",
-        "two_ctas",
-        "tuned",
-        "warpgroups",
-        "columns",
-        "accumulators",
-    ),
-    *("chunks", "cost", "partials", "spelling", "layout", "hopper", "plan"),
-    *("covering", "features", "wide_features", "hopper_features"),
+    *("resources", "spec", "signature", "mask", "arch", "lifetime", "budget", "two_tiles", "two_ctas"),
+    *("tuned", "warpgroups", "columns", "accumulators", "chunks", "cost", "partials", "spelling", "layout", "hopper"),
+    *("plan", "covering", "features", "wide_features", "hopper_features"),
     *("explain", "survey", "emit", "protocol", "maps", "pages"),
     *("dsl", "cache", "cubin", "compile", "arrays", "run", "kernel", "merge", "reference", "tiles", "verify"),
     *("mutate", "matrix", "options", "present", "__init__", "command", "emulation", "cli", "__main__"),

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from ptx_kernels import aligned, fails, instruction_descriptor, ptx, run, smem_descriptor, tensor_map, with_tmem
+from ptx_kernels import aligned, fails, instruction_descriptor, launch, ptx, run, smem_descriptor, tensor_map, with_tmem
 
 from generator.emulator import Gpu, Hazard
 
@@ -403,6 +403,17 @@ def test_setmaxnreg_within_the_pool():
     run(pool(more=once.replace("inc", "dec").replace("40", "24")), block=128)  # it leaves the warp as it is
     fails(Hazard, "\nsetmaxnreg.dec.sync.aligned.u32 136; // HERE\n", "has at most 128", block=512)
     fails(Hazard, pool(64, more="\nsetmaxnreg.inc.sync.aligned.u32 32; // HERE\n"), "has 64", block=128)
+
+
+def test_setmaxnreg_inc_to_fewer_registers_than_at_launch():
+    """Seen on an H200: a warpgroup of 512 threads that asks for 112 registers by inc dies of an illegal instruction."""
+
+    def text(count: int) -> str:
+        return ptx(f"setmaxnreg.inc.sync.aligned.u32 {count};").replace(")\n{", ")\n.minnctapersm 1\n{")
+
+    with pytest.raises(Hazard, match="setmaxnreg.inc to 112 registers of a warp that has 128"):
+        launch(text(112), {}, block=512)
+    launch(text(128), {}, block=512)
 
 
 # -- warnings ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Consumer warpgroups (sm_90a): the budget by hand, refusals and their words, the choice, turns, rescaling, schedules."""
+"""Consumer warpgroups (sm_90a): the budget by hand, what is refused, the choice, turns, rescaling, schedules."""
 
 import numpy as np
 import pytest

@@ -2,7 +2,8 @@
 
 The pool is what the CTA was launched with. That number is the compiler's; PTX only bounds it: .maxnreg says it, else
 the CTAs that .minnctapersm wants on a multiprocessor share its 65536 registers. A warp that never executes setmaxnreg
-counts only where .maxnreg says what it has. Increases that wait for others' decreases are fine in any order, so it is
+counts only where .maxnreg says what it has. An increase to fewer registers than a warp has is an illegal instruction on
+an H200. Increases that wait for others' decreases are fine in any order, so it is
 the end that is checked: more than the pool then means that some increase never returned.
 
 The warps of a warpgroup must execute the same setmaxnreg. One that leaves a warp with what it has changes nothing, and
@@ -29,6 +30,8 @@ class RegisterPool:
         share = POOL // max(int(directives.get("minnctapersm", 1)), 1)
         self.pool = declared * machine.n_warps * 32 if declared else share
         self.most = declared or min(share // (machine.n_warps * 32) // 8 * 8, PER_THREAD)  # at launch
+        # ptxas gives every thread its share where .minnctapersm says what that is: 168 of 384 threads, 128 of 512
+        self.launched = declared or (self.most if "minnctapersm" in directives else 0)
         shape = (machine.n_warps, machine.n_cta)
         self.count = np.full(shape, declared)
         self.changes = np.zeros(shape, np.int64)  # how often each warp's count changed,
@@ -43,8 +46,9 @@ class RegisterPool:
         if ".dec." in instr.opcode and (np.where(held == 0, self.most, held) < count).any():
             most = int(np.where(held == 0, self.most, held).min())
             raise Hazard(f"{m.where(ws, instr)}: setmaxnreg.dec to {count} registers of a warp that has at most {most}")
-        if ".inc." in instr.opcode and (held > count).any():
-            raise Hazard(f"{m.where(ws, instr)}: setmaxnreg.inc to {count} registers of a warp that has {held.max()}")
+        has = np.where(held == 0, self.launched, held)
+        if ".inc." in instr.opcode and (has > count).any():
+            raise Hazard(f"{m.where(ws, instr)}: setmaxnreg.inc to {count} registers of a warp that has {has.max()}")
         self.changes[ws.index] += held != count
         self.repeats[ws.index] += held == count
         self.count[ws.index] = count
