@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .accumulators import NAMES, Accumulators, accumulators, held_by_roles
+from .arch import ARCHS
 from .explain import Explained
 from .layout import Plan
 from .mask import TileCounts
@@ -103,18 +104,17 @@ def budget_table(rows: Iterable[Row]) -> Table:
     registers of a consumer thread, status.
     """
     rows = list(rows)
-    held = [accumulators(row.spec, row.tiling, row.budget) for row in rows]
     smem = (*SMEM_BUFFERS, "total", "limit")
-    heads = ("head_dim", "P in", "kv_stage", "tile", *smem, *_held_heads(held), "status")
+    heads = ("head_dim", "P in", "kv_stage", "tile", *smem, *_held_heads(rows), "status")
     table = _table(*heads, left=("P in", "status"))
-    for row, parts in zip(rows, held, strict=True):
+    for row in rows:
         budget = row.budget
         color = "red" if row.overflows else "yellow" if row.missing else "green"
         table.add_row(
             *_head_cells(row),
             *(_smem_cell(row, name) for name in SMEM_BUFFERS),
             *(str(number) for number in (budget.smem_total, budget.smem_limit)),
-            *_held_cells(parts),
+            *_held_cells(accumulators(row.spec, row.tiling, budget)),
             f"[{color}]{escape(row.status)}[/]",
             style="bold" if row.chosen else None,
         )
@@ -133,8 +133,8 @@ def _smem_cell(row: Row, name: str) -> str:
     return "in sQ" if name == "sO" and row.tiling.o_over_q else str(row.budget.bytes_of(name))
 
 
-def _held_heads(held: Sequence[Accumulators]) -> tuple[str, ...]:
-    if held and held[0].unit == "registers":
+def _held_heads(rows: Sequence[Row | Explained]) -> tuple[str, ...]:
+    if rows and not ARCHS[rows[0].spec.arch].tmem_columns:
         return (*(f"reg {name}" for name in NAMES), "other", "sum", "of")
     return (*(f"TMEM {name}" for name in NAMES), "sum", "alloc")
 
@@ -162,8 +162,7 @@ def overflow_notes(rows: Iterable[Row]) -> list[str]:
 def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table:
     """One line a strategy: what it needs of one CTA, what a KV tile costs it, and why it was not taken."""
     rows = list(rows)
-    held = [accumulators(row.spec, row.tiling, row.budget) for row in rows if not row.refused]
-    smem, shown = ("sQ", "sK", "sV", "ring", "sP", "sO"), [name for name in _held_heads(held) if name != "alloc"]
+    smem, shown = ("sQ", "sK", "sV", "ring", "sP", "sO"), [name for name in _held_heads(rows) if name != "alloc"]
     heads = ("head_dim", "strategy", "tile", "P in", *smem, "total", *shown, "SM cycles", "status")
     table = _table(*heads, title=title, left=("strategy", "P in", "status"))
     for row in rows:
@@ -191,7 +190,7 @@ def cost_table(rows: Iterable[Explained]) -> Table:
     rows = [row for row in rows if not row.refused]
     counts = (" or ".join(dict.fromkeys(row.instruction for row in rows)), "L2 bytes", "MMA reads", "smem writes")
     heads = ("strategy", "a tile", *counts, *(f"{name} cycles" for name in units), "limiter")
-    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {rows[0].cost.rates if rows else '-'}"
+    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {rows[0].cost.rates}"
     table = _table(*heads, title=title, left=("strategy", "a tile", "limiter"))
     for row in rows:
         cost = row.cost
