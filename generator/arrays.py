@@ -5,6 +5,8 @@ PyTorch is never imported here: a tensor in hand proves that the caller has it.
 
 from __future__ import annotations
 
+import ctypes
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,8 +77,7 @@ def is_torch(array: Any) -> bool:
 def view_of(name: str, array: Any) -> View:
     """The View of a NumPy array or a PyTorch tensor. Raises CallError for anything else."""
     if is_torch(array):
-        kind = str(array.dtype).removeprefix("torch.")
-        device = "cpu" if array.device.type == "cpu" else f"{array.device.type}:{array.device.index or 0}"
+        kind, device = _torch_kind(array), _torch_device(array)
         strides, address, size = tuple(array.stride()), array.data_ptr(), array.element_size()
     elif isinstance(array, np.ndarray):
         kind, device, size = array.dtype.name, "cpu", array.itemsize
@@ -88,6 +89,16 @@ def view_of(name: str, array: Any) -> View:
         raise CallError(name, type(array).__name__, limit, "convert it, for example with numpy.asarray")
     shape = tuple(int(extent) for extent in array.shape)
     return View(name, shape, strides, _NAMES.get(kind, kind), size, address, device, array)
+
+
+def _torch_kind(tensor: Any) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return _NAMES.get(kind, kind)
+
+
+def _torch_device(tensor: Any) -> str:
+    device = tensor.device
+    return "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
 
 
 def check_inputs(spec: KernelSpec, q: Any, k: Any, v: Any = None, k2: Any = None, v2: Any = None, **rows: Any) -> Views:
@@ -102,11 +113,7 @@ def check_inputs(spec: KernelSpec, q: Any, k: Any, v: Any = None, k2: Any = None
     _check_presence(spec, {name for name, array in given.items() if array is not None})
     views = {parameter.name: _checked(spec, parameter, given[parameter.name]) for parameter in inputs(spec)}
     _check_agreement(spec, views)
-    devices = {name: view.device for name, view in views.items()}
-    if len(set(devices.values())) > 1:
-        *most, last = views
-        limit = f"{', '.join(most)} and {last} must be on one device"
-        raise CallError("device", devices, limit, "move them to the same one")
+    _check_devices({name: view.device for name, view in views.items()})
     views = {name: check_strides(view) for name, view in views.items()}
     for name, most in (("seqlens", "k"), ("seqlens2", "k2"), ("limit2", None)):
         if name in views and views[name].device == "cpu":
@@ -134,6 +141,18 @@ _MISSING = {  # what the kernel needs it for, and the way out
 }
 
 
+def check_kinds(spec: KernelSpec, arrays: Mapping[str, Any]) -> None:
+    """What check_inputs refuses of PyTorch tensors whose extents are not numbers yet: presence, dtypes, dimensions and
+    devices. arrays: those that were given.
+    """
+    _check_presence(spec, set(arrays))
+    for parameter in inputs(spec):
+        tensor = arrays[parameter.name]
+        _check_dtype(parameter.name, _torch_kind(tensor), parameter.dtype)
+        _check_rank(parameter, tuple(tensor.shape))
+    _check_devices({parameter.name: _torch_device(arrays[parameter.name]) for parameter in inputs(spec)})
+
+
 def _check_presence(spec: KernelSpec, given: set[str]) -> None:
     """Every array that the kernel takes is there, and no other."""
     columns = {"d": spec.head_dim, "dv": spec.v_dim}
@@ -152,7 +171,7 @@ def _check_presence(spec: KernelSpec, given: set[str]) -> None:
 
 def _checked(spec: KernelSpec, parameter: Parameter, array: Any) -> View:
     view = view_of(parameter.name, array)
-    _check_dtype(view, parameter.dtype)
+    _check_dtype(view.name, view.dtype, parameter.dtype)
     if spec.kv_shared and parameter.name == "k2" and view.shape[-1] != spec.head_dim:
         limit = f"must be as wide as k, {spec.head_dim} columns: V is a prefix of both (kv_shared)"
         raise CallError("k2.shape", view.shape, limit, "pad it, or use kernels of one source each")
@@ -160,21 +179,36 @@ def _checked(spec: KernelSpec, parameter: Parameter, array: Any) -> View:
     return view
 
 
-def _check_dtype(view: View, wanted: str) -> None:
-    if view.dtype != wanted:
+def _check_dtype(name: str, kind: str, wanted: str) -> None:
+    if kind != wanted:
         spelled = {"bf16": "ml_dtypes.bfloat16 or torch.bfloat16", "fp16": "float16"}.get(wanted, wanted)
         remedy = f"convert it to {spelled}"
-        if wanted in _NAMES.values() and view.dtype in _NAMES.values():
-            remedy += f', or build a kernel with dtype="{view.dtype}"'
-        raise CallError(f"{view.name}.dtype", view.dtype, f"the kernel was built for {wanted}", remedy)
+        if wanted in _NAMES.values() and kind in _NAMES.values():
+            remedy += f', or build a kernel with dtype="{kind}"'
+        raise CallError(f"{name}.dtype", kind, f"the kernel was built for {wanted}", remedy)
+
+
+def _check_devices(devices: Mapping[str, str]) -> None:
+    if len(set(devices.values())) > 1:
+        *most, last = devices
+        limit = f"{', '.join(most)} and {last} must be on one device"
+        raise CallError("device", devices, limit, "move them to the same one")
+
+
+def _check_rank(parameter: Parameter, shape: tuple[Any, ...]) -> None:
+    if len(shape) != len(parameter.axes):
+        count = {1: "one dimension", 2: "two dimensions", 4: "four dimensions"}[len(parameter.axes)]
+        limit = f"must have {count} [{', '.join(_axis_names(parameter))}]"
+        raise CallError(f"{parameter.name}.shape", shape, limit, "reshape it, for example with [None]")
+
+
+def _axis_names(parameter: Parameter) -> list[str]:
+    return [AXIS_NAMES.get(axis, axis).removesuffix("_v") for axis in parameter.axes]
 
 
 def _check_shape(view: View, parameter: Parameter, fixed: Mapping[str, int]) -> None:
-    field, names = f"{view.name}.shape", [AXIS_NAMES.get(axis, axis).removesuffix("_v") for axis in parameter.axes]
-    if len(view.shape) != len(names):
-        count = {1: "one dimension", 2: "two dimensions", 4: "four dimensions"}[len(names)]
-        limit = f"must have {count} [{', '.join(names)}]"
-        raise CallError(field, view.shape, limit, "reshape it, for example with [None]")
+    _check_rank(parameter, view.shape)
+    field, names = f"{view.name}.shape", _axis_names(parameter)
     for axis, extent in zip(names, view.shape, strict=True):
         most = SEQUENCE_LIMIT if axis == "sequence" else EXTENT_LIMIT - 1
         if not 1 <= extent <= most:
@@ -252,7 +286,24 @@ def check_strides(view: View) -> View:
     if view.address % alignment:
         limit = f"must be aligned to {alignment} bytes"
         raise CallError(f"{name} address", f"{view.address:#x}", limit, remedy)
+    if view.strides == tuple(strides):
+        return view
     return View(name, view.shape, tuple(strides), view.dtype, size, view.address, view.device, view.owner)
+
+
+def check_scale(spec: KernelSpec, scale: float | None) -> float:
+    """The scale of the scores as the kernel sees it, None for 1/sqrt(head_dim). Raises CallError."""
+    if scale is None:
+        return spec.head_dim**-0.5
+    limit = "must be a positive finite number (the row maximum is taken before scaling)"
+    remedy = "leave it out for 1/sqrt(head_dim)"
+    try:
+        value = ctypes.c_float(scale).value
+    except TypeError:
+        raise CallError("scale", scale, limit, remedy) from None
+    if not (0 < value < math.inf):
+        raise CallError("scale", scale, limit, remedy)
+    return value
 
 
 class Output:
@@ -290,9 +341,14 @@ class Output:
 
     def view(self, address: int | None = None, device: str = "cpu") -> View:
         """As a kernel argument; address: of a copy of the array on a device."""
-        strides = tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+        strides = compact_strides(self.shape)
         where = self.array.ctypes.data if address is None else address
         return View(self.name, self.shape, strides, self.dtype, self.array.itemsize, where, device, self)
+
+
+def compact_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """In elements, of a contiguous array."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def output_layout(spec: KernelSpec, q: View) -> list[tuple[str, tuple[int, ...], str]]:

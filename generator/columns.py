@@ -237,5 +237,6 @@ def check_columns(spec: KernelSpec) -> Iterator[tuple[str, str, str]]:
         yield "head_dim_v", f"two warpgroups hold half of O each: a multiple of {step}", f"use a multiple of {step}"
     if spec.kv_shared:
         yield "kv_shared", "K streams in chunks of columns, V in slices of keys", "leave it out (default: false)"
-    if spec.tile_n != "auto" and spec.tile_n % (2 * V_KEYS):
-        yield "tile_n", f"PV takes halves of {V_KEYS} keys a slice", f"use a multiple of {2 * V_KEYS}"
+    if spec.tile_n != "auto" and (spec.tile_n % V_KEYS or spec.tile_n < 2 * V_KEYS):
+        limit = f"PV takes slices of {V_KEYS} keys, two or more"
+        yield "tile_n", limit, f"use a multiple of {V_KEYS} from {2 * V_KEYS} on"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .arch import Arch, Rates
 from .budget import ELEMENT_BYTES, Tiling
 from .chunks import geometry
+from .columns import CHUNK, OUTPUT_GROUPS, chunks_apart, o_parts
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_ctas import CTAS, polynomial_pairs
 from .two_tiles import PAIR_PERIOD, POLYNOMIAL_PAIRS, QUERY_TILES
@@ -66,6 +67,8 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     """The Cost of a candidate, whether or not it fits."""
     if tiling.strategy == "warpgroups":
         return _warpgroup_cost(spec, arch, tiling)
+    if tiling.strategy == "columns":
+        return _column_cost(spec, arch, tiling)
     queries = QUERY_TILES if tiling.strategy == "two_tiles" else 1
     by_fma = len(POLYNOMIAL_PAIRS) if tiling.strategy == "two_tiles" else 0
     if tiling.strategy == "two_ctas":
@@ -116,6 +119,29 @@ def _warpgroup_cost(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
         mma_read_bytes=groups * step_bytes * (qk_steps * (arch.mma_m + keys) + pv_steps * spec.v_dim),
         write_bytes=ELEMENT_BYTES * keys * columns,
         load_bytes=ELEMENT_BYTES * keys * columns,
+        exponentials=rows * keys,
+        rates=arch.rates,
+    )
+
+
+def _column_cost(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
+    """One CTA. The score warpgroup's wgmma read K, and of Q the chunks that are not in registers; each of the output
+    warpgroups reads all of P once for each of its wgmma. With a cluster each CTA has half of K and V to load.
+    """
+    rows, keys, cluster = arch.mma_m, tiling.tile_n, tiling.tile_m // arch.mma_m
+    step_bytes, columns = HEAD_DIM_STEP * ELEMENT_BYTES, spec.head_dim + spec.v_dim
+    qk_steps, pv_steps, parts = spec.head_dim // HEAD_DIM_STEP, keys // HEAD_DIM_STEP, len(o_parts(spec))
+    q_steps = chunks_apart(spec, arch, tiling) * CHUNK // HEAD_DIM_STEP
+    pv_reads = pv_steps * (OUTPUT_GROUPS * parts * rows + spec.v_dim)
+    return Cost(
+        rows=rows,
+        keys=keys,
+        passes=1,
+        mma_instructions=qk_steps + OUTPUT_GROUPS * parts * pv_steps,
+        mma_flop=2 * rows * keys * columns,
+        mma_read_bytes=step_bytes * (qk_steps * keys + q_steps * rows + pv_reads),
+        write_bytes=ELEMENT_BYTES * (keys * columns + rows * keys),
+        load_bytes=ELEMENT_BYTES * keys * columns // cluster,
         exponentials=rows * keys,
         rates=arch.rates,
     )

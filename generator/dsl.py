@@ -20,9 +20,11 @@ import linecache
 import platform
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -207,24 +209,29 @@ def _load_runtime_globally() -> None:
 class TensorArgument:
     """The descriptor by which a host function takes a tensor: address, extents (int32), strides (int64, elements).
 
-    What the trace fixed is left out: the extent of D, and the stride 1 of the last mode.
+    What the trace fixed is left out: the extent of D, and the stride 1 of the last mode. value: the ctypes structure,
+    whose `address` may be set again.
     """
 
     def __init__(self, address: int, shape: Sequence[int], strides: Sequence[int]) -> None:
         extents = shape[:3]  # [B, S, H, (D)], [B, H, Sq] or fewer
-        fields = [
-            ("address", ctypes.c_void_p),
-            ("shape", ctypes.c_int32 * len(extents)),
-            ("strides", ctypes.c_int64 * (len(strides) - 1)),
-        ]
-        structure = type("Descriptor", (ctypes.Structure,), {"_fields_": fields})
-        self.value = structure(address, tuple(extents), tuple(strides[:-1]))
+        self.value = _descriptor(len(extents), len(strides) - 1)(address, tuple(extents), tuple(strides[:-1]))
+
+
+@lru_cache(maxsize=16)  # a ctypes class costs as much as a launch
+def _descriptor(extents: int, strides: int) -> Any:
+    fields = [
+        ("address", ctypes.c_void_p),
+        ("shape", ctypes.c_int32 * extents),
+        ("strides", ctypes.c_int64 * strides),
+    ]
+    return type("Descriptor", (ctypes.Structure,), {"_fields_": fields})
 
 
 class HostFunction:
     """A host object linked with one runtime library.
 
-    Linking needs no device; `load` (the first call does it) hands the cubin to the runtime library.
+    Linking needs no device; `load` (the first call on a device does it) hands the cubin to the runtime library.
     """
 
     def __init__(self, host_object: bytes, symbol: str, library: Path) -> None:
@@ -239,34 +246,73 @@ class HostFunction:
         self._symbol = symbol
         self._handle = ctypes.pointer(ctypes.c_void_p())  # to the loaded library
         self._devices: set[int] = set()
+        self._loading = threading.Lock()
+
+    def loaded(self, device: int) -> bool:
+        return device in self._devices
 
     def load(self, device: int = 0) -> int:
-        """Load the cubin and set the kernel's attributes on `device`. Returns a CUDA error code, 0 for success."""
-        error = ctypes.c_int32(0)
-        if not self._devices:
-            self._call(f"_mlir_{_PREFIX}_cuda_init", self._handle, error)
-        if error.value == 0:
-            self._call(f"_mlir_{_PREFIX}_cuda_load_to_device", self._handle, ctypes.c_int32(device), error)
-        if error.value == 0:
-            self._devices.add(device)
-        return error.value
+        """Load the cubin and set the kernel's attributes on `device`, once. Returns a CUDA error code, 0: success."""
+        with self._loading:
+            error = ctypes.c_int32(0)
+            if device in self._devices:
+                return 0
+            if not self._devices:
+                self._call(f"_mlir_{_PREFIX}_cuda_init", self._handle, error)
+            if error.value == 0:
+                self._call(f"_mlir_{_PREFIX}_cuda_load_to_device", self._handle, ctypes.c_int32(device), error)
+            if error.value == 0:
+                self._devices.add(device)
+            return error.value
 
     def __call__(self, tensors: Sequence[TensorArgument], scalars: Scalars, stream: int = 0, device: int = 0) -> int:
         """Launch on `device`, which must be current. Returns a CUDA error code, 0 for success.
 
         scalars: of the types that the function was traced with.
         """
-        status = 0 if device in self._devices else self.load(device)
-        if status:
-            return status
-        result = ctypes.c_int32(0)
-        values = [tensor.value for tensor in tensors]
-        values += [(ctypes.c_int32 if isinstance(x, int) else ctypes.c_float)(x) for x in scalars]
-        self._call(self._symbol, *values, ctypes.c_void_p(stream), result)
-        return result.value
+        status = 0 if self.loaded(device) else self.load(device)
+        return status or Call(self, tensors, scalars, stream)()
+
+    @cached_property
+    def entry(self) -> Any:
+        """The launching function, which takes the address of an array of pointers to its arguments."""
+        return self._lookup(self._symbol)
+
+    def _lookup(self, symbol: str) -> Any:
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.lookup(symbol))
 
     def _call(self, symbol: str, *values: Any) -> None:
-        """Every exported function takes one array of pointers to its arguments, the result last."""
-        packed = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.lookup(symbol))
-        function(ctypes.addressof(packed))
+        pointers = _pointers(values)
+        self._lookup(symbol)(ctypes.addressof(pointers))
+
+
+class Call:
+    """A call of a host function, with arguments in memory of its own, which can be written and called again.
+
+    descriptors: of the tensors, each with an `address`; scalars and stream: ctypes numbers, each with a `value`. For a
+    device on which the function was loaded. By one thread at a time.
+    """
+
+    __slots__ = ("descriptors", "scalars", "stream", "_result", "_pointers", "_address", "_entry", "_function")
+
+    def __init__(
+        self, function: HostFunction, tensors: Sequence[TensorArgument], scalars: Scalars, stream: int = 0
+    ) -> None:
+        self.descriptors = tuple(tensor.value for tensor in tensors)
+        self.scalars = tuple((ctypes.c_int32 if isinstance(x, int) else ctypes.c_float)(x) for x in scalars)
+        self.stream = ctypes.c_void_p(stream)
+        self._result = ctypes.c_int32(0)
+        self._pointers = _pointers((*self.descriptors, *self.scalars, self.stream, self._result))
+        self._address = ctypes.addressof(self._pointers)
+        self._function, self._entry = function, function.entry  # the function's code lives as long as the function
+
+    def __call__(self) -> int:
+        """Launch. Returns a CUDA error code, 0 for success."""
+        self._result.value = 0
+        self._entry(self._address)
+        return self._result.value
+
+
+def _pointers(values: Sequence[Any]) -> Any:
+    """What every exported function takes: an array of pointers to its arguments, the result last."""
+    return (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))

@@ -26,7 +26,7 @@ from .plan import (
 )
 from .spec import KernelSpec
 
-STRATEGIES = {"sm_100a": (*WHOLE_TILES, *CHUNKED), "sm_90a": ("warpgroups",)}
+STRATEGIES = {"sm_100a": (*WHOLE_TILES, *CHUNKED), "sm_90a": ("warpgroups", "columns")}
 SAYS = {
     "tiles": "whole K and V tiles, rings of their own",
     "two_tiles": "as tiles, two query tiles in flight, a warpgroup corrects O",
@@ -35,6 +35,7 @@ SAYS = {
     "passes": "as chunks, O's columns in two passes, scores recomputed",
     "pair": "CTA pair (cta_group::2): half of K, V and of the rows each",
     "warpgroups": "consumer warpgroups of 64 query rows, S, P and O in registers; whole K and V tiles in rings",
+    "columns": "one warpgroup for scores, two with half of O's columns each; K in chunks and V in slices through rings",
 }
 SHARED_SAYS = {
     "tiles": "whole K tiles through one ring, V a part of them",

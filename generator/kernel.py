@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .budget import Budget
 from .compile import Binary, compile_kernel
 from .plan import Plan, plan_kernel
 from .spec import KernelSpec, load_spec
 
+if TYPE_CHECKING:
+    from .launch import Launcher
+
 
 class Kernel:
     """A compiled attention kernel; build() makes it. Calling it runs it where the arrays are.
 
-    plan, budget: what was decided. source_path: the emitted file. binary: what was compiled.
+    plan, budget: what was decided. source_path: the emitted file. binary: what was compiled. op: as an operator of
+    PyTorch.
     """
 
     def __init__(self, plan: Plan, binary: Binary) -> None:
@@ -34,12 +40,46 @@ class Kernel:
         Rows of K and V past a length are read with the tile that they share, so they must be finite.
         scale: of the scores, default 1/sqrt(D). Returns (o, lse), (o, lse, m) when the output is un-normalized, or o
         alone when the kernel stores no LSE: O [B, Sq, Hq, Dv], LSE and m float32 [B, Hq, Sq], natural log.
+        PyTorch sees the operator `op` instead where it traces (torch.compile, torch.export, fake tensors, dispatch
+        modes) and where gradients are recorded; those raise RunError in the backward pass, of which there is none.
         Raises CallError for arrays that do not fit the kernel, RunError when it cannot be launched.
         """
+        arrays = {"q": q, "k": k}
+        for name, array in (("v", v), ("k2", k2), ("v2", v2), *rows.items()):
+            if array is not None:
+                arrays[name] = array
+        if _as_operator(arrays):
+            return self._operator()(**arrays, scale=scale)
+        outputs = self.run(arrays, scale)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def run(self, arrays: Mapping[str, Any], scale: float | None = None) -> tuple[Any, ...]:
+        """The call itself, of arrays by name, whatever PyTorch records or traces: (o,), (o, lse) or (o, lse, m)."""
+        if getattr(arrays["q"], "is_cuda", False):
+            return self._launcher(arrays, scale)
         from .run import run_kernel
 
-        outputs = run_kernel(self.binary, q, k, v, k2, v2, scale=scale, **rows)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return run_kernel(self.binary, **arrays, scale=scale)
+
+    @cached_property
+    def _launcher(self) -> Launcher:
+        from .launch import Launcher
+
+        return Launcher(self.binary)
+
+    @property
+    def op(self) -> Any:
+        """The kernel as an operator, torch.ops.bespoke.<name>.default, registered when this is first read.
+
+        (Tensor q, Tensor k, Tensor? v, k2, v2, seqlens, seqlens2, limit2, sink, float? scale) -> what a call returns.
+        The name follows from the specification and its plan. Imports PyTorch.
+        """
+        return self._operator()
+
+    def _operator(self) -> Any:
+        from .operators import operator_of
+
+        return operator_of(self)
 
     @property
     def spec(self) -> KernelSpec:
@@ -61,8 +101,31 @@ class Kernel:
     def cubin(self) -> bytes:
         return self.binary.cubin
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, here or in another process, prepares its own calls (copy.deepcopy of a module that has a kernel)."""
+        return type(self), (self.plan, self.binary)
+
     def __repr__(self) -> str:
         return f"<Kernel {self.spec.name}: {self.plan.tiling}>"
+
+
+def _as_operator(arrays: Mapping[str, Any]) -> bool:
+    """Whether PyTorch must see a call with these arrays as one operator."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(arrays["q"], torch.Tensor):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
+    recorded = torch.is_grad_enabled()
+    for array in arrays.values():
+        kind = type(array)
+        if kind is not torch.Tensor:
+            if not isinstance(array, torch.Tensor):
+                return False  # the call refuses it
+            watched = watched or kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+        watched = watched or (recorded and array.requires_grad)
+    return watched
 
 
 def build(spec: str | Path | Mapping[str, Any] | KernelSpec | None = None, **fields: Any) -> Kernel:

@@ -1,17 +1,15 @@
 """Binary + arrays -> arrays, on the backend "emulator" (CPU arrays) or "cuda" (CUDA tensors, or CPU arrays copied).
 
 Both backends call the same compiled host function with the same descriptors; they differ in the runtime library that
-it is linked with and in where the arrays are.
+it is linked with and in where the arrays are. launch.py is the part that a GPU's tensors take.
 """
 
 from __future__ import annotations
 
-import ctypes
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,24 +20,21 @@ from .arrays import (
     Output,
     View,
     check_inputs,
+    check_scale,
     is_torch,
     merged_spans,
     output_layout,
 )
 from .budget import Budget
 from .compile import Binary
-from .dsl import HostFunction, Scalars, Traced, runtime_library
+from .dsl import Scalars, Traced
 from .emulator import Gpu, Labels
-from .emulator.host import HostError, attached, library_path, redirect
+from .emulator.host import HostError, attached
+from .launch import Launcher, RunError, check_cuda, check_device, host_function, launch_views, scalars_of
 
 BACKENDS = ("emulator", "cuda")
 EMULATED_SMS = 4  # few, so that the CTAs of a persistent kernel take turns at small sizes
 Prepare = Callable[[Gpu, Sequence[Output]], None]
-_COMPUTE_CAPABILITY = {"sm_90a": (9, 0), "sm_100a": (10, 0)}
-
-
-class RunError(RuntimeError):
-    """A kernel could not be launched, or wrote where it must not."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def run_kernel(
     """
     views = check_inputs(binary.spec, *arrays, **named)
     if _check_backend(backend, views) == "cuda" and views[0].device != "cpu":
-        return _run_on_tensors(binary, views, _check_scale(binary, scale))
+        return Launcher(binary)({view.name: view.owner for view in views}, scale)
     run = run_observed(binary, *arrays, scale=scale, backend=backend, **named)
     for output in run.outputs:
         if output.outside():
@@ -89,12 +84,12 @@ def run_observed(
     views = check_inputs(binary.spec, *arrays, **named)
     if views[0].device != "cpu":
         raise CallError("device", views[0].device, "only CPU arrays are observed", "pass NumPy arrays")
-    scale = _check_scale(binary, scale)
+    scale = check_scale(binary.spec, scale)
     outputs = tuple(Output(*layout) for layout in output_layout(binary.spec, views[0]))
     backend = _check_backend(backend, views)
     emulate = partial(_run_emulated, strict=strict, prepare=prepare, trace=trace, sms=sms)
     execute = {"emulator": emulate, "cuda": _run_copied}[backend]
-    _host_function(binary.host_object, binary.host_symbol, backend)  # loaded once a kernel, not timed
+    host_function(binary.host_object, binary.host_symbol, backend)  # loaded once a kernel, not timed
     start = time.perf_counter()
     launches = execute(binary, views, outputs, scale)
     return Run(outputs, time.perf_counter() - start, launches)
@@ -115,20 +110,6 @@ def _check_backend(backend: str | None, views: Sequence[View]) -> str:
     return backend
 
 
-def _check_scale(binary: Binary, scale: float | None) -> float:
-    if scale is None:
-        return binary.spec.head_dim**-0.5
-    limit = "must be a positive finite number (the row maximum is taken before scaling)"
-    remedy = "leave it out for 1/sqrt(head_dim)"
-    try:
-        value = ctypes.c_float(scale).value  # as the kernel will see it
-    except TypeError:
-        raise CallError("scale", scale, limit, remedy) from None
-    if not (0 < value < math.inf):
-        raise CallError("scale", scale, limit, remedy)
-    return value
-
-
 def like(q: Any, array: np.ndarray) -> Any:
     """The array in q's library. The memory is shared: an Output's storage lives as long as a view of it."""
     if not is_torch(q):
@@ -138,18 +119,6 @@ def like(q: Any, array: np.ndarray) -> Any:
     if array.dtype == DTYPES["bf16"]:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _scalars(binary: Binary, scale: float, sms: int) -> Scalars:
-    """What the host function takes after its tensors: a persistent kernel also the CTAs that run at once, one an SM."""
-    return (scale, sms) if binary.plan.persistent else (scale,)
-
-
-@lru_cache(maxsize=64)
-def _host_function(host_object: bytes, symbol: str, backend: str) -> HostFunction:
-    if backend == "emulator":
-        return HostFunction(redirect(host_object), symbol, library_path())
-    return HostFunction(host_object, symbol, runtime_library())
 
 
 # --- the emulator ---------------------------------------------------------------------------------------------------
@@ -167,7 +136,7 @@ def _run_emulated(
 ) -> tuple[Any, ...]:
     gpu = Gpu(arch=binary.spec.arch, strict=strict, trace=trace)
     gpu.labels = _labels(binary.plan.budget)
-    _emulate(gpu, binary, views, outputs, _scalars(binary, scale, sms), prepare)
+    _emulate(gpu, binary, views, outputs, scalars_of(binary, scale, sms), prepare)
     return tuple(gpu.launches)
 
 
@@ -198,7 +167,7 @@ def _emulate(
     if prepare is not None:
         prepare(gpu, outputs)
     arguments = [view.argument() for view in (*views, *(output.view() for output in outputs))]
-    function = _host_function(program.host_object, program.host_symbol, "emulator")
+    function = host_function(program.host_object, program.host_symbol, "emulator")
     with attached(gpu, program.ptx, program.cubin):
         status = function(arguments, scalars)
         if status:
@@ -224,74 +193,6 @@ def _labels(budget: Budget) -> Labels:
 # --- a GPU ----------------------------------------------------------------------------------------------------------
 
 
-def _cuda(result: tuple[Any, ...]) -> Any:
-    """The value of a cuda-python call. Raises RunError with CUDA's own words."""
-    from cuda.bindings import runtime
-
-    error, *values = result
-    if error != runtime.cudaError_t.cudaSuccess:
-        raise RunError(f"CUDA: {_error_name(int(error))}")
-    return values[0] if values else None
-
-
-def _error_name(status: int) -> str:
-    from cuda.bindings import runtime
-
-    return runtime.cudaError_t(status).name
-
-
-@cache  # a device does not change; refusals are not kept
-def check_device(arch: str, device: int = 0) -> None:
-    """Raise RunError unless CUDA device `device` exists and can execute code for `arch`."""
-    from cuda.bindings import runtime
-
-    remedy = 'use backend="emulator" with CPU arrays'
-    try:
-        count = _cuda(runtime.cudaGetDeviceCount())
-    except (RunError, RuntimeError) as error:  # RuntimeError: cuda-python finds no driver library
-        raise RunError(f"no CUDA device can be used ({error}); {remedy}") from None
-    if count <= device:
-        raise RunError(f"CUDA device {device} asked for, but there are {count}; {remedy}")
-    attribute = runtime.cudaDeviceAttr
-    major = _cuda(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMajor, device))
-    minor = _cuda(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMinor, device))
-    if (major, minor) != _COMPUTE_CAPABILITY[arch]:
-        raise RunError(f"the kernel was built for {arch}, but CUDA device {device} is sm_{major}{minor}; {remedy}")
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    from cuda.bindings import runtime
-
-    return _cuda(runtime.cudaDeviceGetAttribute(runtime.cudaDeviceAttr.cudaDevAttrMultiProcessorCount, device))
-
-
-def _launch_on_device(binary: Binary, views: Sequence[View], scale: float, stream: int, device: int) -> None:
-    function = _host_function(binary.host_object, binary.host_symbol, "cuda")
-    scalars = _scalars(binary, scale, _multiprocessors(device) if binary.plan.persistent else 0)
-    status = function([view.argument() for view in views], scalars, stream, device)
-    if status:
-        raise RunError(f"{binary.spec.name}: the launch failed with CUDA error {_error_name(status)}")
-
-
-def _run_on_tensors(binary: Binary, views: Sequence[View], scale: float) -> tuple[Any, ...]:
-    """CUDA tensors in, CUDA tensors out, on PyTorch's current stream; nothing is copied or waited for."""
-    import torch
-
-    from .arrays import view_of
-
-    device = views[0].owner.device
-    check_device(binary.spec.arch, device.index or 0)
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
-    layout = output_layout(binary.spec, views[0])
-    outputs = [torch.empty(shape, dtype=kinds[dtype], device=device) for _, shape, dtype in layout]
-    arguments = [*views, *(view_of(name, tensor) for (name, _, _), tensor in zip(layout, outputs, strict=True))]
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _launch_on_device(binary, arguments, scale, stream, device.index or 0)
-    return tuple(outputs)
-
-
 def _run_copied(binary: Binary, views: Sequence[View], outputs: Sequence[Output], scale: float) -> tuple[Any, ...]:
     """CPU arrays on device 0: copied there, and the outputs back with their guard regions."""
     check_device(binary.spec.arch)
@@ -303,16 +204,16 @@ def _run_copied(binary: Binary, views: Sequence[View], outputs: Sequence[Output]
     copies: list[int] = []
     try:
         for address, size in spans:
-            copies.append(int(_cuda(runtime.cudaMalloc(size))))
-            _cuda(runtime.cudaMemcpy(copies[-1], address, size, kind.cudaMemcpyHostToDevice))
+            copies.append(int(check_cuda(runtime.cudaMalloc(size))))
+            check_cuda(runtime.cudaMemcpy(copies[-1], address, size, kind.cudaMemcpyHostToDevice))
         arguments = [_moved(view, copy) for view, copy in zip(views, copies, strict=False)]
         returned = list(zip(outputs, copies[len(views) :], strict=True))
         arguments += [output.view(copy + output.offset_bytes, "cuda:0") for output, copy in returned]
-        _launch_on_device(binary, arguments, scale, 0, 0)
-        _cuda(runtime.cudaDeviceSynchronize())
+        launch_views(binary, arguments, scale, 0, 0)
+        check_cuda(runtime.cudaDeviceSynchronize())
         for output, copy in returned:
             size = output.storage.nbytes
-            _cuda(runtime.cudaMemcpy(output.storage.ctypes.data, copy, size, kind.cudaMemcpyDeviceToHost))
+            check_cuda(runtime.cudaMemcpy(output.storage.ctypes.data, copy, size, kind.cudaMemcpyDeviceToHost))
     finally:
         for copy in copies:
             runtime.cudaFree(copy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .spec import KernelSpec
 
@@ -42,6 +43,7 @@ class Parameter:
         return tuple(sizes[axis] for axis in self.axes)
 
 
+@lru_cache(maxsize=256)
 def signature(spec: KernelSpec) -> tuple[Parameter, ...]:
     """Inputs, then outputs, as the kernel's host function takes them (scale and stream follow)."""
     element, stored = spec.dtype, "float32" if spec.unnormalized else spec.dtype
@@ -62,10 +64,12 @@ def signature(spec: KernelSpec) -> tuple[Parameter, ...]:
     return tuple(parameter for present, parameter in wanted if present)
 
 
+@lru_cache(maxsize=256)
 def inputs(spec: KernelSpec) -> tuple[Parameter, ...]:
     return tuple(parameter for parameter in signature(spec) if not parameter.output)
 
 
+@lru_cache(maxsize=256)
 def outputs(spec: KernelSpec) -> tuple[Parameter, ...]:
     return tuple(parameter for parameter in signature(spec) if parameter.output)
 

@@ -15,7 +15,21 @@ FLOW = (
     *("tuned", "warpgroups", "columns", "accumulators", "chunks", "cost", "partials", "spelling", "layout", "hopper"),
     *("plan", "covering", "features", "wide_features", "hopper_features"),
     *("explain", "survey", "emit", "protocol", "maps", "pages"),
-    *("dsl", "cache", "cubin", "compile", "arrays", "run", "kernel", "merge", "reference", "tiles", "verify"),
+    *(
+        "dsl",
+        "cache",
+        "cubin",
+        "compile",
+        "arrays",
+        "launch",
+        "run",
+        "operators",
+        "kernel",
+        "merge",
+        "reference",
+        "tiles",
+        "verify",
+    ),
     *("mutate", "matrix", "options", "present", "__init__", "command", "emulation", "cli", "__main__"),
 )
 
