@@ -585,7 +585,7 @@ def fmha_sm90_d160_v144_fp16_causal_wl163_wr40_kvshared_unnorm_m64(
         if warp_idx == LOAD_WARP:
             load_warp(tma_q, mq, q_smem, (tma_k, mk), k_smem, bars, call)
     else:
-        cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+        cute.arch.setmaxregister_decrease(CONSUMER_REGISTERS)
         consume((q_smem, k_smem, v_smem), mo, (lse, m_out), bars, scale, call)
 
 

@@ -676,7 +676,7 @@ def fmha_sm90_d256_v128_fp16_gqa2_wl259_wr5_seqlens_sink_kv2_nolse_stage1_m64_n4
             source, source2 = (tma_k, mk, tma_v, mv), (tma_k2, mk2, tma_v2, mv2)
             load_warp(tma_q, mq, q_smem, source, source2, k_smem, v_smem, bars, call)
     else:
-        cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+        cute.arch.setmaxregister_decrease(CONSUMER_REGISTERS)
         consume((q_smem, k_smem, v_smem, o_smem), (tma_o, mo), (sink,), bars, scale, call)
 
 

@@ -616,7 +616,7 @@ def fmha_sm90_d64_v32_gqa3_causal_wl67_wr40_sink_kv2_kvshared_unnorm_m64_n48(
         if warp_idx == LOAD_WARP:
             load_warp(tma_q, mq, q_smem, (tma_k, mk), (tma_k2, mk2), k_smem, bars, call)
     else:
-        cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+        cute.arch.setmaxregister_decrease(CONSUMER_REGISTERS)
         consume((q_smem, k_smem, v_smem), mo, (sink, lse, m_out), bars, scale, call)
 
 

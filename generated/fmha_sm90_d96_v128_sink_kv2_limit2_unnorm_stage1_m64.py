@@ -628,7 +628,7 @@ def fmha_sm90_d96_v128_sink_kv2_limit2_unnorm_stage1_m64(
             source, source2 = (tma_k, mk, tma_v, mv), (tma_k2, mk2, tma_v2, mv2)
             load_warp(tma_q, mq, q_smem, source, source2, k_smem, v_smem, bars, call)
     else:
-        cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+        cute.arch.setmaxregister_decrease(CONSUMER_REGISTERS)
         consume((q_smem, k_smem, v_smem), mo, (limit2, sink, lse, m_out), bars, scale, call)
 
 

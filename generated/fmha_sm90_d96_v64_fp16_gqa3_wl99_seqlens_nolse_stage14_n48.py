@@ -617,7 +617,7 @@ def fmha_sm90_d96_v64_fp16_gqa3_wl99_seqlens_nolse_stage14_n48(
         if warp_idx == LOAD_WARP:
             load_warp(tma_q, mq, q_smem, (tma_k, mk, tma_v, mv), k_smem, v_smem, bars, call)
     else:
-        cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+        cute.arch.setmaxregister_decrease(CONSUMER_REGISTERS)
         consume((q_smem, k_smem, v_smem, o_smem), (tma_o, mo), bars, scale, call)
 
 

@@ -113,6 +113,9 @@ def test_setmaxnreg_hands_out_no_more_registers_than_there_are(consumers):
     assert budget.threads == threads and budget.registers_total == 128 * (consumers * consumer + producer)
     assert budget.registers_total <= budget.registers_pool == 65536 // threads // 8 * 8 * threads
     assert consumer % 8 == producer % 8 == 0 and consumer <= 255 - 15
+    at_entry = 65536 // threads // 8 * 8  # 256 (255 a thread at most), 168, 128: setmaxnreg must know which way it goes
+    changed = plan(head_dim=64, tile_m=64 * consumers).register_change("consumer")
+    assert changed == ("increase" if consumer > at_entry else "decrease") == {1: "decrease"}.get(consumers, "increase")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +256,7 @@ def test_the_protocol_tells_turns_and_who_frees_q():
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 SMALL = {
+    "one consumer": {"tile_m": 64, "window_right": 20},
     "causal": {"causal": True, "tile_m": 128},
     "shared": {"kv_shared": True, "head_dim_v": 16, "tile_m": 192},
     "two sources": {"kv_sources": 2, "limit2": True, "seqlens": True, "tile_m": 128},
