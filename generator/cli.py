@@ -90,7 +90,8 @@ def plan(fields: dict[str, Any], kernel: str | None = Kernel, explain: bool = Ex
     screen = present.console()
     if explain and not as_json:
         screen.print(present.strategy_table(compared, f"{spec.name}: every strategy, bytes and columns of one CTA"))
-        screen.print(present.cost_table(compared))
+        if not all(row.refused for row in compared):
+            screen.print(present.cost_table(compared))
         _show_overflows(present.strategy_notes(compared))
     chosen = plan_kernel(spec)
     if as_json:

@@ -69,6 +69,11 @@ class Explained:
         return shared or SAYS[self.strategy]
 
     @property
+    def instruction(self) -> str:
+        """The MMA instruction that the cost counts."""
+        return "tcgen05.mma" if ARCHS[self.spec.arch].tmem_columns else "wgmma"
+
+    @property
     def chosen(self) -> bool:
         return self.status == "chosen"
 

@@ -100,6 +100,13 @@ class HopperPlan(Plan):
         """The roles that get registers of their own, as the kernel's constants call them."""
         return [("CONSUMER", self.budget.role("consumer")), ("PRODUCER", self.budget.role("tma"))]
 
+    def register_change(self, role: str) -> str:
+        """Whether setmaxnreg takes a role's threads up or down from what all have at entry; the wrong one is an illegal
+        instruction.
+        """
+        at_entry = self.budget.registers_pool // self.budget.threads
+        return "increase" if self.budget.role(role).registers > at_entry else "decrease"
+
     @property
     def own_barrier(self) -> int:
         """The first of the named barriers that one warpgroup has to itself."""
@@ -169,13 +176,6 @@ class ColumnsPlan(HopperPlan):
         """The roles that get registers of their own, as the kernel's constants call them."""
         names = {"SCORE": "scores", "OUTPUT": "output", "PRODUCER": "tma"}
         return [(name, self.budget.role(role)) for name, role in names.items()]
-
-    def register_change(self, role: str) -> str:
-        """Whether setmaxnreg takes a role's threads up or down from what all have at entry; the wrong one is an illegal
-        instruction.
-        """
-        at_entry = self.budget.registers_pool // self.budget.threads
-        return "increase" if self.budget.role(role).registers > at_entry else "decrease"
 
     @property
     def own_barrier(self) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .arch import SM100A
+from .accumulators import accumulators
+from .arch import SM90A, SM100A
 from .cost import cost_of
 from .emit import budget_lines, command_options
 from .explain import Explained, explain_kernel
@@ -69,11 +70,25 @@ PAGES = {  # strategy -> the specification that its page shows, and what the str
         "right half in the same columns of lanes 64 to 127 (layout B), so O takes half as many columns and two threads "
         "share a query row: they exchange row maxima once a tile, and the sums at the end, through `peaks`.",
     ),
+    "warpgroups": (
+        {"arch": "sm_90a", "head_dim": 128},
+        "What sm_90a (Hopper) is built with: consumer warpgroups with 64 query rows each, S, P and O in their "
+        "registers, and a warp that brings Q of each, and K and V in whole tiles through rings that all of them read. "
+        "A consumer issues QK of a KV tile and PV of the one before it together (`wgmma`), and turns S of the one into "
+        "P, which stays where it is as the next PV's operand, while the tensor core still multiplies for the other. "
+        "Where they take turns at issuing, softmax of one runs while another's MMAs do. O of a wide V is rescaled only "
+        "where a row's maximum moved by more than 2^8. `setmaxnreg` moves registers from the load warp's warpgroup to "
+        "the consumers; what S, P, O and the rest need of a thread's bounds the tile. The kernel is persistent: as "
+        "many CTAs as run at once work on one query tile after another. The tile is the fastest that was measured "
+        "(`generator/tuned.json`) or, where nothing was, the one with the fewest cycles a score by a model fitted to "
+        "measurements.",
+    ),
 }
 COUNTS = {
-    "tiles": "",
-    "two_tiles": ", of a query tile i those that it sees",
-    "two_ctas": ", n those of all query tiles of the CTA",
+    "tiles": "j counts KV tiles",
+    "two_tiles": "j counts KV tiles, of a query tile i those that it sees",
+    "two_ctas": "j counts KV tiles, n those of all query tiles of the CTA",
+    "warpgroups": "n counts the KV tiles of all query tiles of the CTA, i the consumers; a turn is a query tile",
 }
 REUSE = (
     "sO lies over sQ: the epilogue stages O only after `o_full` of the last PV, and by then every QK, the last reader "
@@ -90,7 +105,9 @@ def write_pages() -> dict[str, str]:
         plan = plan_kernel(load_spec(fields))
         chosen.append((strategy, plan))
         files[f"{strategy}.md"] = _page(strategy, plan, what)
-        files[f"{strategy}-smem.svg"], files[f"{strategy}-tmem.svg"] = smem_map(plan), tmem_map(plan)
+        files[f"{strategy}-smem.svg"] = smem_map(plan)
+        if plan.budget.tmem_limit:
+            files[f"{strategy}-tmem.svg"] = tmem_map(plan)
     files["README.md"] = _index(chosen)
     return files
 
@@ -98,6 +115,7 @@ def write_pages() -> dict[str, str]:
 def _page(strategy: str, plan: Plan, what: str) -> str:
     cost = cost_of(plan.spec, plan.arch, plan.tiling)
     cycles = (f"{name} {value:.0f}" for name, value in cost.cycles.items())
+    writers = "TMA" if plan.p_staging == "register" else "TMA and softmax"
     lines = [
         f"# {strategy}: {plan.kernel_name}",
         "",
@@ -114,25 +132,48 @@ def _page(strategy: str, plan: Plan, what: str) -> str:
         "",
         f"![shared memory]({strategy}-smem.svg)",
         "",
-        f"![tensor memory]({strategy}-tmem.svg)",
+        *_accumulators(strategy, plan),
         "",
         *([REUSE, ""] if plan.o_over_q else []),
         "## Cost of a KV tile",
         "",
-        f"One CTA, {cost.rows} x {cost.keys} scores: {cost.mma_instructions} `tcgen05.mma`, {cost.load_bytes} bytes "
-        f"from L2, {cost.mma_read_bytes} bytes of shared memory read by MMAs, {cost.write_bytes} written by TMA and "
-        f"softmax, {cost.exponentials} exponentials. Cycles: {', '.join(cycles)}; so {cost.limiter} limits, and "
-        f"a block of 128 x 128 scores takes {cost.score:.0f} SM cycles. Rates a cycle and SM: {cost.rates}.",
+        f"One CTA, {cost.rows} x {cost.keys} scores: {cost.mma_instructions} `{_instruction(plan)}`, "
+        f"{cost.load_bytes} bytes from L2, {cost.mma_read_bytes} bytes of shared memory read by MMAs, "
+        f"{cost.write_bytes} written by {writers}, {cost.exponentials} exponentials. Cycles: {', '.join(cycles)}; so "
+        f"{cost.limiter} limits, and a block of 128 x 128 scores takes {cost.score:.0f} SM cycles. Rates a cycle and "
+        f"SM: {cost.rates}.",
         "",
         "## Barrier protocol",
         "",
-        "j counts KV tiles" + COUNTS.get(strategy, ", i chunks in the order of their use") + ".",
+        COUNTS.get(strategy, "j counts KV tiles, i chunks in the order of their use") + ".",
         "",
         *_table(("barrier", "stages", "arrivals a phase", "who arrives", "who waits", "phase waited for")),
         *_rows((p.barrier, p.stages, p.arrivals, p.arrives, p.waits, p.phase) for p in protocol(plan)),
         "",
     ]
     return "\n".join(lines)
+
+
+def _instruction(plan: Plan) -> str:
+    return "tcgen05.mma" if plan.budget.tmem_limit else "wgmma"
+
+
+def _accumulators(strategy: str, plan: Plan) -> list[str]:
+    """The map of tensor memory, or a table of what a consumer thread holds in registers."""
+    held = accumulators(plan.spec, plan.tiling, plan.budget)
+    if held.unit == "TMEM":
+        return [f"![tensor memory]({strategy}-tmem.svg)"]
+    columns = {"S": plan.tile_n, "P": plan.tile_n, "O": plan.spec.v_dim}
+    rows = [
+        (name, f"{plan.arch.mma_m} x {columns[name]}", "16 bits" if name == "P" else "float32", count)
+        for name, count in held.parts.items()
+    ]
+    return [
+        f"Registers of a consumer thread: {held.used} of {held.limit}.",
+        "",
+        *_table(("fragment", "of a consumer", "type", "registers a thread")),
+        *_rows([*rows, ("the rest, an estimate", "", "", held.other)]),
+    ]
 
 
 def _index(chosen: list[tuple[str, Plan]]) -> str:
@@ -165,6 +206,16 @@ def _index(chosen: list[tuple[str, Plan]]) -> str:
     ]
     for fields in SHARED_HEAD_DIMS:
         lines += _rows(_index_row(row) for row in explain_kernel(load_spec(fields)) if row.strategy in CHUNKED)
+    lines += [
+        "",
+        "## sm_90a",
+        "",
+        f"One CTA each; SM cycles counted at {SM90A.rates}. Registers are a consumer thread's: of S, P and O, and with",
+        "the rest of all that it is given.",
+        "",
+        *_table(("head_dim", "mask", "tile", "plan", "smem bytes", "registers", "limiter", "SM cycles")),
+        *_rows(_hopper_row(fields | mask) for fields in HOPPER_HEAD_DIMS for mask in ({}, {"causal": True})),
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -176,6 +227,25 @@ SHARED_HEAD_DIMS = (
     *({"head_dim": d, "kv_shared": True} for d in (272, 320, 384, 432, 448, 512)),
     {"head_dim": 576, "head_dim_v": 512, "kv_shared": True},
 )
+
+
+HOPPER_HEAD_DIMS = (
+    *({"arch": "sm_90a", "head_dim": d} for d in (16, 32, 64, 96, 128, 160, 192)),
+    {"arch": "sm_90a", "head_dim": 192, "head_dim_v": 128},
+    {"arch": "sm_90a", "head_dim": 256},
+)
+
+
+def _hopper_row(fields: Mapping[str, Any]) -> tuple[object, ...]:
+    plan = plan_kernel(load_spec(fields))
+    spec, tiling, budget = plan.spec, plan.tiling, plan.budget
+    held, cost = accumulators(spec, tiling, budget), cost_of(spec, plan.arch, tiling)
+    dims = spec.head_dim if spec.v_dim == spec.head_dim else f"{spec.head_dim}/{spec.v_dim}"
+    how = [f"kv_stage {tiling.kv_stages}", *["turns"] * tiling.turns, *["lazy"] * tiling.lazy]
+    how += ["sO over sQ"] * tiling.o_over_q
+    registers = " + ".join(f"{name} {count}" for name, count in held.parts.items()) + f": {held.used} of {held.limit}"
+    mask, tile = "causal" if spec.causal else "full", f"{tiling.tile_m}x{tiling.tile_n}"
+    return (dims, mask, tile, ", ".join(how), budget.smem_total, registers, cost.limiter, f"{cost.score:.0f}")
 
 
 def strategy_lines(fields: Mapping[str, Any]) -> list[str]:

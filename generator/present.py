@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .arch import SM100A
+from .accumulators import NAMES, Accumulators, accumulators, held_by_roles
+from .arch import ARCHS
 from .explain import Explained
 from .layout import Plan
 from .mask import TileCounts
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 TABLE_WIDTH = 240  # columns of the widest table; a narrower terminal wraps its lines rather than losing cells
 SMEM_BUFFERS = ("sQ", "sK", "sV", "sP", "sO", "barriers")
-TMEM_REGIONS = ("S", "P", "O")
 OPCODES_SHOWN = 3
 KERNEL_NAME_SHOWN = 40
 
@@ -100,10 +100,12 @@ def _table(*columns: str, title: str | None = None, left: tuple[str, ...] = ()) 
 
 
 def budget_table(rows: Iterable[Row]) -> Table:
-    """One line a head_dim, P staging and kv_stage: bytes of shared memory, columns of TMEM, status."""
-    regions = [f"TMEM {name}" for name in TMEM_REGIONS]
+    """One line a head_dim, P staging and kv_stage of one architecture: bytes of shared memory, columns of TMEM or
+    registers of a consumer thread, status.
+    """
+    rows = list(rows)
     smem = (*SMEM_BUFFERS, "total", "limit")
-    heads = ("head_dim", "P in", "kv_stage", "tile", *smem, *regions, "sum", "alloc", "status")
+    heads = ("head_dim", "P in", "kv_stage", "tile", *smem, *_held_heads(rows), "status")
     table = _table(*heads, left=("P in", "status"))
     for row in rows:
         budget = row.budget
@@ -112,8 +114,7 @@ def budget_table(rows: Iterable[Row]) -> Table:
             *_head_cells(row),
             *(_smem_cell(row, name) for name in SMEM_BUFFERS),
             *(str(number) for number in (budget.smem_total, budget.smem_limit)),
-            *(str(_columns(row, name)) for name in TMEM_REGIONS),
-            *(str(number) for number in (budget.tmem_used, budget.tmem_columns)),
+            *_held_cells(accumulators(row.spec, row.tiling, budget)),
             f"[{color}]{escape(row.status)}[/]",
             style="bold" if row.chosen else None,
         )
@@ -132,8 +133,15 @@ def _smem_cell(row: Row, name: str) -> str:
     return "in sQ" if name == "sO" and row.tiling.o_over_q else str(row.budget.bytes_of(name))
 
 
-def _columns(row: Row, name: str) -> int:
-    return row.budget.columns_of(name)
+def _held_heads(rows: Sequence[Row | Explained]) -> tuple[str, ...]:
+    if rows and not ARCHS[rows[0].spec.arch].tmem_columns:
+        return (*(f"reg {name}" for name in NAMES), "other", "sum", "of")
+    return (*(f"TMEM {name}" for name in NAMES), "sum", "alloc")
+
+
+def _held_cells(held: Accumulators) -> list[str]:
+    other = [held.other] if held.unit == "registers" else []
+    return [str(number) for number in (*held.parts.values(), *other, held.used, held.limit)]
 
 
 def overflow_notes(rows: Iterable[Row]) -> list[str]:
@@ -153,8 +161,9 @@ def overflow_notes(rows: Iterable[Row]) -> list[str]:
 
 def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table:
     """One line a strategy: what it needs of one CTA, what a KV tile costs it, and why it was not taken."""
-    smem, tmem = ("sQ", "sK", "sV", "ring", "sP", "sO"), [f"TMEM {name}" for name in TMEM_REGIONS]
-    heads = ("head_dim", "strategy", "tile", "P in", *smem, "total", *tmem, "sum", "SM cycles", "status")
+    rows = list(rows)
+    smem, shown = ("sQ", "sK", "sV", "ring", "sP", "sO"), [name for name in _held_heads(rows) if name != "alloc"]
+    heads = ("head_dim", "strategy", "tile", "P in", *smem, "total", *shown, "SM cycles", "status")
     table = _table(*heads, title=title, left=("strategy", "P in", "status"))
     for row in rows:
         budget, tiling, spec = row.budget, row.tiling, row.spec
@@ -167,8 +176,7 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
             *(dims, row.strategy, f"{tiling.tile_m}x{tiling.tile_n}", tiling.p_staging.upper()),
             *("in sQ" if name == "sO" and tiling.o_over_q else str(budget.bytes_of(name)) for name in smem),
             str(budget.smem_total),
-            *(str(budget.columns_of(name)) for name in TMEM_REGIONS),
-            str(budget.tmem_used),
+            *_held_cells(accumulators(spec, tiling, budget))[: len(shown)],
             f"{row.cost.score:.0f}",
             f"[{color}]{escape(row.status if budget.fits else 'does not fit: see below')}[/]",
             style="bold" if row.chosen else None,
@@ -179,13 +187,12 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
 def cost_table(rows: Iterable[Explained]) -> Table:
     """One line a strategy, none for a refused one: what a KV tile costs a CTA, in MMAs, bytes and cycles."""
     units = ("tensor core", "smem", "L2", "MUFU")
-    counts = ("tcgen05.mma", "L2 bytes", "MMA reads", "smem writes")
+    rows = [row for row in rows if not row.refused]
+    counts = (" or ".join(dict.fromkeys(row.instruction for row in rows)), "L2 bytes", "MMA reads", "smem writes")
     heads = ("strategy", "a tile", *counts, *(f"{name} cycles" for name in units), "limiter")
-    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {SM100A.rates}"
+    title = f"a KV tile of one CTA, counted; rates a cycle and SM: {rows[0].cost.rates}"
     table = _table(*heads, title=title, left=("strategy", "a tile", "limiter"))
     for row in rows:
-        if row.refused:
-            continue
         cost = row.cost
         numbers = (cost.mma_instructions, cost.load_bytes, cost.mma_read_bytes, cost.write_bytes)
         cycles = (f"{cost.cycles[name]:.0f}" for name in units)
@@ -228,6 +235,14 @@ def strategy_document(rows: Iterable[Explained]) -> list[dict[str, Any]]:
     ]
 
 
+def _held_fields(row: Row | Explained, by_region: bool = False) -> dict[str, Any]:
+    """What S, P and O take, by name, or by region of every query tile."""
+    fields = accumulators(row.spec, row.tiling, row.budget).fields(row.budget)
+    if by_region and "tmem" in fields:
+        fields["tmem"] = {region.name: region.columns for region in row.budget.regions}
+    return fields
+
+
 def _figures(row: Explained) -> dict[str, Any]:
     """cost holds a KV tile's counts of one CTA, cycles a resource, and the score."""
     budget, cost = row.budget, row.cost
@@ -236,10 +251,7 @@ def _figures(row: Explained) -> dict[str, Any]:
         "smem": {buffer.name: budget.bytes_of(buffer.name) for buffer in budget.buffers},
         "smem_total": budget.smem_total,
         "smem_limit": budget.smem_limit,
-        "tmem": {region.name: region.columns for region in budget.regions},
-        "tmem_used": budget.tmem_used,
-        "tmem_columns": budget.tmem_columns,
-        "tmem_limit": budget.tmem_limit,
+        **_held_fields(row, by_region=True),
         "cost": {
             **asdict(cost),
             "cycles": cost.cycles,
@@ -250,7 +262,9 @@ def _figures(row: Explained) -> dict[str, Any]:
 
 
 def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The table for programs. smem and tmem hold bytes and columns by name; overflows the reasons and remedies."""
+    """The table for programs. smem and tmem hold bytes and columns by name, registers those of a consumer thread, in
+    place of tmem, on sm_90a; overflows the reasons and remedies.
+    """
     return [
         {
             "arch": row.spec.arch,
@@ -260,10 +274,7 @@ def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "smem": {name: row.budget.bytes_of(name) for name in SMEM_BUFFERS},
             "smem_total": row.budget.smem_total,
             "smem_limit": row.budget.smem_limit,
-            "tmem": {name: _columns(row, name) for name in TMEM_REGIONS},
-            "tmem_used": row.budget.tmem_used,
-            "tmem_columns": row.budget.tmem_columns,
-            "tmem_limit": row.budget.tmem_limit,
+            **_held_fields(row),
             "fits": not row.overflows,
             "implemented": not row.missing,
             "chosen": row.chosen,
@@ -275,7 +286,9 @@ def budget_document(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def plan_tables(plan: Plan) -> list[Table]:
-    """The plan's budget: shared memory, TMEM, mbarriers, warps."""
+    """The plan's budget: shared memory, TMEM or a consumer's registers, mbarriers, warps and, where they take turns,
+    named barriers.
+    """
     budget, arch, named = plan.budget, plan.arch, len(plan.budget.named_barriers)
     smem = _table(
         *("buffer", "offset", "bytes", "stages", "holds"),
@@ -284,13 +297,6 @@ def plan_tables(plan: Plan) -> list[Table]:
     )
     for item in budget.buffers:
         smem.add_row(item.name, str(item.offset), str(item.bytes), str(item.stages), item.reason)
-    tmem = _table(
-        *("region", "column", "columns", "holds"),
-        title=f"TMEM: {budget.tmem_used} of {budget.tmem_limit} columns, {budget.tmem_columns} allocated",
-        left=("region", "holds"),
-    )
-    for region in budget.regions:
-        tmem.add_row(region.name, str(region.column), str(region.columns), region.reason)
     warps = _table(
         *("role", "warps", "registers", "why"),
         title=f"{budget.threads} of {arch.threads_per_cta} threads, {named} of {arch.named_barriers} named barriers",
@@ -305,7 +311,39 @@ def plan_tables(plan: Plan) -> list[Table]:
     )
     for barrier in budget.mbarriers:
         barriers.add_row(barrier.name, str(barrier.stages), str(barrier.arrivals), barrier.reason)
-    return [smem, tmem, barriers, warps]
+    return [smem, *_held_tables(plan), barriers, *([_named_table(plan)] if named > 1 else []), warps]
+
+
+def _held_tables(plan: Plan) -> list[Table]:
+    """Registers of the roles that hold fragments, a table each, or the regions of tensor memory."""
+    budget, tables = plan.budget, []
+    rows, keys = plan.arch.mma_m, plan.tile_n
+    for held in held_by_roles(plan.spec, plan.tiling, budget):
+        title = f"registers of a thread, {held.role}: {held.used} of {held.limit}"
+        table = _table("what", "registers", "holds", title=title, left=("what", "holds"))
+        for name, count in held.parts.items():
+            columns = keys if name in "SP" else 4 * count if name == "Q" else 2 * count
+            kind = "float32" if name in "SO" else "of 16 bits, two a register"
+            table.add_row(name, str(count), f"{rows} x {columns} {kind}, over 128 threads")
+        table.add_row("other", str(held.other), "addresses, descriptors, loop state, rows' statistics; an estimate")
+        tables.append(table)
+    if tables:
+        return tables
+    table = _table(
+        *("region", "column", "columns", "holds"),
+        title=f"TMEM: {budget.tmem_used} of {budget.tmem_limit} columns, {budget.tmem_columns} allocated",
+        left=("region", "holds"),
+    )
+    for region in budget.regions:
+        table.add_row(region.name, str(region.column), str(region.columns), region.reason)
+    return [table]
+
+
+def _named_table(plan: Plan) -> Table:
+    table = _table("id", "name", "threads", "why", title="named barriers", left=("name", "why"))
+    for barrier in plan.budget.named_barriers:
+        table.add_row(str(barrier.id), barrier.name, str(barrier.threads), barrier.reason)
+    return table
 
 
 def rejected_table(plan: Plan, limit: int) -> Table:
@@ -407,9 +445,10 @@ def binary_table(plan: Plan, binary: Any) -> Table:
     how = "from the cache" if binary.cached else f"{binary.seconds:.2f} s"
     table = _table("", "planned", "compiled", title=f"compiled: {len(binary.cubin)} bytes of cubin, {how}", left=("",))
     registers = max(role.registers for role in budget.roles)
+    tmem = [("TMEM columns", str(budget.tmem_columns), binary.tmem_columns)] if budget.tmem_limit else []
     for name, planned, actual in (
         ("dynamic shared memory, bytes", str(budget.smem_total), binary.smem_bytes),
-        ("TMEM columns", str(budget.tmem_columns), binary.tmem_columns),
+        *tmem,
         ("threads", str(budget.threads), binary.threads),
         ("registers a thread", f"about {registers}", binary.registers),
         ("spilled bytes a thread", "0", binary.spills),

@@ -26,7 +26,9 @@ class Exchange:
 def protocol(plan: Plan) -> list[Exchange]:
     """Every mbarrier of the plan, then the barriers of the hardware, in the order of first use."""
     who = _Warps(plan)
-    if plan.query_tiles == 2:
+    if plan.tiling.strategy == "warpgroups":
+        told = _warpgroups(plan)
+    elif plan.query_tiles == 2:
         told = _two_tiles(plan)
     else:
         told = _two_ctas(plan) if plan.two_ctas else {**_ring(plan, who), **_scores(who)}
@@ -148,6 +150,31 @@ def _two_tiles(plan: Plan) -> Told:
     return told
 
 
+def _warpgroups(plan: Plan) -> Told:
+    """n counts the KV tiles of all query tiles of the CTA, whichever source they are of. Every consumer reads every K
+    and V tile, but a Q of its own.
+    """
+    stages, layouts = plan.kv_stages, plan.layouts
+    parity = f"parity of n div {stages}, stage n mod {stages}"
+    first = f"opposite parity of n div {stages}: passes at once in the first round"
+    each = "one lane of each warp of every consumer,"
+    freed = (
+        "first warp of consumer i, one lane, when the store of O, which lies over Q, has read it"
+        if plan.o_over_q
+        else "one lane of each warp of consumer i, after its last QK of a query tile"
+    )
+    turn, q_bytes = "parity of the turn", layouts["sQ"].bytes
+    told: Told = {
+        "q_full": ("load warp and TMA, Q i", "consumer i, at the start of a query tile", turn, q_bytes),
+        "q_empty": (freed, "load warp, before loading Q i", f"opposite {turn}: passes at once in the first", 0),
+    }
+    for name, gemm in (("k", "QK"), ("v", "PV")):
+        size, last = layouts[f"s{name.upper()}"].bytes, "PV" if plan.spec.kv_shared else gemm
+        told[f"{name}_full"] = ("load warp and TMA", f"each consumer, before {gemm} n", parity, size)
+        told[f"{name}_empty"] = (f"{each} after {last} n", "load warp, before loading tile n", first, 0)
+    return told
+
+
 def _two_ctas(plan: Plan) -> Told:
     """Bytes are of both CTAs."""
     n, layouts, who = plan.kv_stages, plan.layouts, _Warps(plan)
@@ -215,9 +242,36 @@ def _scores(who: _Warps) -> Told:
 
 def _hardware(plan: Plan) -> list[Exchange]:
     threads, rows = plan.budget.threads, []
+    told = _named(plan)
     for bar in plan.budget.named_barriers:
-        rows.append(Exchange(f"bar.sync {bar.id}", 1, str(bar.threads), "its threads", "its threads", bar.reason))
+        who = told.get(bar.name, ("its threads", "its threads", bar.reason))
+        rows.append(Exchange(f"bar.sync {bar.id}", 1, str(bar.threads), *who))
     if plan.ctas == 2:
         why = "mbarriers of both CTAs initialized; at the end, TMEM and mbarriers of both no longer used"
         rows.append(Exchange("barrier.cluster", 1, str(2 * threads), "every thread of the pair", "the same", why))
     return rows
+
+
+def _named(plan: Plan) -> dict[str, tuple[str, str, str]]:
+    """Named barriers of which not every thread both arrives and waits: name -> arrives, waits, why."""
+    if plan.tiling.strategy != "warpgroups":
+        return {}
+    told, count = {}, plan.consumers
+    for i in range(count if count > 1 else 0):
+        before = (i - 1) % count
+        told[f"turn {i}"] = (
+            f"consumer {before}, which has issued PV (bar.arrive), and consumer {i}"
+            + (f"; at the start consumer {before} too" if i == 0 else ""),
+            f"consumer {i}, before QK of each KV tile but a query tile's first",
+            f"consumer {i} issues its MMAs after consumer {before}"
+            + ("" if plan.takes_turns else "; not used: this plan takes no turns"),
+        )
+    for i in range(count):
+        told[f"consumer {i}"] = (
+            f"the 128 threads of consumer {i}",
+            "the same",
+            "before O of a query tile is staged, its last store has read sO; before it is stored, it is staged"
+            if not plan.spec.unnormalized
+            else "not used: O goes from registers to global memory",
+        )
+    return told

@@ -7,7 +7,10 @@ fit, or head_dim where none does.
 
 SMEM, COLUMNS, ROWS, MMA_COLUMNS = 232448, 512, 128, 256
 TILES, WIDE = ("tiles", "two_tiles", "two_ctas"), ("chunks", "passes", "pair")
-STRATEGIES = (*TILES, *WIDE, "auto")
+HOPPER = "warpgroups"  # the strategy of sm_90a; the others are sm_100a's
+STRATEGIES = (*TILES, *WIDE, "auto", HOPPER)
+GROUP_ROWS = 64  # of a consumer warpgroup
+THREAD_REGISTERS = {64: 240, 128: 240, 192: 160}  # of a consumer, by the rows of a CTA
 SEARCHED = ("kv_stage", "tile_m", "strategy", "p_staging", "tile_n")  # fields that the planner may be left to choose
 
 
@@ -28,7 +31,12 @@ def strategies(fields):
 
 def reasons(fields):
     """Fields that a refusal may name; empty where there is a kernel."""
-    return {*_contradicted(fields), *_not_there(fields)} or {*_unfit(fields)}
+    not_there = _not_on_hopper if on_hopper(fields) else _not_there
+    return {*_contradicted(fields), *not_there(fields)} or {*_unfit(fields)}
+
+
+def on_hopper(fields):
+    return fields.get("arch") == "sm_90a"
 
 
 def _contradicted(fields):
@@ -39,8 +47,10 @@ def _contradicted(fields):
         yield "kv_shared"
     if fields.get("limit2") and fields.get("kv_sources", 1) == 1:
         yield "limit2"
-    if fields.get("pack_heads") is True and ROWS % fields.get("q_heads_per_kv", 1):
-        yield "pack_heads"
+    if fields.get("pack_heads") is True and fields.get("q_heads_per_kv", 1) > 1:
+        rows = _hopper_rows(fields) if on_hopper(fields) else [ROWS]
+        if not any(_folds(fields["q_heads_per_kv"], count, on_hopper(fields)) for count in rows):
+            yield "pack_heads"
     if d > 512 and dv != 512:  # only Q and K of multi-head latent attention are wider
         yield "head_dim"
 
@@ -76,6 +86,56 @@ def _not_there(fields):
         yield "tile_n"
 
 
+def _folds(group, rows, hopper):
+    """Whether whole tokens of a group's query heads fill a tile; on sm_90a each consumer's rows are moreover a box: of
+    whole tokens, or of a part of one.
+    """
+    boxes = not hopper or group in (2, 4, 8, 16, 32) or group % GROUP_ROWS == 0
+    return rows % group == 0 and boxes
+
+
+def _hopper_rows(fields):
+    """Rows of a CTA that the fields leave open: one to three consumers."""
+    return [fields["tile_m"]] if "tile_m" in fields else list(THREAD_REGISTERS)
+
+
+def _not_on_hopper(fields):
+    """What sm_90a's template does not have (yet)."""
+    d, dv = widths(fields)
+    if fields.get("strategy", HOPPER) not in (HOPPER, "auto"):
+        yield "strategy"
+    if fields.get("p_staging", "register") not in ("register", "auto"):
+        yield "p_staging"
+    if d > 512:
+        yield "head_dim"
+    if max(d, dv) > MMA_COLUMNS:
+        yield "strategy"
+    if fields.get("tile_m", GROUP_ROWS) not in THREAD_REGISTERS:
+        yield "tile_m"
+
+
+def _fits_hopper(fields):
+    """S, P and O in a thread's registers, 64 rows over 128 threads, P of 16 bits, beside 28 for the rest; Q and O of
+    each consumer, and whole tiles of K and V, in shared memory, where O may lie over a Q that is as wide.
+    """
+    (d, dv), shared = widths(fields), fields.get("kv_shared", False)
+    stages = fields.get("kv_stage", 1 + shared)
+    if shared and stages < 2:
+        return False
+    group, pack = fields.get("q_heads_per_kv", 1), fields.get("pack_heads") is True
+    for rows in _hopper_rows(fields):
+        if rows not in THREAD_REGISTERS or (pack and group > 1 and not _folds(group, rows, True)):
+            continue
+        for n in [fields["tile_n"]] if "tile_n" in fields else range(16, 257, 16):
+            registers = n / 2 + n / 4 + dv / 2 + 28
+            q, k, v = rows * d * 2, stages * n * d * 2, 0 if shared else stages * n * dv * 2
+            over_q = dv <= d or fields.get("output") == "unnormalized"  # float32 O is not staged
+            out = 0 if over_q else rows * dv * 2
+            if registers <= THREAD_REGISTERS[rows] and 1024 + sum(map(_kib, (q, k, v, out))) <= SMEM:
+                return True
+    return False
+
+
 def _unfit(fields):
     """The fields to blame where nothing fits."""
     if fits(fields):
@@ -87,6 +147,8 @@ def _unfit(fields):
 def _others(fields, name):
     """The fields with one of them changed to what else it may be."""
     rest = {key: value for key, value in fields.items() if key != name}
+    if on_hopper(fields):
+        return [rest] if name in ("kv_stage", "tile_m", "tile_n") else []
     if name == "strategy":
         narrow = ("tiles",) if max(widths(fields)) <= MMA_COLUMNS else ()
         return [{**rest, name: other} for other in (*narrow, *WIDE)]
@@ -96,7 +158,9 @@ def _others(fields, name):
 
 
 def fits(fields):
-    """Whether any candidate fits a CTA, where P may wait in tensor memory or in shared memory."""
+    """Whether any candidate fits a CTA; on sm_100a P may wait in tensor memory or in shared memory."""
+    if on_hopper(fields):
+        return _fits_hopper(fields)
     tiles = [fields["tile_n"]] if "tile_n" in fields else range(16, 129, 16) if _shared(fields) else [128, 64, 32, 16]
     stagings = [fields["p_staging"]] if "p_staging" in fields else ["tmem", "smem"]
     stages = fields.get("kv_stage")

@@ -43,6 +43,37 @@ def test_budget_prints_every_row_of_the_table():
     assert ["128", "TMEM", "2", "128x128", "32768", "65536", "65536", "0", "32768"] in [row[:9] for row in rows]
 
 
+def test_budget_of_sm_90a_shows_registers_in_the_place_of_tensor_memory():
+    text = bespoke("budget", "--arch", "sm_90a", "--head-dim", "64,256").stdout
+    heads = next(line for line in text.splitlines() if "head_dim" in line)
+    for heading in ("reg S", "reg P", "reg O", "other", "sum", "of"):
+        assert heading in heads
+    assert "TMEM" not in text
+    rows = [line.split() for line in text.splitlines() if "232448" in line]
+    assert len(rows) == 8 and {(row[1], row[2]) for row in rows} == {("REGISTER", k) for k in "1234"}
+    numbers = {row[0]: row for row in rows if row[-1] == "chosen"}
+    assert numbers["64"][-8:] == ["64", "32", "32", "28", "156", "160", "fits,", "chosen"]
+    assert numbers["256"][-8:] == ["32", "16", "128", "28", "204", "240", "fits,", "chosen"]
+
+
+def test_budget_document_of_sm_90a():
+    words = ("--arch", "sm_90a", "--head-dim", "128", "--kv-stage", "2", "--json")
+    (row,) = json.loads(bespoke("budget", *words).stdout)
+    assert row["registers"] == {"S": 80, "P": 40, "O": 64, "other": 28}
+    assert (row["registers_used"], row["registers_limit"]) == (212, 240) and "tmem" not in row
+    assert row["smem"] == {"sQ": 32768, "sK": 81920, "sV": 81920, "sP": 0, "sO": 32768, "barriers": 96}
+
+
+def test_plan_of_sm_90a_has_no_table_of_tensor_memory():
+    text = bespoke("plan", "--arch", "sm_90a", "--head-dim", "128", "--explain").stdout
+    assert "registers of a thread, consumer: 212 of 240" in text and "TMEM" not in text and "tcgen05" not in text
+    assert "wgmma" in text and "4096 FLOP" in text and "consumer 1 may issue its MMAs" in text
+    wide = bespoke("plan", "--arch", "sm_90a", "--head-dim", "512", "--explain").stdout
+    assert (
+        "registers of a thread, scores: " in wide and "registers of a thread, output: " in wide and "TMEM" not in wide
+    )
+
+
 def test_budget_of_head_dim_512_says_what_overflows():
     text = bespoke("budget", "--head-dim", "512").stdout
     assert "a 128 x 512 float32 accumulator takes all 512 columns, so S has no room" in text

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 
 import pytest
-from drawn_arithmetic import STRATEGIES, TILES, reasons
+from drawn_arithmetic import HOPPER, STRATEGIES, TILES, WIDE, reasons
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -20,16 +20,26 @@ from generator.verify import verify_kernel
 
 IN_SUITE = 6
 RARE = {"limit2": 1, "tile_m": 1}  # of ten: most combinations with them are refused
-RARE_IN = {"two_tiles": {"p_staging": 1}, "two_ctas": {"p_staging": 1, "kv_shared": 1}}
+RARE_IN = {
+    "two_tiles": {"p_staging": 1},
+    "two_ctas": {"p_staging": 1, "kv_shared": 1},
+    HOPPER: {"p_staging": 1, "tile_m": 3},
+}
 NARROW, BROAD = range(16, 257, 16), (*range(272, 513, 16), 576)
 
 
 def specifications(draw, strategy=None):
-    """Fields, with this strategy or any, most of them left alone; some of the combinations cannot be."""
+    """Fields, with this strategy or any, most of them left alone; some of the combinations cannot be. HOPPER's are of
+    sm_90a, where it may be left out, and a few ask for a strategy of sm_100a.
+    """
     strategy = strategy or draw(st.sampled_from(STRATEGIES))
-    wide_ones = 1 if strategy in TILES else 4  # of ten: whole tiles refuse them
+    hopper = strategy == HOPPER
+    wide_ones = 1 if strategy in (*TILES, HOPPER) else 4  # of ten: whole tiles refuse them
     head_dims = [st.sampled_from(BROAD if draw(st.integers(0, 9)) < wide_ones else NARROW) for _ in range(2)]
     fields = {"head_dim": draw(head_dims[0])}
+    if hopper:
+        fields["arch"] = "sm_90a"
+        strategy = draw(st.sampled_from([HOPPER, *["auto"] * 8, draw(st.sampled_from((*TILES, *WIDE)))]))
     if strategy != "auto":
         fields["strategy"] = strategy
     if fields["head_dim"] > 512 and draw(st.integers(0, 4)):
@@ -54,17 +64,26 @@ def specifications(draw, strategy=None):
         "tile_m": st.sampled_from([64, 128]),
         "tile_n": st.sampled_from(range(16, 129, 16)),
     }
+    if hopper:
+        optional |= {
+            "q_heads_per_kv": st.sampled_from([2, 3, 4, 5, 6, 8, 16, 128, 192]),
+            "p_staging": st.sampled_from(["register", "register", "tmem", "smem"]),
+            "tile_m": st.sampled_from([64, 64, 128, 128, 192, 192, 96]),
+            "tile_n": st.sampled_from(range(16, 257, 16)),
+        }
     for name, values in optional.items():
-        rare = RARE | RARE_IN.get(strategy, {})
+        rare = RARE | RARE_IN.get(HOPPER if hopper else strategy, {})
         if name not in fields and draw(st.integers(0, 9)) < rare.get(name, 3):
             fields[name] = draw(values)
+    if hopper and max(fields["head_dim"], fields.get("head_dim_v", 0)) > NARROW[-1]:
+        fields.setdefault("strategy", HOPPER)  # left out, another one is taken there
     if "limit2" in fields and draw(st.booleans()):
         fields["kv_sources"] = 2
     return fields
 
 
 def shapes(draw, fields):
-    group, rows = fields.get("q_heads_per_kv", 1), st.sampled_from([1, 2, 127, 128, 129, 200, 256, 257])
+    group, rows = fields.get("q_heads_per_kv", 1), st.sampled_from([1, 2, 64, 65, 127, 128, 129, 193, 200, 256, 257])
     kv_heads = draw(st.integers(1, 2 if group < 16 else 1))
     queries = draw(rows if group < 16 else st.integers(1, 3))
     return (draw(st.integers(1, 3)), group * kv_heads, kv_heads, queries, draw(rows), draw(rows))

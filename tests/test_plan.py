@@ -162,6 +162,7 @@ def test_p_staging_that_does_not_fit():
         ({"arch": "sm_90a", "head_dim": 272}, "head_dim_v"),
         ({"arch": "sm_90a", "head_dim": 576, "head_dim_v": 512}, "head_dim"),
         ({"arch": "sm_90a", "head_dim": 320, "kv_shared": True}, "kv_shared"),
+        ({"arch": "sm_90a", "head_dim": 272, "strategy": "warpgroups"}, "strategy"),
         ({"head_dim": 272, "strategy": "tiles"}, "strategy"),
         ({"head_dim": 64, "head_dim_v": 272, "strategy": "tiles"}, "strategy"),
         ({"head_dim": 512, "p_staging": "tmem", "strategy": "pair"}, "p_staging"),

@@ -199,7 +199,7 @@ def _used_on_every_way(context: Context, start: int, loaded: frozenset[int]) -> 
 
 
 def _lanes_in_step(context: Context, mutant: Mutant) -> bool:
-    """Since the last bar.warp.sync no lane stored to memory, tcgen05 work was waited for, elect.sync follows."""
+    """Since the last bar.warp.sync no lane stored to memory, tensor-core work was waited for, elect.sync follows."""
     instrs, index = context.kernel.instrs, context.index(mutant)
     if not instrs[index + 1].opcode.startswith("elect.sync"):
         return False
@@ -207,7 +207,7 @@ def _lanes_in_step(context: Context, mutant: Mutant) -> bool:
     for instr in reversed(instrs[:index]):
         if instr.opcode.startswith(STORES):
             return False
-        waited = waited or instr.opcode.startswith("tcgen05.wait::")
+        waited = waited or instr.opcode.startswith(("tcgen05.wait::", "wgmma.wait_group"))
         if instr.opcode.startswith(("bar.warp", "bar.sync", "barrier.sync")):
             break
     return waited
@@ -273,9 +273,9 @@ EQUIVALENT: tuple[Equivalence, ...] = (
     Equivalence(
         ("bar.warp.sync removed",),
         _lanes_in_step,
-        "since the warp's last barrier no lane stored to memory; the tcgen05.wait before is warp-wide (.sync.aligned), "
-        "and elect.sync, which follows, lets no lane go on before all have come: no other lane has left anything for "
-        "the elected one to signal",
+        "since the warp's last barrier no lane stored to memory; the tcgen05.wait or wgmma.wait_group before is "
+        "warp-wide (.sync.aligned), and elect.sync, which follows, lets no lane go on before all have come: no other "
+        "lane has left anything for the elected one to signal",
     ),
     Equivalence(
         ("elect.sync: every lane",),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FOLLOWED = (
     *("ld.shared.", "st.shared.", "ld.param", "tcgen05.", "elect.sync", "mbarrier.arrive", "setmaxnreg", "ret", "exit"),
     *("mbarrier.try_wait", "mbarrier.test_wait", "bar.arrive", "barrier.arrive", "shfl.sync", "vote.sync"),
+    "wgmma.",  # warp-wide (.sync.aligned), and so is the wait for what it reads asynchronously
 )
 AFTER = (*FOLLOWED, "cp.async.bulk.")  # an asynchronous copy of one lane sees nothing that other lanes did
 

@@ -233,14 +233,25 @@ class Warpgroups:
                 if self.machine.accumulation == "exact" or chain.form.d == "s32":
                     self._by_instruction(chain, warps, ctas, position, a, b)
                     continue
-                if chain.form.d == "f32":
+                if chain.form.d == "f32" and self.machine.fuses:
                     self._write(chain, warps, ctas, position, np.matmul(a, b.swapaxes(1, 2)))
                     continue
-                k = a.shape[2] // len(chain.steps)  # a float16 accumulator is rounded by every instruction
+                # a float16 accumulator is rounded by every instruction; where schedules are compared bit by bit, how
+                # many of a chain, and of how many warps, run together must not show
+                k = a.shape[2] // len(chain.steps)
                 for step in range(len(chain.steps)):
                     span = slice(step * k, step * k + k)
-                    product = np.matmul(a[..., span], b[..., span].swapaxes(1, 2))
+                    product = self._product(a[..., span], b[..., span])
                     self._write(chain, warps, ctas, position, product, step > 0)
+
+    def _product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """A [c, w · 16, K] times B [c, N, K]; a warp by itself, which BLAS rounds alike whatever runs beside it, where
+        schedules are compared.
+        """
+        if self.machine.fuses:
+            return np.matmul(a, b.swapaxes(1, 2))
+        c, rows, k = a.shape
+        return np.matmul(a.reshape(c, rows // 16, 16, k), b.swapaxes(1, 2)[:, None]).reshape(c, rows, -1)
 
     def _by_instruction(self, chain: Chain, warps, ctas, position, a, b) -> None:
         """A [c, w · 16, K], B [c, N, K]: every instruction's sum by itself, rounded or saturated."""

@@ -1,0 +1,93 @@
+"""tuned.json: records that are what they say, and that the planner takes them until a field says otherwise."""
+
+import json
+from dataclasses import fields as fields_of
+from importlib import resources
+
+import pytest
+
+from generator import tuned
+from generator.plan import plan_kernel
+from generator.spec import load_spec
+from generator.tuned import Winner, mask_kind, winner
+
+RECORDS = json.loads(resources.files("generator").joinpath("tuned.json").read_text())
+WHOLE = [record for record in RECORDS if max(record["head_dim"], record["head_dim_v"]) <= 256]
+
+
+def name_of(record):
+    return f"{record['head_dim']}/{record['head_dim_v']} {record['mask']}"
+
+
+def spec_of(record, **more):
+    causal = record["mask"] == "causal"
+    dims = {name: record[name] for name in ("arch", "head_dim", "head_dim_v")}
+    return load_spec({**dims, "causal": causal, **more})
+
+
+def test_records_are_well_formed():
+    names = {field.name for field in fields_of(Winner)}
+    for record in RECORDS:
+        assert set(record) == names
+        assert record["arch"] == "sm_90a" and record["mask"] in ("full", "causal")
+        assert record["tile_m"] % 64 == 0 and record["tile_n"] % 16 == 0
+        assert type(record["turns"]) is bool and type(record["lazy"]) is bool
+        assert record["tflops"] and all(int(n) > 0 and 0 < rate < 989 for n, rate in record["tflops"].items())
+        assert record["device"] and len(record["date"].split("-")) == 3
+    keys = [Winner(**record).key for record in RECORDS]
+    assert len(set(keys)) == len(keys) and len(WHOLE) >= 26
+
+
+@pytest.mark.parametrize("record", WHOLE, ids=name_of)
+def test_every_record_can_be_planned_and_is(record):
+    spec = spec_of(record)
+    plan = plan_kernel(spec)
+    assert winner(spec) == Winner(**record)
+    assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"]) and plan.kv_stages >= 2
+    assert (plan.takes_turns, plan.lazy) == (record["turns"], record["lazy"]) and plan.budget.fits
+
+
+def test_a_winner_serves_whatever_else_is_asked_for():
+    record = next(r for r in WHOLE if (r["head_dim"], r["mask"]) == (64, "causal"))
+    for more in ({"seqlens": True}, {"sink": True, "dtype": "fp16"}, {"output": "unnormalized"}, {"window_left": 9}):
+        plan = plan_kernel(spec_of(record, **more))
+        assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"])
+
+
+def test_fields_override_it():
+    """Another tile than the winner's is planned by the model's rules: turns by the width of O."""
+    record = next(r for r in WHOLE if (r["head_dim"], r["mask"]) == (64, "full"))
+    assert (record["tile_m"], record["tile_n"], record["turns"]) == (192, 128, False)
+    assert not plan_kernel(spec_of(record)).takes_turns
+    other = plan_kernel(spec_of(record, tile_m=128))
+    assert other.tile_m == 128 and other.takes_turns
+    narrow = plan_kernel(spec_of(record, tile_n=64))
+    assert narrow.tile_n == 64
+    both = plan_kernel(spec_of(record, tile_m=192, tile_n=128, kv_stage=3))
+    assert (both.takes_turns, both.kv_stages) == (False, 3)
+
+
+def test_other_widths_of_v_have_none():
+    assert winner(load_spec(None, arch="sm_90a", head_dim=64, head_dim_v=48)) is None
+    assert winner(load_spec(None, arch="sm_100a", head_dim=64)) is None
+
+
+@pytest.mark.parametrize(
+    "fields, kind",
+    [
+        ({}, "full"),
+        ({"seqlens": True, "kv_sources": 2}, "full"),
+        ({"causal": True}, "causal"),
+        ({"window_left": 5}, "causal"),
+        ({"window_right": 0}, "causal"),
+    ],
+)
+def test_kinds_of_masks(fields, kind):
+    assert mask_kind(load_spec(None, head_dim=64, **fields)) == kind
+
+
+def test_two_winners_for_one_key_are_refused(monkeypatch, tmp_path):
+    (tmp_path / "tuned.json").write_text(json.dumps([RECORDS[0], RECORDS[0]]))
+    monkeypatch.setattr(tuned.resources, "files", lambda _: tmp_path)
+    with pytest.raises(ValueError, match="two winners for one key"):
+        tuned._winners.__wrapped__()

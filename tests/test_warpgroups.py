@@ -1,0 +1,370 @@
+"""Consumer warpgroups (sm_90a): the budget by hand, what is refused, the choice, turns, rescaling, schedules."""
+
+import numpy as np
+import pytest
+
+from generator.accumulators import accumulators
+from generator.arch import SM90A
+from generator.budget import Tiling
+from generator.chunks import budget_of
+from generator.compile import compile_kernel
+from generator.emulator.exhaustive import Exhaustive
+from generator.emulator.schedule import DELAYS, STYLES
+from generator.plan import DoesNotFit, NotImplementedYet, candidates, plan_kernel
+from generator.protocol import protocol
+from generator.run import run_observed
+from generator.spec import load_spec
+from generator.verify import random_operands, verify_kernel
+from generator.warpgroups import REGISTERS, can_pack, predicted_cycles
+
+EVERY = len(STYLES) * len(DELAYS)  # seeds in a row that combine every style with every delay
+
+
+def plan(**fields):
+    return plan_kernel(load_spec(None, **{"arch": "sm_90a", **fields}))
+
+
+def refusal(kind, **fields):
+    with pytest.raises(kind) as caught:
+        plan(**fields)
+    return caught.value
+
+
+# -- the budget --------------------------------------------------------------------------------------------------------
+def test_budget_of_head_dim_128():
+    """Two consumers, 160 keys a tile, two stages."""
+    chosen = plan(head_dim=128)
+    budget = chosen.budget
+    assert [(b.name, b.offset, b.bytes, b.stages, b.alias_of) for b in budget.buffers] == [
+        ("barriers", 0, 12 * 8, 1, None),
+        ("sQ", 1024, 2 * 64 * 128 * 2, 2, None),
+        ("sK", 1024 + 32768, 2 * 160 * 128 * 2, 2, None),
+        ("sV", 1024 + 32768 + 81920, 2 * 160 * 128 * 2, 2, None),
+        ("sO", 1024 + 32768 + 2 * 81920, 2 * 64 * 128 * 2, 2, None),
+    ]
+    assert budget.smem_total == 1024 + 32768 + 81920 + 81920 + 32768 == 230400
+    assert [(m.name, m.stages, m.arrivals, m.slot) for m in budget.mbarriers] == [
+        ("q_full", 2, 1, 0),
+        ("q_empty", 2, 4, 2),
+        ("k_full", 2, 1, 4),
+        ("k_empty", 2, 8, 6),
+        ("v_full", 2, 1, 8),
+        ("v_empty", 2, 8, 10),
+    ]
+    assert [(b.id, b.name, b.threads) for b in budget.named_barriers] == [
+        (0, "cta", 384),
+        (1, "turn 0", 256),
+        (2, "turn 1", 256),
+        (3, "consumer 0", 128),
+        (4, "consumer 1", 128),
+    ]
+    assert [(r.name, r.first_warp, r.warps, r.registers) for r in budget.roles] == [
+        ("consumer", 0, 8, 240),
+        ("tma", 8, 1, 24),
+        ("idle", 9, 3, 24),
+    ]
+    held = accumulators(chosen.spec, chosen.tiling, budget)
+    assert held.parts == {"S": 80, "P": 40, "O": 64} and (held.other, held.used, held.limit) == (28, 212, 240)
+    assert not budget.regions and budget.tmem_columns == 0
+
+
+def test_budget_of_head_dim_256_lays_so_over_sq():
+    budget = plan(head_dim=256).budget
+    assert [(b.name, b.offset, b.bytes, b.alias_of) for b in budget.buffers] == [
+        ("barriers", 0, 12 * 8, None),
+        ("sQ", 1024, 65536, None),
+        ("sK", 66560, 2 * 64 * 256 * 2, None),
+        ("sV", 132096, 65536, None),
+        ("sO", 1024, 65536, "sQ"),
+    ]
+    assert budget.smem_total == 197632 and budget.bytes_of("sO") == 0
+    assert budget.mbarrier("q_empty").arrivals == 1, "its first warp alone has waited for the store of O"
+
+
+def test_budget_of_three_consumers_with_v_within_k_and_float32_o():
+    chosen = plan(head_dim=192, head_dim_v=128, kv_shared=True, output="unnormalized", tile_m=192, tile_n=80)
+    budget = chosen.budget
+    assert [(b.name, b.bytes) for b in budget.buffers] == [
+        ("barriers", (3 + 3 + 4 + 4) * 8),
+        ("sQ", 3 * 64 * 192 * 2),
+        ("sK", 4 * 80 * 192 * 2),
+    ]
+    assert budget.smem_total == 1024 + 73728 + 122880
+    assert [m.name for m in budget.mbarriers] == ["q_full", "q_empty", "k_full", "k_empty"]
+    assert budget.mbarrier("k_empty").arrivals == 12 and budget.threads == 512
+    assert sum(accumulators(chosen.spec, chosen.tiling, budget).parts.values()) == 40 + 20 + 64
+
+
+def test_a_plan_that_takes_the_last_byte():
+    """16 stages of 224 keys of 16 columns: with sO of its own it would be 2048 bytes too many."""
+    chosen = plan(head_dim=16, tile_m=64, tile_n=224, kv_stage=16)
+    assert chosen.o_over_q and chosen.budget.smem_total == 1024 + 2048 + 2 * 16 * 224 * 32 == 232448
+    own = Tiling(64, 224, 16, "register", False, 16, "warpgroups")
+    (over,) = budget_of(chosen.spec, SM90A, own).overflows
+    assert (over.resource, over.need, over.over) == ("smem", 234496, 2048) and "sO over sQ" in over.remedy
+
+
+@pytest.mark.parametrize("consumers", [1, 2, 3])
+def test_setmaxnreg_hands_out_no_more_registers_than_there_are(consumers):
+    """Threads get an equal share, a multiple of 8, at launch; what consumers get more, the producer's give up."""
+    consumer, producer = REGISTERS[consumers]
+    threads = 128 * (consumers + 1)
+    budget = plan(head_dim=64, tile_m=64 * consumers).budget
+    assert budget.threads == threads and budget.registers_total == 128 * (consumers * consumer + producer)
+    assert budget.registers_total <= budget.registers_pool == 65536 // threads // 8 * 8 * threads
+    assert consumer % 8 == producer % 8 == 0 and consumer <= 255 - 15
+    at_entry = 65536 // threads // 8 * 8  # 256 (255 a thread at most), 168, 128: setmaxnreg must know which way it goes
+    changed = plan(head_dim=64, tile_m=64 * consumers).register_change("consumer")
+    assert changed == ("increase" if consumer > at_entry else "decrease") == {1: "decrease"}.get(consumers, "increase")
+
+
+@pytest.mark.parametrize(
+    "fields, held",
+    [
+        ({"head_dim": 64, "tile_m": 64, "tile_n": 240}, (120, 60, 32)),  # 240 of 240
+        ({"head_dim": 256, "tile_m": 128, "tile_n": 112, "kv_stage": 1}, (56, 28, 128)),  # 240 of 240
+        ({"head_dim": 96, "tile_m": 192, "tile_n": 112}, (56, 28, 48)),  # 160 of 160
+    ],
+)
+def test_the_widest_tile_that_the_registers_hold(fields, held):
+    chosen = plan(**fields)
+    parts = accumulators(chosen.spec, chosen.tiling, chosen.budget)
+    assert tuple(parts.parts.values()) == held and parts.used == parts.limit
+    error = refusal(DoesNotFit, **{**fields, "tile_n": fields["tile_n"] + 16})
+    s, p, o = held[0] + 8, held[1] + 4, held[2]
+    need = s + p + o + 28
+    assert f"S {s} + P {p} + O {o} + 28 else, a thread = {need} registers of {parts.limit}, over by 12" in str(error)
+    assert error.field in ("tile_n", "tile_m") and "tile_n = " in error.remedy
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        (DoesNotFit, {"tile_m": 96}, "tile_m = 96: a consumer warpgroup has 64 query rows; use 64, 128, 192"),
+        (
+            DoesNotFit,
+            {"pack_heads": True, "q_heads_per_kv": 5},
+            "a group of 5 query heads does not fold into 64 or 128",
+        ),
+        (DoesNotFit, {"pack_heads": True, "q_heads_per_kv": 3, "tile_m": 192}, "3 query heads does not fold into 192"),
+        (DoesNotFit, {"pack_heads": True, "q_heads_per_kv": 128, "tile_m": 64}, "does not fold into 64 rows of a tile"),
+        (DoesNotFit, {"head_dim": 256, "tile_m": 192}, "tile_m = 192: does not fit; the closest is 3 consumer"),
+        (
+            DoesNotFit,
+            {"head_dim": 256, "tile_m": 64, "kv_stage": 16},
+            "kv_stage = 16: does not fit; the closest is 1 con",
+        ),
+        (DoesNotFit, {"kv_shared": True, "kv_stage": 1}, "QK of the next tile is issued before PV of this one"),
+        (NotImplementedYet, {"p_staging": "smem"}, "P goes from the registers of S to PV"),
+        (NotImplementedYet, {"strategy": "tiles"}, "is for Blackwell (sm_100a) only"),
+        (NotImplementedYet, {"head_dim": 272, "strategy": "warpgroups"}, "not implemented for sm_90a yet"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(kind, fields, message):
+    error = refusal(kind, **{"head_dim": 64, **fields})
+    assert message in str(error) and error.remedy and error.field in fields
+
+
+def test_a_remedy_is_one():
+    error = refusal(DoesNotFit, head_dim=256, tile_m=64, kv_stage=16)
+    assert error.remedy.startswith("the deepest that fits is 12")
+    assert plan(head_dim=256, tile_m=64, kv_stage=12).kv_stages == 12
+    assert refusal(DoesNotFit, head_dim=256, tile_m=64, kv_stage=13).field == "kv_stage"
+    assert plan(head_dim=256, tile_m=128).budget.fits and "tile_m = 128 fits" in str(
+        refusal(DoesNotFit, head_dim=256, tile_m=192)
+    )
+
+
+@pytest.mark.parametrize(
+    "group, rows, fits",
+    [
+        *((group, 64, True) for group in (1, 2, 4, 8, 16, 32, 64)),
+        *((3, rows, False) for rows in (64, 128, 192)),  # 192 = 64 x 3, but no consumer's 64 rows are whole tokens
+        *((128, rows, rows == 128) for rows in (64, 128, 192)),
+        (192, 192, True),
+        (192, 128, False),
+        (96, 192, False),
+    ],
+)
+def test_whole_tokens_fill_a_tile_and_each_consumer_has_a_box(group, rows, fits):
+    assert can_pack(group, rows, SM90A) == fits
+    if group > 1 and fits:
+        chosen = plan(head_dim=64, q_heads_per_kv=group, tile_m=rows)
+        assert chosen.packed and chosen.tokens == rows // group
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+def test_predicted_cycles_by_hand():
+    """128 x 160 scores at head_dim 128: 0.9 of the tensor core's 2560 cycles, 0.88 of the exponentials' 1280, 480."""
+    spec = load_spec(None, arch="sm_90a", head_dim=128)
+    two = Tiling(128, 160, 2, "register", False, 128, "warpgroups")
+    assert predicted_cycles(spec, SM90A, two) == pytest.approx(0.9 * 2560 + 0.88 * 1280 + 480)
+    three = Tiling(192, 80, 2, "register", False, 128, "warpgroups")
+    assert predicted_cycles(spec, SM90A, three) == pytest.approx(0.9 * 1920 + 0.65 * 960 + 480)
+    one = Tiling(64, 160, 2, "register", False, 128, "warpgroups")
+    assert predicted_cycles(spec, SM90A, one) == pytest.approx(0.9 * 1280 + 1.6 * 640 + 480)
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (64, 96), (208, 208), (128, 32)])
+def test_without_a_measurement_the_fewest_cycles_a_score_are_taken(dims):
+    spec = load_spec(None, arch="sm_90a", head_dim=dims[0], head_dim_v=dims[1])
+    chosen = plan_kernel(spec)
+    fitting = [t for t in candidates(spec, SM90A) if budget_of(spec, SM90A, t).fits and t.kv_stages > 1]
+    costs = [predicted_cycles(spec, SM90A, t) / (t.tile_m * t.tile_n) for t in fitting]
+    best = [t for t, cost in zip(fitting, costs, strict=True) if cost == min(costs)]
+    deepest = max(t.kv_stages for t in best)
+    assert chosen.tiling in best and chosen.kv_stages == deepest
+    if any(t.kv_stages == deepest and not t.o_over_q for t in best):
+        assert not chosen.o_over_q, "sO lies over sQ only where it must"
+
+
+def test_the_order_of_preference():
+    """Two stages before all; then a group's heads in one tile; then what was measured; then the model."""
+    assert plan(head_dim=256, tile_n=96).kv_stages == 2 and plan(head_dim=256, tile_n=96).tile_m == 64
+    assert plan(head_dim=256, tile_n=96, tile_m=128).kv_stages == 1
+    group = plan(head_dim=64, q_heads_per_kv=128)
+    assert group.packed and group.tile_m == 128, "the winner has 192 rows, which 128 heads do not fill"
+    assert not plan(head_dim=64, q_heads_per_kv=128, pack_heads=False).packed
+    assert (plan(head_dim=64).tile_m, plan(head_dim=64).tile_n) == (192, 128)
+    reasons = {item.reason.split(":")[0] for item in plan(head_dim=64, q_heads_per_kv=128).rejected}
+    assert "fits, but cannot hold the query heads of a group in a tile" in reasons
+    assert "fits, but has fewer than two kv stages" in reasons
+    measured = {item.reason.split(":")[0] for item in plan(head_dim=64).rejected}
+    assert "fits, but another tile was measured to be faster" in measured
+
+
+@pytest.mark.parametrize(
+    "v_dim, tile_m, turns, lazy", [(96, 64, False, False), (128, 128, True, False), (144, 128, False, True)]
+)
+def test_turns_and_lazy_follow_the_width_of_o(v_dim, tile_m, turns, lazy):
+    chosen = plan(head_dim=176, head_dim_v=v_dim, tile_m=tile_m)
+    assert (chosen.takes_turns, chosen.lazy, chosen.skip_log2) == (turns, lazy, 8.0 if lazy else 0.0)
+
+
+def test_the_protocol_tells_turns_and_who_frees_q():
+    rows = {row.barrier: row for row in protocol(plan(head_dim=128))}
+    assert rows["k_full"].arrivals == f"1 and {160 * 128 * 2} bytes" and rows["q_full"].arrivals == "1 and 16384 bytes"
+    assert "consumer 1" in rows["bar.sync 1"].arrives and rows["bar.sync 1"].waits.startswith("consumer 0")
+    assert "at the start" in rows["bar.sync 1"].arrives and "at the start" not in rows["bar.sync 2"].arrives
+    over = {row.barrier: row for row in protocol(plan(head_dim=256))}
+    assert "store of O" in over["q_empty"].arrives and over["q_empty"].arrivals == "1"
+    assert "takes no turns" in over["bar.sync 1"].phase
+    shared = {row.barrier: row for row in protocol(plan(head_dim=64, kv_shared=True))}
+    assert "after PV n" in shared["k_empty"].arrives and "v_full" not in shared
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+SMALL = {
+    "one consumer": {"tile_m": 64, "window_right": 20},
+    "causal": {"causal": True, "tile_m": 128},
+    "shared": {"kv_shared": True, "head_dim_v": 16, "tile_m": 192},
+    "two sources": {"kv_sources": 2, "limit2": True, "seqlens": True, "tile_m": 128},
+    "one stage": {"kv_stage": 1, "window_left": 40, "sink": True, "tile_m": 128},
+    "lazy": {"head_dim_v": 144, "output": "unnormalized", "causal": True, "tile_m": 128},
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    made = {}
+
+    def binary_of(name):
+        if name not in made:
+            made[name] = compile_kernel(plan(**{"head_dim": 32, "tile_n": 32, "kv_stage": 2, **SMALL[name]}))
+        return made[name]
+
+    return binary_of
+
+
+def sized(name, *shape):
+    return (*shape, 70) if name == "two sources" else shape
+
+
+@pytest.mark.parametrize("sms", [1, 2, 5, 148])
+@pytest.mark.parametrize("name", SMALL)
+def test_right_whatever_the_number_of_multiprocessors(small, name, sms):
+    """A CTA goes through one query tile, several, or all of them; some see no key."""
+    report = verify_kernel(small(name), sized(name, 3, 2, 2, 260, 170), sms=sms)
+    assert report.passed, report
+
+
+def test_the_grid_is_as_large_as_the_device_or_the_work(small):
+    operands = random_operands(small("causal").spec, (3, 2, 2, 260, 170), 0)
+    runs = [run_observed(small("causal"), **operands, strict=False, sms=sms) for sms in (1, 5, 17, 18, 148)]
+    assert [run.launches[0].grid[0] for run in runs] == [1, 5, 17, 18, 18]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_same_bits_in_several_interleavings(small, name):
+    """Every style of schedule with every delay of asynchronous work; a CTA has several turns."""
+
+    def repeat(gpu, outputs):
+        gpu.schedules = EVERY + 1
+
+    report = verify_kernel(small(name), sized(name, 2, 1, 1, 200, 100), prepare=repeat, sms=1)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_interleaving_of_its_barriers_ends(small, name):
+    """Of the mbarriers and of the named barriers by which consumers take turns."""
+    proof = Exhaustive()
+
+    def observe(gpu, outputs):
+        gpu.observers.append(proof)
+
+    assert verify_kernel(small(name), sized(name, 2, 1, 1, 200, 100), prepare=observe, sms=1).passed
+    (text,) = proof.proofs
+    assert "every interleaving of its barriers ends, no phase is aliased, no count overflows" in text
+
+
+# -- when O is rescaled ------------------------------------------------------------------------------------------------
+KV_TILES = 5
+
+
+@pytest.mark.parametrize("step, reference", [(1.75, 0), (2.0, 0), (4.0, 12.0), (9.0, 36.0)])
+def test_a_lazy_kernel_rescales_only_where_the_maximum_moves_by_more_than_2_to_the_8(small, step, reference):
+    """Scores are alike within a KV tile of 32 keys and grow by `step` in log2 from each to the next; m is what the
+    exponentials were taken against: 4 steps of 2 are a factor of 2^8, which is kept; of 4, the third is 2^12.
+    """
+    import ml_dtypes
+
+    binary = compile_kernel(plan(head_dim=32, head_dim_v=144, tile_n=32, tile_m=128, output="unnormalized"))
+    q = np.zeros((1, 130, 1, 32), np.float32)
+    k = np.zeros((1, KV_TILES * 32, 1, 32), np.float32)
+    q[..., 0] = 1
+    k[..., 0] = (np.arange(KV_TILES * 32) // 32 * step)[None, :, None]
+    v = np.random.default_rng(0).standard_normal((1, KV_TILES * 32, 1, 144)).astype(np.float32)
+    q, k, v = (x.astype(ml_dtypes.bfloat16) for x in (q, k, v))
+    o, lse, m = (output.array for output in run_observed(binary, q, k, v, scale=float(np.log(2))).outputs)
+    assert np.allclose(m, reference * np.log(2), atol=1e-5)
+    p = np.exp2(np.arange(KV_TILES * 32) // 32 * step - (KV_TILES - 1) * step)
+    total = np.log(p.sum()) + (KV_TILES - 1) * step * np.log(2)
+    assert np.allclose(lse, total, atol=2e-5)
+    exact = (p[:, None] * v[0, :, 0].astype(np.float64)).sum(axis=0) / p.sum()
+    got = o[0, :, 0].astype(np.float64) * np.exp(m - lse)[0, 0, :, None].astype(np.float64)
+    assert np.linalg.norm(got - exact) / np.linalg.norm(np.broadcast_to(exact, got.shape)) < 3e-3
+
+
+# -- the mutation test: docs/mutation.md has all of it, the suite what is sm_90a's own ---------------------------------
+OWN_KINDS = ("bar.warp.sync", "wgmma.", "bar.arrive", "bar.sync")
+
+
+def test_what_orders_wgmma_and_turns_is_missed_by_none_when_broken(monkeypatch):
+    from generator import mutate
+    from generator.emulator.mutation import run_mutants
+
+    def sampled(*arguments, **options):
+        return run_mutants(*arguments, **options, select=lambda mutant: mutant.kind.startswith(OWN_KINDS))
+
+    monkeypatch.setattr(mutate, "run_mutants", sampled)
+    binary = compile_kernel(plan(head_dim=16, causal=True, tile_m=128, tile_n=16, kv_stage=2))
+    found = mutate.mutate_kernel(binary, mutate.shape_for(binary), jobs=1)
+    by_kind = {}
+    for outcome in found:
+        by_kind.setdefault(outcome.kind, set()).add(outcome.result)
+    assert not any("missed" in results for results in by_kind.values()), by_kind
+    assert by_kind["wgmma.wait_group removed"] == {"reported"} == by_kind["wgmma.commit_group removed"]
+    assert by_kind["bar.warp.sync removed"] == {"equivalent"}, "wgmma and its wait are the whole warp's"
+    assert len(found) > 40
