@@ -40,8 +40,7 @@ class Tiling:
     "chunks": both in chunks through one ring, whose buffers kv_stages counts; passes: into how many passes it splits
     O's columns. "pair": as chunks, by a CTA pair.
     "warpgroups": consumer warpgroups of 64 of the tile_m rows each; turns: they issue their MMAs one after another;
-    lazy: O is rescaled only where a row's maximum has moved much; cubic: of each 8 neighbouring pairs of columns, how
-    many have their exponentials computed by a polynomial. "columns": one warpgroup of 64 rows for S, two more
+    lazy: O is rescaled only where a row's maximum has moved much. "columns": one warpgroup of 64 rows for S, two more
     with half of O's columns each; tile_m counts the rows of a cluster.
     """
 
@@ -57,7 +56,6 @@ class Tiling:
     v_keys: int = 0  # keys of V in a buffer of the ring; 0: V has none of its own
     turns: bool = False
     lazy: bool = False
-    cubic: int = 0
 
     def __str__(self) -> str:
         reuse = "sO over sQ" if self.o_over_q else "own sO"
@@ -72,7 +70,6 @@ class Tiling:
         }[self.strategy]
         how += "in turns, " if self.turns else ""
         how += "rescaled lazily, " if self.lazy else ""
-        how += f"{self.cubic} of 8 exponentials by FMA, " if self.cubic else ""
         if self.passes > 1:
             how += f"O in {self.passes} passes, "
         if self.k_chunk:

@@ -10,7 +10,7 @@ from .columns import CHUNK, OUTPUT_GROUPS, P_STAGES, V_KEYS, chunks_apart, half_
 from .layout import Plan, TileLayout
 from .partials import PARTIALS, Partials, with_sink
 from .two_tiles import SKIP_LOG2
-from .warpgroups import EXP2_CUBIC, consumers, packs
+from .warpgroups import consumers, packs
 
 
 class HopperPlan(Plan):
@@ -64,21 +64,6 @@ class HopperPlan(Plan):
     def lazy(self) -> bool:
         """O is rescaled only where a row's maximum has moved much."""
         return self.tiling.lazy
-
-    @property
-    def cubic(self) -> int:
-        """Of each 8 blocks of 8 columns, how many have their exponentials computed by a polynomial."""
-        return self.tiling.cubic
-
-    @property
-    def polynomial(self) -> tuple[float, ...]:
-        """Coefficients of 2^x on [-1/2, 1/2], from x^3 to the constant."""
-        return EXP2_CUBIC
-
-    @property
-    def polynomial_blocks(self) -> tuple[int, ...]:
-        """Which: spread, so that both units have work all the time."""
-        return tuple(8 * i // self.cubic + 1 for i in range(self.cubic))
 
     def named_barrier(self, name: str) -> int:
         """The hardware's number of a named barrier of the budget; KeyError when this plan has none."""
