@@ -59,7 +59,7 @@ def mutate_kernel(
     """
     spec, shape = binary.spec, tuple(int(extent) for extent in shape)
     operands = _operands(binary, shape, seed)
-    if binary.plan.corrected:
+    if binary.plan.corrected or binary.plan.tiling.lazy:
         _make_rising(operands, binary.tile_n)
     outcomes: list[Outcome] = []
 
