@@ -1,0 +1,90 @@
+"""sm_90a beyond head_dim 256 (strategy columns): its budget by hand, what it refuses, what the planner prefers."""
+
+import pytest
+
+from generator import columns
+from generator.arch import SM90A
+from generator.plan import NotImplementedYet, plan_kernel
+from generator.spec import load_spec
+
+
+def plan_of(head_dim, **fields):
+    return plan_kernel(load_spec(arch="sm_90a", head_dim=head_dim, **fields))
+
+
+def test_the_budget_at_head_dim_512_by_hand():
+    plan = plan_of(512)
+    sizes = {buffer.name: buffer.bytes for buffer in plan.budget.buffers}
+    assert (plan.tile_m, plan.tile_n, plan.kv_stages, plan.v_stages, plan.chunks_apart) == (64, 64, 10, 3, 2)
+    del sizes["barriers"]
+    assert sizes == {
+        "rows": 2 * 64 * 4,
+        "sK": 10 * 64 * 64 * 2,
+        "sQ": 2 * 64 * 64 * 2,
+        "sV": 3 * 32 * 512 * 2,
+        "sP": 2 * 64 * 64 * 2,
+        "sO": 2 * 64 * 64 * 2,
+    }
+    # the barriers' and the factors' kilobyte are the only ones that are not full
+    assert plan.budget.smem_total == 2 * 1024 + sum(sizes.values()) - sizes["rows"] == 231424
+    # Q 384 / 4, S 64 / 2, P 64 / 4 and 16 else; O 256 / 2 and 32 else; of 512 a warpgroup's thread may have in all
+    registers = {role.name: role.registers for role in plan.budget.roles}
+    assert registers == {"scores": 168, "output": 160, "tma": 24, "idle": 24}
+    assert 96 + 32 + 16 + 16 <= 168 and 168 + 2 * 160 + 24 == 512
+
+
+@pytest.mark.parametrize(
+    "head_dim, parts, apart, scores, output",
+    [
+        (512, (128, 128), 2, 168, 160),
+        (448, (128, 96), 2, 200, 144),
+        (384, (192,), 0, 232, 128),
+        (320, (160,), 0, 240, 112),
+    ],
+)
+def test_registers_and_parts_of_o(head_dim, parts, apart, scores, output):
+    plan = plan_of(head_dim)
+    assert columns.o_parts(plan.spec) == parts == plan.o_parts and plan.chunks_apart == apart
+    assert [plan.budget.role(name).registers for name in ("scores", "output")] == [scores, output]
+    # all 512 threads have 128 at entry: to go below by an increase is an illegal instruction
+    assert plan.register_change("output") == ("increase" if output > 128 else "decrease")
+    assert plan.register_change("scores") == "increase"
+
+
+def test_columns_of_q_past_head_dim_are_not_multiplied():
+    plan = plan_of(272, head_dim_v=256)
+    assert plan.k_chunks == 5 and plan.q_columns == 272 and plan.k_chunk_bytes == plan.tile_n * 64 * 2
+
+
+def test_a_cluster_must_be_asked_for():
+    assert plan_of(320).cluster == 1 and plan_of(320).ctas == 1
+    asked = plan_of(320, tile_m=128)
+    assert (asked.cluster, asked.ctas, asked.mma_m) == (2, 2, 128)
+    assert asked.budget.mbarrier("k_empty").arrivals == 2 * plan_of(320).budget.mbarrier("k_empty").arrivals == 8
+    assert asked.budget.mbarrier("v_empty").arrivals == 16 and asked.budget.mbarrier("q_empty").arrivals == 4
+
+
+@pytest.mark.parametrize("head_dim", range(272, 513, 16))
+def test_every_wide_head_dim_has_a_plan(head_dim):
+    plan = plan_of(head_dim, head_dim_v=head_dim // 32 * 32)
+    assert plan.tiling.strategy == "columns" and plan.budget.fits and plan.v_stages >= 3
+    assert plan.budget.registers_total <= SM90A.registers_per_sm
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"head_dim": 304}, "head_dim_v = 304: not implemented for sm_90a yet: two warpgroups hold half of O each"),
+        ({"head_dim": 576, "head_dim_v": 512}, "head_dim = 576: not implemented for sm_90a yet beyond 512"),
+        ({"head_dim": 512, "kv_shared": True}, "kv_shared = True: not implemented for sm_90a yet: K streams in chunks"),
+        ({"head_dim": 512, "tile_n": 48}, "tile_n = 48: not implemented for sm_90a yet: PV takes slices of 32 keys"),
+        (
+            {"head_dim": 512, "strategy": "warpgroups"},
+            "one warpgroup holds all of O: head_dim and head_dim_v of at",
+        ),
+    ],
+)
+def test_what_is_refused(fields, message):
+    with pytest.raises(NotImplementedYet) as caught:
+        plan_of(**fields)
+    assert message in str(caught.value) and caught.value.remedy
