@@ -120,3 +120,23 @@ def test_a_number_of_processes_that_is_none(monkeypatch):
     monkeypatch.setenv("BESPOKE_PROCESSES", "many")
     with pytest.raises(LaunchError, match="BESPOKE_PROCESSES is 'many': a number from 1 on"):
         run("mov.u32 %r1, 0;")
+
+
+def test_only_the_main_thread_forks(monkeypatch):
+    """Seen in the suite: three threads launched at once, and a child of one waited for a lock that another had held."""
+    import threading
+    from types import SimpleNamespace
+
+    monkeypatch.setenv("BESPOKE_PROCESSES", "4")
+    instruction = SimpleNamespace(opcode="wgmma.mma_async.sync.aligned")
+    program = SimpleNamespace(kernel=SimpleNamespace(instrs=[instruction]))
+    found = []
+
+    def ask():
+        found.append(processes.wanted(program, 64, SimpleNamespace(regions=[])))
+
+    ask()
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [4, 1]

@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,8 @@ COPIED = 256 << 20  # bytes of global memory, at most, that are copied to find w
 def wanted(program: Any, clusters: int, gmem: GlobalMemory) -> int:
     """How many processes the launch of `clusters` clusters should run in."""
     limit = _limit()
+    if threading.current_thread() is not threading.main_thread():
+        return 1  # a child has this thread alone, and whatever lock another holds stays held in it
     if limit == 1 or clusters < 2 * CLUSTERS_EACH or not hasattr(os, "fork"):
         return 1
     opcodes = {instr.opcode for instr in program.kernel.instrs}
