@@ -367,7 +367,7 @@ def check_outputs(spec: KernelSpec, q: View, given: Sequence[Any]) -> list[View]
     views = []
     for (name, shape, dtype), array in zip(layout, given, strict=True):
         view = view_of(name, array)
-        _check_dtype(view, dtype)
+        _check_dtype(name, view.dtype, dtype)
         if view.shape != tuple(shape):
             raise CallError(
                 f"{name}.shape", view.shape, f"of these inputs it is {tuple(shape)}", "pass one of that shape"

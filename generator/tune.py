@@ -168,7 +168,8 @@ def tuning_cases(head_dims: Sequence[tuple[int, int]], masks: Sequence[str], til
             check_implemented(spec)
             ranked = ranked_tiles(spec, ARCHS[ARCH])
             if not ranked:
-                raise DoesNotFit("head_dim", head_dim, f"no tile fits {ARCH}", "a smaller head_dim or head_dim_v")
+                limit = "no tile of the strategy warpgroups fits, of which alone the table is"
+                raise DoesNotFit("head_dim", head_dim, limit, "use head_dim and head_dim_v of at most 256")
             compared = ranked[:tiles] + [tile for tile in ranked[tiles:] if is_winner(spec, tile)]
             plans = [plan_tiling(spec, item) for tile in compared for item in schedules(tile, ARCHS[ARCH])]
             cases.append(Case(spec, tuple(plans), ranked[0]))

@@ -10,10 +10,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from generator import bench, builds, cli, compile, measurement, peers, plot, present, run, timing, tune
+from generator import bench, builds, cli, compile, launch, measurement, peers, plot, present, timing, tune
 from generator.bench import Figure
+from generator.launch import RunError
 from generator.resources import tuned_path
-from generator.run import RunError
 from generator.tuned import read_winners
 
 torch = pytest.importorskip("torch")
@@ -30,7 +30,7 @@ def bespoke(*words, code=0):
 
 def has_gpu():
     try:
-        run.compute_capability()
+        launch.compute_capability()
     except RunError:
         return False
     return True
@@ -50,7 +50,7 @@ def gpu(monkeypatch):
         return measured.NumpyKernel(plan.spec, state["spoil"])
 
     facts = {"device": "NVIDIA H200", "date": "2026-01-02", "torch": "2", "cuda": "13"}
-    monkeypatch.setattr(run, "device_arch", lambda *_: "sm_90a")
+    monkeypatch.setattr(launch, "device_arch", lambda *_: "sm_90a")
     monkeypatch.setattr(bench, "require_gpu", lambda arch: None)
     monkeypatch.setattr(bench, "gemm_roof", lambda: lambda: None)
     monkeypatch.setattr(bench, "kernel_of", numpy_kernel)
@@ -87,13 +87,13 @@ def test_without_a_gpu_one_error_says_so_and_nothing_is_written(tmp_path):
 
 
 def test_a_gpu_of_another_architecture_is_refused(monkeypatch):
-    monkeypatch.setattr(run, "compute_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(launch, "compute_capability", lambda *_: (9, 0))
     with pytest.raises(RunError, match="built for sm_100a, but CUDA device 0 is sm_90; bench and tune measure on"):
         bench.require_gpu("sm_100a")
-    assert run.device_arch() == "sm_90a"
-    monkeypatch.setattr(run, "compute_capability", lambda *_: (7, 5))
+    assert launch.device_arch() == "sm_90a"
+    monkeypatch.setattr(launch, "compute_capability", lambda *_: (7, 5))
     with pytest.raises(RunError, match="CUDA device 0 is sm_75, and kernels are built for sm_90a and sm_100a"):
-        run.device_arch()
+        launch.device_arch()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this PyTorch sees a GPU")
@@ -114,7 +114,7 @@ def test_bad_input_is_refused_before_anything_else():
     assert "a shape is B,Hq,Hkv,Sq,Skv" in bespoke(*words, code=2).stderr
     assert "mask = 'local'" in bespoke("tune", "--mask", "local", code=2).stderr
     refused = bespoke("tune", "--head-dim", 272, code=2).stderr
-    assert "head_dim = 272: not implemented for sm_90a yet" in refused
+    assert "head_dim_v = 272: not implemented for sm_90a yet" in refused
 
 
 # --- bench ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 
 from generator.arch import ARCHS
 from generator.chunks import budget_of
-from generator.plan import DoesNotFit, NotImplementedYet, plan_kernel, plan_tiling
+from generator.plan import DoesNotFit, plan_kernel, plan_tiling
 from generator.resources import tuned_path
 from generator.spec import SpecError, load_spec
 from generator.timing import Timing
@@ -103,7 +103,7 @@ def test_cases_hold_the_models_pick():
 
 
 def test_what_cannot_be_planned_is_refused():
-    with pytest.raises(NotImplementedYet, match="^head_dim = 512: not implemented for sm_90a yet beyond 256"):
+    with pytest.raises(DoesNotFit, match="^head_dim = 512: no tile of the strategy warpgroups fits, of which alone"):
         tuning_cases([(512, 512)], ["full"], 1)
     with pytest.raises(SpecError, match="^head_dim = 24: must be a multiple of 16"):
         tuning_cases([(24, 24)], ["full"], 1)

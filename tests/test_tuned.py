@@ -8,7 +8,7 @@ import pytest
 
 from generator import tuned
 from generator.plan import plan_kernel
-from generator.spec import load_spec
+from generator.spec import SpecError, load_spec
 from generator.tuned import Winner, mask_kind, winner
 
 RECORDS = json.loads(resources.files("generator").joinpath("tuned.json").read_text())
@@ -86,8 +86,7 @@ def test_kinds_of_masks(fields, kind):
     assert mask_kind(load_spec(None, head_dim=64, **fields)) == kind
 
 
-def test_two_winners_for_one_key_are_refused(monkeypatch, tmp_path):
+def test_two_winners_for_one_key_are_refused(tmp_path):
     (tmp_path / "tuned.json").write_text(json.dumps([RECORDS[0], RECORDS[0]]))
-    monkeypatch.setattr(tuned.resources, "files", lambda _: tmp_path)
-    with pytest.raises(ValueError, match="two winners for one key"):
-        tuned._winners.__wrapped__()
+    with pytest.raises(SpecError, match="has two winners for one key; remove one of them"):
+        tuned.read_winners(tmp_path / "tuned.json")
