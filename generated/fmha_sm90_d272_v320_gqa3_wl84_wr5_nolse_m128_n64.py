@@ -32,14 +32,15 @@
 #   output           4      8        112  setmaxnreg: half of O 80, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
-"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and a warp
-loads for them.
+"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and two
+warps load for them.
 
-A CTA works on one query tile after another: 64 rows of the cluster's: 128 query rows of a query head. Q stays in the score
-warpgroup's registers. K streams through a ring in chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors
-of O go through shared memory. The second half of PV waits until QK of the next KV tile is done: it is what the tensor core
-works on while the scores become P.
-Two CTAs form a cluster: neighbouring query rows, the same K and V. Each loads half of every piece for both.
+A CTA works on one query tile after another:
+64 of a cluster's 128 query rows of a query head.
+Q stays in the score warpgroup's registers. K streams through a ring in
+chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory. The second half
+of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
+Two CTAs are a cluster: neighbouring query rows, the same K and V. Each loads half of every piece for both.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -73,6 +74,7 @@ P_STAGES = 2
 O_WIDTH = 160  # columns of O that an output warpgroup holds
 O_PARTS = (160,)  # of them, by one wgmma
 O_CHUNK = 32  # of them, staged at a time
+BOTH_CTAS = cutlass.Int16(0b11)
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 8192
 V_SLICE_BYTES = 20480
@@ -228,7 +230,7 @@ def kv_tile(i, span):
 
 @cute.jit
 def place_in_turn(turn):
-    """This cluster's place among the clusters. Every other turn goes through them backwards: who had much gets little."""
+    """This pair's place among the pairs. Every other turn goes through them backwards: who had much gets little."""
     workers, place = cute.arch.grid_dim()[0] // 2, cute.arch.block_idx()[0] // 2
     return place if turn % 2 == 0 else workers - 1 - place
 
@@ -239,7 +241,7 @@ def query_tiles(seqlen_q):
 
 @cute.jit
 def turns(call):
-    """How many query tiles this cluster works on."""
+    """How many query tiles this pair works on."""
     seqlen_q, heads, batches = call[:3]
     workers, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
     whole = tiles // workers
@@ -249,7 +251,7 @@ def turns(call):
 
 @cute.jit
 def work(turn, call):
-    """(query tile, head, batch entry) of this cluster's turn, and lengths."""
+    """(query tile, head, batch entry) of this pair's turn, and lengths."""
     seqlen_q, heads, batches, seqlen_k = call
     q_tiles = query_tiles(seqlen_q)
     i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
@@ -327,7 +329,8 @@ def load_k(k, bars, place, j, span):
         cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
         expect(full, K_CHUNK_BYTES)
         tma, smem, gmem = k
-        cute.copy(tma, gmem[None, kv_tile(j, span), chunk], smem[None, stage], tma_bar_ptr=full, mcast_mask=cutlass.Int16(0b11))
+        piece = gmem[None, kv_tile(j, span), chunk]
+        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         place = after(place, K_STAGES)
     return place
 
@@ -344,7 +347,8 @@ def load_v(v, bars, place, j, span):
             there = 2 * stage + half
             tma, smem, gmem = v
             one = kv_tile(j, span) * V_SLICES + i
-            cute.copy(tma, gmem[None, half, one], smem[None, there], tma_bar_ptr=full, mcast_mask=cutlass.Int16(0b11))
+            piece = gmem[None, half, one]
+            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         place = after(place, V_STAGES)
     return place
 
@@ -584,7 +588,7 @@ def score(smem_tiles, factors, bars, scale, call):
             first_softmax(s, scale_log2, m, total, seen_of(0, bounds, span))
             round_by_eight(s, p, TILE_N // 16)
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
-        for j in cutlass.range(1, whole_tiles, unroll=1):
+        for _ in cutlass.range(1, whole_tiles, unroll=1):
             k_place = multiply_qk(s, q_all, k, bars, k_place)
             arrive_warp(bars + SCORED + scored)
             scored ^= 1
@@ -642,7 +646,7 @@ def parts_of(o, v_smem):
 def multiply_slice(o_parts, p, v_parts, half, block: cutlass.Constexpr, p_stage, v_stage):
     """O += P V of a slice of V_KEYS keys; not waited for."""
     warpgroup.fence()
-    for columns, o, v in zip(O_PARTS, o_parts, v_parts):
+    for columns, o, v in zip(O_PARTS, o_parts, v_parts, strict=True):
         pv = pv_mma(columns)
         pv.set(Field.ACCUMULATE, True)
         for i in range(V_KEYS // 16):

@@ -31,13 +31,14 @@
 #   output           4      8         48  setmaxnreg: half of O 16, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
-"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and a warp
-loads for them.
+"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and two
+warps load for them.
 
-A CTA works on one query tile after another: 64 query rows of a query head. Q stays in the score
-warpgroup's registers. K streams through a ring in chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors
-of O go through shared memory. The second half of PV waits until QK of the next KV tile is done: it is what the tensor core
-works on while the scores become P.
+A CTA works on one query tile after another:
+64 query rows of a query head.
+Q stays in the score warpgroup's registers. K streams through a ring in
+chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory. The second half
+of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -324,9 +325,11 @@ def load_k(k, bars, place, j, spans):
         (tma, smem, gmem), (tma2, _, gmem2) = k
         span, span2 = spans
         if j < span[0]:
-            cute.copy(tma, gmem[None, j, chunk], smem[None, stage], tma_bar_ptr=full)
+            piece = gmem[None, j, chunk]
+            cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
         else:
-            cute.copy(tma2, gmem2[None, kv_tile(j - span[0], span2), chunk], smem[None, stage], tma_bar_ptr=full)
+            piece = gmem2[None, kv_tile(j - span[0], span2), chunk]
+            cute.copy(tma2, piece, smem[None, stage], tma_bar_ptr=full)
         place = after(place, K_STAGES)
     return place
 
@@ -345,10 +348,12 @@ def load_v(v, bars, place, j, spans):
             span, span2 = spans
             if j < span[0]:
                 one = (j) * V_SLICES + i
-                cute.copy(tma, gmem[None, half, one], smem[None, there], tma_bar_ptr=full)
+                piece = gmem[None, half, one]
+                cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full)
             else:
                 one = (kv_tile(j - span[0], span2)) * V_SLICES + i
-                cute.copy(tma2, gmem2[None, half, one], smem[None, there], tma_bar_ptr=full)
+                piece = gmem2[None, half, one]
+                cute.copy(tma2, piece, smem[None, there], tma_bar_ptr=full)
         place = after(place, V_STAGES)
     return place
 
@@ -602,7 +607,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
             first_softmax(s, scale_log2, m, total, seen_of(0, bounds, spans))
             round_by_eight(s, p, TILE_N // 16)
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
-        for j in cutlass.range(1, whole_tiles, unroll=1):
+        for _ in cutlass.range(1, whole_tiles, unroll=1):
             k_place = multiply_qk(s, q_all, k, bars, k_place)
             arrive_warp(bars + SCORED + scored)
             scored ^= 1
@@ -616,7 +621,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
             next_softmax(s, scale_log2, m, total, factor, seen_of(j, bounds, spans))
             round_by_eight(s, p, TILE_N // 16)
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
-        for j in cutlass.range(cutlass.max(kv_tiles - whole_tiles2, 1), kv_tiles, unroll=1):
+        for _ in cutlass.range(cutlass.max(kv_tiles - whole_tiles2, 1), kv_tiles, unroll=1):
             k_place = multiply_qk(s, q_all, k, bars, k_place)
             arrive_warp(bars + SCORED + scored)
             scored ^= 1
@@ -661,7 +666,7 @@ def parts_of(o, v_smem):
 def multiply_slice(o_parts, p, v_parts, half, block: cutlass.Constexpr, p_stage, v_stage):
     """O += P V of a slice of V_KEYS keys; not waited for."""
     warpgroup.fence()
-    for columns, o, v in zip(O_PARTS, o_parts, v_parts):
+    for columns, o, v in zip(O_PARTS, o_parts, v_parts, strict=True):
         pv = pv_mma(columns)
         pv.set(Field.ACCUMULATE, True)
         for i in range(V_KEYS // 16):

@@ -30,13 +30,14 @@
 #   output           4      8        128  setmaxnreg: half of O 96, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
-"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and a warp
-loads for them.
+"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and two
+warps load for them.
 
-A CTA works on one query tile after another: 16 query tokens of a KV head's 4 query heads. Q stays in the score
-warpgroup's registers. K streams through a ring in chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors
-of O go through shared memory. The second half of PV waits until QK of the next KV tile is done: it is what the tensor core
-works on while the scores become P.
+A CTA works on one query tile after another:
+16 query tokens of a KV head's 4 query heads.
+Q stays in the score warpgroup's registers. K streams through a ring in
+chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory. The second half
+of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -287,7 +288,8 @@ def load_k(k, bars, place, j, span):
         cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
         expect(full, K_CHUNK_BYTES)
         tma, smem, gmem = k
-        cute.copy(tma, gmem[None, j, chunk], smem[None, stage], tma_bar_ptr=full)
+        piece = gmem[None, j, chunk]
+        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
         place = after(place, K_STAGES)
     return place
 
@@ -304,7 +306,8 @@ def load_v(v, bars, place, j, span):
             there = 2 * stage + half
             tma, smem, gmem = v
             one = j * V_SLICES + i
-            cute.copy(tma, gmem[None, half, one], smem[None, there], tma_bar_ptr=full)
+            piece = gmem[None, half, one]
+            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full)
         place = after(place, V_STAGES)
     return place
 
@@ -548,7 +551,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
             first_softmax(s, scale_log2, m, total, seen_of(0, bounds, span))
             round_by_eight(s, p, TILE_N // 16)
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
-        for j in cutlass.range(1, whole_tiles, unroll=1):
+        for _ in cutlass.range(1, whole_tiles, unroll=1):
             k_place = multiply_qk(s, q_all, k, bars, k_place)
             arrive_warp(bars + SCORED + scored)
             scored ^= 1
@@ -600,7 +603,7 @@ def parts_of(o, v_smem):
 def multiply_slice(o_parts, p, v_parts, half, block: cutlass.Constexpr, p_stage, v_stage):
     """O += P V of a slice of V_KEYS keys; not waited for."""
     warpgroup.fence()
-    for columns, o, v in zip(O_PARTS, o_parts, v_parts):
+    for columns, o, v in zip(O_PARTS, o_parts, v_parts, strict=True):
         pv = pv_mma(columns)
         pv.set(Field.ACCUMULATE, True)
         for i in range(V_KEYS // 16):
@@ -664,7 +667,8 @@ def store_o(o, mo, block, seqlen_q, half):
     q_tile, head, batch = block
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
     for r in cutlass.range_constexpr(2):
-        token, q_head = q_tile * TILE_TOKENS + (first_row + 8 * r) // Q_HEADS_PER_KV, query_head(head, first_row + 8 * r)
+        token = q_tile * TILE_TOKENS + (first_row + 8 * r) // Q_HEADS_PER_KV
+        q_head = query_head(head, first_row + 8 * r)
         if token < seqlen_q:
             row = mo[batch, token, q_head, None]
             for b in cutlass.range_constexpr(O_WIDTH // 8):

@@ -31,13 +31,14 @@
 #   output           4      8        160  setmaxnreg: half of O 128, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
-"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and a warp
-loads for them.
+"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and two
+warps load for them.
 
-A CTA works on one query tile after another: 8 query tokens of a KV head's 8 query heads. Q stays in the score
-warpgroup's registers. K streams through a ring in chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors
-of O go through shared memory. The second half of PV waits until QK of the next KV tile is done: it is what the tensor core
-works on while the scores become P.
+A CTA works on one query tile after another:
+8 query tokens of a KV head's 8 query heads.
+Q stays in the score warpgroup's registers, but for its last chunks. K streams through a ring in
+chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory. The second half
+of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -329,7 +330,8 @@ def load_k(k, bars, place, j, span):
         cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
         expect(full, K_CHUNK_BYTES)
         tma, smem, gmem = k
-        cute.copy(tma, gmem[None, kv_tile(j, span), chunk], smem[None, stage], tma_bar_ptr=full)
+        piece = gmem[None, kv_tile(j, span), chunk]
+        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
         place = after(place, K_STAGES)
     return place
 
@@ -346,7 +348,8 @@ def load_v(v, bars, place, j, span):
             there = 2 * stage + half
             tma, smem, gmem = v
             one = kv_tile(j, span) * V_SLICES + i
-            cute.copy(tma, gmem[None, half, one], smem[None, there], tma_bar_ptr=full)
+            piece = gmem[None, half, one]
+            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full)
         place = after(place, V_STAGES)
     return place
 
@@ -509,8 +512,8 @@ def finish_rows(m, total, factor, rows, scale, block, first_row, tokens, seqlen_
 
 @cute.jit
 def read_q(q, q_smem, bars, place):
-    """Q as it lands, to operand A's registers, but for the last chunks, which are only waited for; returns the place after
-    it in the ring, and the stages of those.
+    """Q as it lands, to operand A's registers, but for the last chunks, which are only waited for; returns the place
+    after it in the ring, and the stages of those.
     """
     atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), DTYPE)
     copy = cute.make_tiled_copy_A(atom, qk_mma()).get_slice(cute.arch.thread_idx()[0] % GROUP_THREADS)
@@ -525,7 +528,7 @@ def read_q(q, q_smem, bars, place):
         arrive_warp(bars + Q_EMPTY + stage)
         place = after(place, Q_STAGES)
     stages = []
-    for chunk in cutlass.range_constexpr(Q_CHUNKS, K_CHUNKS):
+    for _ in cutlass.range_constexpr(Q_CHUNKS, K_CHUNKS):
         stage, phase = place
         cute.arch.mbarrier_wait(bars + Q_FULL + stage, phase)
         stages.append(stage)
@@ -632,7 +635,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
             first_softmax(s, scale_log2, m, total, seen_of(0, bounds, span))
             round_by_eight(s, p, TILE_N // 16)
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
-        for j in cutlass.range(1, whole_tiles, unroll=1):
+        for _ in cutlass.range(1, whole_tiles, unroll=1):
             k_place = multiply_qk(s, q_all, k, bars, k_place)
             arrive_warp(bars + SCORED + scored)
             scored ^= 1
@@ -692,7 +695,7 @@ def parts_of(o, v_smem):
 def multiply_slice(o_parts, p, v_parts, half, block: cutlass.Constexpr, p_stage, v_stage):
     """O += P V of a slice of V_KEYS keys; not waited for."""
     warpgroup.fence()
-    for columns, o, v in zip(O_PARTS, o_parts, v_parts):
+    for columns, o, v in zip(O_PARTS, o_parts, v_parts, strict=True):
         pv = pv_mma(columns)
         pv.set(Field.ACCUMULATE, True)
         for i in range(V_KEYS // 16):

@@ -172,7 +172,7 @@ class ColumnsPlan(HopperPlan):
 
     @property
     def worker(self) -> str:
-        return "cluster" if self.cluster > 1 else "CTA"
+        return "pair" if self.cluster > 1 else "CTA"
 
     @property
     def workers(self) -> str:
@@ -185,7 +185,7 @@ class ColumnsPlan(HopperPlan):
     @property
     def cta_rows_said(self) -> str:
         """What a CTA covers, in words."""
-        return f"{self.arch.mma_m} rows of the cluster's: {self.tile_rows}" if self.cluster > 1 else self.tile_rows
+        return f"{self.arch.mma_m} of a cluster's {self.tile_rows}" if self.cluster > 1 else self.tile_rows
 
     @property
     def k_chunks(self) -> int:

@@ -28,6 +28,8 @@ def protocol(plan: Plan) -> list[Exchange]:
     who = _Warps(plan)
     if plan.tiling.strategy == "warpgroups":
         told = _warpgroups(plan)
+    elif plan.tiling.strategy == "columns":
+        told = _columns(plan)
     elif plan.query_tiles == 2:
         told = _two_tiles(plan)
     else:
@@ -173,6 +175,34 @@ def _warpgroups(plan: Plan) -> Told:
         told[f"{name}_full"] = ("load warp and TMA", f"each consumer, before {gemm} n", parity, size)
         told[f"{name}_empty"] = (f"{each} after {last} n", "load warp, before loading tile n", first, 0)
     return told
+
+
+def _columns(plan: Plan) -> Told:
+    """Of each ring n counts what goes through it: chunks of Q, of K, slices of V, KV tiles. In a cluster each CTA's load
+    warps fill half of every piece of K and V in both, and a piece is free once both have read it.
+    """
+    both = ", of both CTAs," if plan.cluster > 1 else ""
+    loader = "load warps and TMA of both CTAs" if plan.cluster > 1 else "load warp and TMA"
+    scores, outputs = "one lane of each score warp", "one lane of each output warp"
+
+    def ring(count: int) -> tuple[str, str]:
+        at = f"n div {count}"
+        return f"parity of {at}, stage n mod {count}", f"opposite parity of {at}: passes at once in the first round"
+
+    (q, q_first), (k, k_first), (v, v_first) = (ring(n) for n in (plan.q_stages, plan.kv_stages, plan.v_stages))
+    tile, tile_first = ring(plan.p_stages)
+    read = "when it is in registers, or after the last QK of a query tile"
+    return {
+        "q_full": ("load warp and TMA", "score warps, at the start of a query tile", q, plan.q_chunk_bytes),
+        "q_empty": (f"{scores}, {read}", "load warp, before loading chunk n", q_first, 0),
+        "k_full": (loader, "score warps, before QK of chunk n", k, plan.k_chunk_bytes),
+        "k_empty": (f"{scores}{both} after QK of chunk n", "load warp, before loading chunk n", k_first, 0),
+        "v_full": (loader, "output warps, before PV of slice n", v, plan.v_slice_bytes),
+        "v_empty": (f"{outputs}{both} after PV of slice n", "second load warp, before loading slice n", v_first, 0),
+        "p_full": (f"{scores}, when P and factors are written", "output warps, before PV of KV tile n", tile, 0),
+        "p_empty": (f"{outputs}, after PV of KV tile n", "score warps, before writing P of tile n", tile_first, 0),
+        "scored": (f"{scores}, after QK of tile n + 1", "output warps, before the second half of PV n", tile, 0),
+    }
 
 
 def _two_ctas(plan: Plan) -> Told:
