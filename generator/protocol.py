@@ -178,8 +178,8 @@ def _warpgroups(plan: Plan) -> Told:
 
 
 def _columns(plan: Plan) -> Told:
-    """Of each ring n counts what goes through it: chunks of Q, of K, slices of V, KV tiles. In a cluster each CTA's load
-    warps fill half of every piece of K and V in both, and a piece is free once both have read it.
+    """Of each ring n counts what goes through it: chunks of Q, of K, slices of V, KV tiles. In a cluster each CTA's
+    load warps fill half of every piece of K and V in both, and a piece is free once both have read it.
     """
     both = ", of both CTAs," if plan.cluster > 1 else ""
     loader = "load warps and TMA of both CTAs" if plan.cluster > 1 else "load warp and TMA"
