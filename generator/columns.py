@@ -43,6 +43,7 @@ PRODUCER_REGISTERS = 24
 PART, PART_MAX = 128, 192  # columns of O: of the first of two wgmma where one would write more than PART_MAX
 TILE_NS = (128, 96, 64)
 CLUSTERS = (1, 2)
+ROWS = 64  # of a CTA: M of one wgmma
 K_TILES_AHEAD = 1.5  # of K in its ring at most; what is left goes to V
 
 
@@ -237,6 +238,11 @@ def check_columns(spec: KernelSpec) -> Iterator[tuple[str, str, str]]:
         yield "head_dim_v", f"two warpgroups hold half of O each: a multiple of {step}", f"use a multiple of {step}"
     if spec.kv_shared:
         yield "kv_shared", "K streams in chunks of columns, V in slices of keys", "leave it out (default: false)"
+    rows = [ROWS * cluster for cluster in CLUSTERS]
+    if spec.tile_m != "auto" and spec.tile_m not in rows:
+        yield "tile_m", f"a CTA has {ROWS} query rows, a cluster at most two CTAs", f"use {' or '.join(map(str, rows))}"
+    if spec.kv_stage == 1:
+        yield "kv_stage", "QK of the next chunk of K is issued before this one is released", "use 2 or more"
     if spec.tile_n != "auto" and (spec.tile_n % V_KEYS or spec.tile_n < 2 * V_KEYS):
         limit = f"PV takes slices of {V_KEYS} keys, two or more"
         yield "tile_n", limit, f"use a multiple of {V_KEYS} from {2 * V_KEYS} on"
