@@ -77,6 +77,8 @@ def test_every_wide_head_dim_has_a_plan(head_dim):
         ({"head_dim": 304}, "head_dim_v = 304: not implemented for sm_90a yet: two warpgroups hold half of O each"),
         ({"head_dim": 576, "head_dim_v": 512}, "head_dim = 576: not implemented for sm_90a yet beyond 512"),
         ({"head_dim": 512, "kv_shared": True}, "kv_shared = True: not implemented for sm_90a yet: K streams in chunks"),
+        ({"head_dim": 512, "tile_m": 192}, "tile_m = 192: not implemented for sm_90a yet: a CTA has 64 query rows"),
+        ({"head_dim": 512, "kv_stage": 1}, "kv_stage = 1: not implemented for sm_90a yet: QK of the next chunk"),
         ({"head_dim": 512, "tile_n": 48}, "tile_n = 48: not implemented for sm_90a yet: PV takes slices of 32 keys"),
         (
             {"head_dim": 512, "strategy": "warpgroups"},
