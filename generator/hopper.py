@@ -167,10 +167,6 @@ class ColumnsPlan(HopperPlan):
         return self.named_barrier("output 0")
 
     @property
-    def takes_turns(self) -> bool:
-        return False
-
-    @property
     def worker(self) -> str:
         return "pair" if self.cluster > 1 else "CTA"
 
@@ -192,9 +188,14 @@ class ColumnsPlan(HopperPlan):
         return k_chunks(self.spec)
 
     @property
+    def q_chunks(self) -> int:
+        """Chunks of Q in registers: the first ones."""
+        return self.k_chunks - self.chunks_apart
+
+    @property
     def q_columns(self) -> int:
         """Columns of Q in registers."""
-        return self.spec.head_dim if not self.chunks_apart else (self.k_chunks - self.chunks_apart) * CHUNK
+        return self.spec.head_dim if not self.chunks_apart else self.q_chunks * CHUNK
 
     @property
     def chunks_apart(self) -> int:
