@@ -258,8 +258,8 @@ def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         span = spans_of(q_tile, lengths)
-        kv_tiles = span[0]
         kv_head = head
+        kv_tiles = span[0]
         gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, K_CHUNK), (None, None))
         flat = [cute.group_modes(tensor, 0, 2) for tensor in (q_smem, gq)]
         q_stages, q_chunks = cpasync.tma_partition(tma_q, 0, cute.make_layout(1), *flat)
@@ -282,8 +282,8 @@ def load_v_alone(source, v_smem, bars, call):
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         span = spans_of(q_tile, lengths)
-        kv_tiles = span[0]
         kv_head = head
+        kv_tiles = span[0]
         v = load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch)
         for j in cutlass.range(kv_tiles, unroll=1):
             v_place = load_v(v, bars, v_place, j, span)

@@ -43,7 +43,6 @@ PRODUCER_REGISTERS = 24
 PART, PART_MAX = 128, 192  # columns of O: of the first of two wgmma where one would write more than PART_MAX
 TILE_NS = (128, 96, 64)
 CLUSTERS = (1, 2)
-ROWS = 64  # of a CTA: M of one wgmma
 K_TILES_AHEAD = 1.5  # of K in its ring at most; what is left goes to V
 
 
@@ -231,16 +230,17 @@ def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     return (tiling.tile_m, apart, -slices, -tiling.tile_n, -tiling.kv_stages)
 
 
-def check_columns(spec: KernelSpec) -> Iterator[tuple[str, str, str]]:
+def check_columns(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str, str]]:
     """(field, what is not implemented, remedy) of everything that the strategy lacks."""
     step = 2 * HEAD_DIM_STEP
     if spec.v_dim % step:
         yield "head_dim_v", f"two warpgroups hold half of O each: a multiple of {step}", f"use a multiple of {step}"
     if spec.kv_shared:
         yield "kv_shared", "K streams in chunks of columns, V in slices of keys", "leave it out (default: false)"
-    rows = [ROWS * cluster for cluster in CLUSTERS]
+    rows = [arch.mma_m * cluster for cluster in CLUSTERS]
     if spec.tile_m != "auto" and spec.tile_m not in rows:
-        yield "tile_m", f"a CTA has {ROWS} query rows, a cluster at most two CTAs", f"use {' or '.join(map(str, rows))}"
+        limit = f"a CTA has {arch.mma_m} query rows, a cluster at most two CTAs"
+        yield "tile_m", limit, f"use {' or '.join(map(str, rows))}"
     if spec.kv_stage == 1:
         yield "kv_stage", "QK of the next chunk of K is issued before this one is released", "use 2 or more"
     if spec.tile_n != "auto" and (spec.tile_n % V_KEYS or spec.tile_n < 2 * V_KEYS):

@@ -331,7 +331,7 @@ def _check_hopper(spec: KernelSpec, arch: Arch) -> None:
         limit = f"not implemented for sm_90a yet beyond {HEAD_DIM_MAX}"
         raise NotImplementedYet("head_dim", spec.head_dim, limit, 'use arch = "sm_100a"')
     if strategies(spec) == ("columns",):
-        for field, limit, remedy in check_columns(spec):
+        for field, limit, remedy in check_columns(spec, arch):
             raise NotImplementedYet(field, getattr(spec, field), f"not implemented for sm_90a yet: {limit}", remedy)
     elif not fits_tiles(spec):
         limit = f"one warpgroup holds all of O: head_dim and head_dim_v of at most {arch.mma_n_max}"

@@ -108,7 +108,7 @@ def packs(spec: KernelSpec, arch: Arch, tile_m: int) -> bool:
 def warpgroup_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     """The Budget of a candidate. Never raises for what does not fit: see Budget.overflows."""
     groups = consumers(tiling, arch)
-    mbarriers = _mbarriers(spec, tiling, groups * arch.group_warps)
+    mbarriers = _mbarriers(spec, tiling, groups, groups * arch.group_warps)
     buffers = _buffers(spec, arch, tiling, mbarriers[1])
     roles = _roles(spec, arch, tiling)
 
@@ -136,8 +136,8 @@ def _roles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple[Role, ...]:
     )
 
 
-def _mbarriers(spec: KernelSpec, tiling: Tiling, warps: int) -> tuple[tuple[Mbarrier, ...], int]:
-    stages, groups = tiling.kv_stages, tiling.tile_m // 64
+def _mbarriers(spec: KernelSpec, tiling: Tiling, groups: int, warps: int) -> tuple[tuple[Mbarrier, ...], int]:
+    stages = tiling.kv_stages
     rings = [
         ("k_full", stages, 1, "TMA: a K tile has landed"),
         ("k_empty", stages, warps, "consumers, one lane a warp: QK has read the K tile"),
