@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from .dsl import TensorArgument
-from .signature import AXIS_NAMES, Parameter, fixed_sizes, inputs, outputs
+from .signature import AXIS_NAMES, Parameter, fixed_sizes, inputs, outputs, scratch
 from .spec import KernelSpec, SpecError
 
 ALIGNMENT = 16  # bytes, of a TMA tensor's address and of its strides (cuda.h, cuTensorMapEncodeTiled)
@@ -356,6 +356,13 @@ def output_layout(spec: KernelSpec, q: View) -> list[tuple[str, tuple[int, ...],
     batch, queries, heads, _ = q.shape
     sizes = fixed_sizes(spec) | {"batch": batch, "queries": queries, "q_heads": heads}
     return [(parameter.name, parameter.extents(sizes), parameter.dtype) for parameter in outputs(spec)]
+
+
+def scratch_layout(spec: KernelSpec, q: View, splits: int) -> list[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, dtype) of the memory that a call needs beside its outputs; none without split_kv."""
+    batch, queries, heads, _ = q.shape
+    sizes = fixed_sizes(spec) | {"parts": batch * splits, "queries": queries, "q_heads": heads}
+    return [(parameter.name, parameter.extents(sizes), parameter.dtype) for parameter in scratch(spec)]
 
 
 def check_outputs(spec: KernelSpec, q: View, given: Sequence[Any]) -> list[View]:

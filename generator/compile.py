@@ -19,7 +19,7 @@ from typing import Any
 
 from .cache import cache_dir, cache_key, read_entry, require_cache, write_entry
 from .cubin import read_cubin
-from .dsl import CompileError, HostFunction, TensorArgument, Traced, check_dsl, host_cpu, trace_kernel
+from .dsl import CompileError, HostFunction, Scalars, TensorArgument, Traced, check_dsl, host_cpu, trace_kernel
 from .emit import emit_kernel, kernel_path, write_text
 from .emulator.host import Launch, attached, library_path, redirect
 from .layout import Plan
@@ -129,8 +129,8 @@ def check_budget(binary: Binary) -> None:
 
 def _compile(plan: Plan, path: Path, versions: dict[str, str], lineinfo: bool) -> Binary:
     start = time.perf_counter()
-    traced = trace_kernel(path, plan.spec, lineinfo, plan.persistent)
-    kernel_name = _only(r"\.entry\s+([\w$]+)", traced.ptx, "kernels", path)
+    traced = trace_kernel(path, plan.spec, scalars(plan, 1.0, 1, 1), lineinfo)
+    kernel_name = _only(rf"\.entry\s+([\w$]*{plan.kernel_name}[\w$]*)", traced.ptx, "attention kernels", path)
     launch = _probe_launch(plan, traced, path)
     facts = read_cubin(traced.cubin, kernel_name)
     return Binary(
@@ -147,6 +147,13 @@ def _compile(plan: Plan, path: Path, versions: dict[str, str], lineinfo: bool) -
         seconds=time.perf_counter() - start,
         cached=False,
     )
+
+
+def scalars(plan: Plan, scale: float, ctas: int, splits: int) -> Scalars:
+    """What the host function takes after its tensors: the scale, a persistent kernel also how many CTAs run at once,
+    and one with split_kv the shares of a query tile's keys.
+    """
+    return (scale, *([ctas] if plan.persistent else []), *([splits] if plan.spec.split_kv else []))
 
 
 class _LaunchProbe:
@@ -166,16 +173,16 @@ class _LaunchProbe:
 def _probe_launch(plan: Plan, traced: Traced, path: Path) -> Launch:
     """What the host function asks of a launch. It only computes with the tensors' descriptors, so any address does."""
     spec = plan.spec
-    sizes = fixed_sizes(spec) | {"batch": 1, "queries": 1, "keys": 1, "keys2": 1, "kv_heads": 1}
+    sizes = fixed_sizes(spec) | {"batch": 1, "queries": 1, "keys": 1, "keys2": 1, "kv_heads": 1, "parts": 1}
     sizes["q_heads"] = spec.q_heads_per_kv
     shapes = [parameter.extents(sizes) for parameter in signature(spec)]
     tensors = [TensorArgument(0x10000, shape, _compact_strides(shape)) for shape in shapes]
     with attached(_LaunchProbe(spec.arch, traced.ptx), traced.ptx, traced.cubin) as session:
         function = HostFunction(redirect(traced.host_object), traced.host_symbol, library_path())
-        status = function(tensors, (1.0, plan.ctas) if plan.persistent else (1.0,))
-    if status or len(session.launches) != 1:
-        count = len(session.launches)
-        raise CompileError(f"{path}: the host function made {count} launches (expected 1) and returned {status}")
+        status = function(tensors, scalars(plan, 1.0, plan.ctas, 1))
+    wanted, count = 2 if spec.split_kv else 1, len(session.launches)
+    if status or count != wanted:
+        raise CompileError(f"{path}: the host function made {count} launches (expected {wanted}) and returned {status}")
     return session.launches[0]
 
 

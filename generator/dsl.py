@@ -95,9 +95,8 @@ class Traced:
 Scalars = Sequence[float | int]  # Float32 and Int32 arguments, after the tensors
 
 
-def trace_kernel(source: Path, spec: KernelSpec, lineinfo: bool = False, persistent: bool = False) -> Traced:
-    """trace_launch of an attention kernel; a persistent one is told how many CTAs to launch at most."""
-    scalars = (1.0, 1) if persistent else (1.0,)
+def trace_kernel(source: Path, spec: KernelSpec, scalars: Scalars, lineinfo: bool = False) -> Traced:
+    """trace_launch of an attention kernel, with numbers of the types that its host function takes."""
     return trace_launch(source, spec.arch, signature(spec), fixed_sizes(spec), lineinfo, scalars)
 
 

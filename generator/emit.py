@@ -45,7 +45,7 @@ def _environment() -> Environment:
 
 def emit_kernel(plan: Plan) -> str:
     """The kernel's source text: provenance, the budget as a comment table, then the rendered template."""
-    return "\n".join(_header(plan)) + "\n" + render(TEMPLATES[plan.arch.name], plan=plan, spec=plan.spec)
+    return "\n".join(_header(plan)) + "\n" + render(TEMPLATES[plan.arch.name], plan=plan, spec=plan.part)
 
 
 def render(template: str, **values: object) -> str:

@@ -8,7 +8,9 @@ from math import gcd
 from .budget import ELEMENT_BYTES, Role, swizzle_bytes
 from .columns import CHUNK, OUTPUT_GROUPS, P_STAGES, V_KEYS, chunks_apart, half_width, k_chunks, o_parts
 from .layout import Plan, TileLayout
-from .partials import PARTIALS, Partials, with_sink
+from .partials import PARTIALS, Partials, with_part
+from .signature import signature
+from .split import COMBINE_WARPS, LANE_COLUMNS, combine_bytes, lane_steps
 from .two_tiles import SKIP_LOG2
 from .warpgroups import consumers, packs
 
@@ -33,7 +35,7 @@ class HopperPlan(Plan):
     @property
     def packed(self) -> bool:
         """The query heads of a group share a tile."""
-        return packs(self.spec, self.arch, self.tile_m)
+        return packs(self.part, self.arch, self.tile_m)
 
     @property
     def persistent(self) -> bool:
@@ -48,7 +50,66 @@ class HopperPlan(Plan):
     @property
     def partials(self) -> Partials:
         found = PARTIALS[self.tiling.strategy]
-        return with_sink(found, "_finish") if self.spec.sink else found
+        if self.part.sink:
+            found = with_part(found, "_sink", "_finish")
+        if self.splits:
+            found = with_part(with_part(found, "_split_sm90", "_work"), "_combine_sm90", "_launch")
+        return found
+
+    @property
+    def splits(self) -> bool:
+        """The keys of a query tile are shared out to several CTAs."""
+        return self.spec.split_kv
+
+    @property
+    def rotated(self) -> bool:
+        """The j-th tile that is visited need not be the source's j-th."""
+        return self.splits or super().rotated
+
+    @property
+    def thread_o(self) -> str:
+        """The tensor of the host function that an un-normalized O goes to."""
+        return "o_parts" if self.splits else "o"
+
+    @property
+    def combine_tensors(self) -> list[str]:
+        """What the kernel that combines parts reads and writes."""
+        names = [item.spelled for item in self.parameters if item.scratch or item.output or item.name == "sink"]
+        return sorted(names, key=lambda name: not name.endswith("_parts"))
+
+    @property
+    def combine_parameters(self) -> str:
+        return ", ".join(f"{name}: cute.Tensor" for name in self.combine_tensors)
+
+    @property
+    def combine_arguments(self) -> str:
+        return ", ".join(self.combine_tensors)
+
+    @property
+    def combine_warps(self) -> int:
+        return COMBINE_WARPS
+
+    @property
+    def combine_threads(self) -> int:
+        return COMBINE_WARPS * self.arch.warp_size
+
+    @property
+    def combine_bytes(self) -> int:
+        """Shared memory of the combining kernel."""
+        return combine_bytes(self.spec.v_dim)
+
+    @property
+    def lane_columns(self) -> int:
+        return LANE_COLUMNS
+
+    @property
+    def lane_steps(self) -> int:
+        return lane_steps(self.spec.v_dim)
+
+    @property
+    def out_block(self) -> str:
+        """Where a query tile's results go: a part is to them what a batch entry is to a kernel that has no parts."""
+        return "part_of(block, lengths)" if self.splits else "block"
 
     @property
     def skip_log2(self) -> float:
@@ -100,28 +161,30 @@ class HopperPlan(Plan):
     @property
     def needs_tokens(self) -> bool:
         """The epilogue asks which tokens a thread's rows are."""
-        return self.spec.lse
+        return self.part.lse
 
     @property
     def bounds(self) -> str:
         """What a row sees, as seen_of takes it."""
-        names = ["firsts"] * (self.mask.left is not None) + ["ends"] + ["ends2"] * (self.spec.kv_sources == 2)
+        names = ["firsts"] * (self.mask.left is not None) + ["ends"] + ["ends2"] * (self.part.kv_sources == 2)
         return f"({names[0]},)" if len(names) == 1 else f"({', '.join(names)})"
 
     @property
     def _matrices(self) -> list[str]:
         """What TMA loads and stores."""
-        return [item.name for item in self.parameters if item.matrix and not (self.spec.unnormalized and item.output)]
+        stored = self.part.unnormalized  # by threads
+        tensors = [item for item in signature(self.part) if item.matrix and not item.scratch]
+        return [item.name for item in tensors if not (stored and item.output)]
 
     @property
     def tma_operands(self) -> str:
         """TMA atoms and tensors of Q, of K and V of each source, and of O as the kernel takes it: float32 without."""
-        return super().tma_operands + (", mo" if self.spec.unnormalized else "")
+        return super().tma_operands + (", mo" if self.part.unnormalized else "")
 
     @cached_property
     def layouts(self) -> dict[str, TileLayout]:
         """TileLayout of "sQ" and "sO" of one consumer, and of "sK" and "sV"."""
-        spec, rows, keys = self.spec, self.arch.mma_m, self.tile_n
+        spec, rows, keys = self.part, self.arch.mma_m, self.tile_n
         shapes = [
             ("sQ", rows, spec.head_dim, "K"),
             ("sK", keys, spec.head_dim, "K"),
@@ -185,7 +248,7 @@ class ColumnsPlan(HopperPlan):
 
     @property
     def k_chunks(self) -> int:
-        return k_chunks(self.spec)
+        return k_chunks(self.part)
 
     @property
     def q_chunks(self) -> int:
@@ -195,12 +258,12 @@ class ColumnsPlan(HopperPlan):
     @property
     def q_columns(self) -> int:
         """Columns of Q in registers."""
-        return self.spec.head_dim if not self.chunks_apart else self.q_chunks * CHUNK
+        return self.part.head_dim if not self.chunks_apart else self.q_chunks * CHUNK
 
     @property
     def chunks_apart(self) -> int:
         """Chunks of Q that stay in shared memory: the last ones."""
-        return chunks_apart(self.spec, self.arch, self.tiling)
+        return chunks_apart(self.part, self.arch, self.tiling)
 
     @property
     def q_stages(self) -> int:
@@ -220,11 +283,11 @@ class ColumnsPlan(HopperPlan):
 
     @property
     def o_width(self) -> int:
-        return half_width(self.spec)
+        return half_width(self.part)
 
     @property
     def o_parts(self) -> tuple[int, ...]:
-        return o_parts(self.spec)
+        return o_parts(self.part)
 
     @property
     def q_chunk_bytes(self) -> int:
@@ -246,7 +309,7 @@ class ColumnsPlan(HopperPlan):
     @cached_property
     def layouts(self) -> dict[str, TileLayout]:
         """TileLayout of a chunk of "sQ" and "sK", half a slice of "sV", "sP", and of what is staged of "sO"."""
-        spec, rows, keys = self.spec, self.arch.mma_m, self.tile_n
+        spec, rows, keys = self.part, self.arch.mma_m, self.tile_n
         shapes = [
             ("sQ", rows, CHUNK, "K"),
             ("sK", keys, CHUNK, "K"),

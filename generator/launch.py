@@ -13,11 +13,22 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
-from .arrays import ALIGNMENT, Views, check_inputs, check_outputs, check_scale, compact_strides, output_layout
-from .compile import Binary
+from .arrays import (
+    ALIGNMENT,
+    Views,
+    check_inputs,
+    check_outputs,
+    check_scale,
+    compact_strides,
+    output_layout,
+    scratch_layout,
+    view_of,
+)
+from .compile import Binary, scalars
 from .dsl import Call, HostFunction, Scalars, TensorArgument, runtime_library
 from .emulator.host import library_path, redirect
 from .signature import inputs
+from .split import splits_of
 
 KNOWN_CALLS = 1024  # kinds of calls that a Launcher remembers, some 2 KB each
 EMULATE = 'use backend="emulator" with CPU arrays'
@@ -100,16 +111,16 @@ def host_function(host_object: bytes, symbol: str, backend: str) -> HostFunction
     return HostFunction(host_object, symbol, runtime_library())
 
 
-def scalars_of(binary: Binary, scale: float, sms: int) -> Scalars:
-    """What the host function takes after its tensors: a persistent kernel also the CTAs that run at once, one an SM."""
-    return (scale, sms) if binary.plan.persistent else (scale,)
+def shares_of(binary: Binary, views: Views, sms: int) -> int:
+    """To how many CTAs a call shares out the keys of a query tile on a GPU of so many SMs; 1 without split_kv."""
+    return splits_of(binary.plan, {view.name: view.shape for view in views}, sms) if binary.spec.split_kv else 1
 
 
-def launch_views(binary: Binary, views: Views, scale: float, stream: int, device: int) -> None:
-    """One launch on `device`, which must be current. Raises RunError."""
+def launch_views(binary: Binary, views: Views, scale: float, splits: int, stream: int, device: int) -> None:
+    """One launch on `device`, which must be current; views: of inputs, outputs and scratch. Raises RunError."""
     function = host_function(binary.host_object, binary.host_symbol, "cuda")
-    scalars = scalars_of(binary, scale, multiprocessors(device) if binary.plan.persistent else 0)
-    _check_status(binary, function([view.argument() for view in views], scalars, stream, device))
+    numbers = scalars(binary.plan, scale, multiprocessors(device) if binary.plan.persistent else 0, splits)
+    _check_status(binary, function([view.argument() for view in views], numbers, stream, device))
 
 
 def _check_status(binary: Binary, status: int) -> None:
@@ -124,11 +135,16 @@ def launch_into(binary: Binary, views: Views, scale: float, out: Sequence[Any]) 
     import torch
 
     device = views[0].owner.device
-    check_device(binary.spec.arch, device.index or 0)
+    index = device.index or 0
+    check_device(binary.spec.arch, index)
     written = check_outputs(binary.spec, views[0], out)
+    splits = shares_of(binary, views, multiprocessors(index))
+    layout = scratch_layout(binary.spec, views[0], splits)
+    for name, extents, kind in layout:
+        written.append(view_of(name, torch.empty(extents, dtype=torch_dtype(kind), device=device)))
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        launch_views(binary, [*views, *written], scale, stream, device.index or 0)
+        launch_views(binary, [*views, *written], scale, splits, stream, index)
     return tuple(out)
 
 
@@ -144,7 +160,8 @@ def torch_dtype(name: str) -> Any:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What calls of one kind share. outputs: shape and dtype of each; tensors: descriptors, but for their addresses.
+    """What calls of one kind share. outputs and scratch: shape and dtype of each; tensors: descriptors, but for their
+    addresses.
 
     idle: the arguments that no call is using. A call takes one out and puts it back, so that threads never share one
     and there are as many as calls were ever under way at once; a list's pop and append are atomic.
@@ -154,6 +171,7 @@ class _Ready:
     device: Any
     index: int
     outputs: tuple[tuple[tuple[int, ...], Any], ...]
+    scratch: tuple[tuple[tuple[int, ...], Any], ...]
     tensors: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     scalars: Scalars
     idle: list[Call] = field(default_factory=list)
@@ -199,8 +217,9 @@ class Launcher:
             addresses.append(address)
         empty, device = self._torch.empty, ready.device
         outputs = tuple([empty(shape, dtype=dtype, device=device) for shape, dtype in ready.outputs])
-        for output in outputs:
-            addresses.append(output.data_ptr())
+        scratch = [empty(shape, dtype=dtype, device=device) for shape, dtype in ready.scratch]
+        for tensor in (*outputs, *scratch):
+            addresses.append(tensor.data_ptr())
         current = self._torch.cuda.current_device()
         if current == ready.index:
             status = self._launch(ready, addresses, value)
@@ -230,11 +249,14 @@ class Launcher:
         if not function.loaded(index):
             with torch.cuda.device(index):
                 _check_status(binary, function.load(index))
-        layout = [(shape, torch_dtype(dtype)) for _, shape, dtype in output_layout(binary.spec, views[0])]
+        sms = multiprocessors(index)
+        splits = shares_of(binary, views, sms)
+        layouts = output_layout(binary.spec, views[0]), scratch_layout(binary.spec, views[0], splits)
+        returned, kept = (tuple((shape, torch_dtype(kind)) for _, shape, kind in layout) for layout in layouts)
         tensors = [(view.shape, view.strides) for view in views]
-        tensors += [(shape, compact_strides(shape)) for shape, _ in layout]
-        scalars = scalars_of(binary, 1.0, multiprocessors(index) if binary.plan.persistent else 0)
-        ready = _Ready(function, device, index, tuple(layout), tuple(tensors), scalars)
+        tensors += [(shape, compact_strides(shape)) for shape, _ in (*returned, *kept)]
+        numbers = scalars(binary.plan, 1.0, sms, splits)
+        ready = _Ready(function, device, index, returned, kept, tuple(tensors), numbers)
         if key is not None:
             with self._growing:
                 while len(self._known) >= KNOWN_CALLS:

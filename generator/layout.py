@@ -17,7 +17,7 @@ from .budget import (
 )
 from .chunks import Geometry, geometry, one_buffer
 from .mask import Mask, mask_of
-from .partials import PARTIALS, Partials, with_sink
+from .partials import PARTIALS, Partials, with_part
 from .signature import Parameter, signature
 from .spec import KernelSpec
 from .spelling import Spelling
@@ -79,6 +79,11 @@ class Plan(Spelling):
     @property
     def kernel_name(self) -> str:
         return self.spec.name
+
+    @cached_property
+    def part(self) -> KernelSpec:
+        """What the attention kernel itself computes: see KernelSpec.partial."""
+        return self.spec.partial
 
     @property
     def tile_m(self) -> int:
@@ -165,12 +170,12 @@ class Plan(Spelling):
     @cached_property
     def shape(self) -> Geometry:
         """Chunks of K and V; only for a strategy that has them."""
-        return geometry(self.spec, self.arch, self.tiling)
+        return geometry(self.part, self.arch, self.tiling)
 
     @property
     def separate_v(self) -> bool:
         """V is loaded into buffers of its own."""
-        return not self.spec.kv_shared or self.pair
+        return not self.part.kv_shared or self.pair
 
     @property
     def chunk(self) -> str:
@@ -182,28 +187,28 @@ class Plan(Spelling):
     @property
     def pads_head_dim(self) -> bool:
         """QK multiplies columns past head_dim."""
-        return self.shape.qk_columns > self.spec.head_dim
+        return self.shape.qk_columns > self.part.head_dim
 
     @property
     def chunk_columns(self) -> str:
         """How many columns of it QK multiplies."""
-        whole = self.pads_head_dim or self.spec.head_dim % self.tiling.k_chunk == 0
+        whole = self.pads_head_dim or self.part.head_dim % self.tiling.k_chunk == 0
         return "K_CHUNK" if whole else f"min(K_CHUNK, HEAD_DIM - {self.chunk} * K_CHUNK)"
 
     @property
     def kv_tiles(self) -> str:
         """KV tiles that a CTA visits, of all sources, by the kernel's `span` and `spans`."""
-        return "span[0] + spans[1][0]" if self.spec.kv_sources == 2 else "span[0]"
+        return "span[0] + spans[1][0]" if self.part.kv_sources == 2 else "span[0]"
 
     @property
     def load_tiles(self) -> str:
         """The same by what the load warp has."""
-        return "spans[0][0] + spans[1][0]" if self.spec.kv_sources == 2 else "span[0]"
+        return "spans[0][0] + spans[1][0]" if self.part.kv_sources == 2 else "span[0]"
 
     @property
     def tile_of_j(self) -> str:
         """The KV tile of the first source that is visited j-th."""
-        return "kv_tile(j, span)" if self.mask.left is not None else "j"
+        return "kv_tile(j, span)" if self.mask.left is not None or self.part.split_kv else "j"
 
     @property
     def o_tmem_columns(self) -> int:
@@ -218,8 +223,8 @@ class Plan(Spelling):
     @property
     def partials(self) -> Partials:
         """The template's parts for this strategy."""
-        found = PARTIALS["chunks_shared" if one_buffer(self.spec, self.tiling) else self.tiling.strategy]
-        return with_sink(found, "_kernel") if self.spec.sink else found
+        found = PARTIALS["chunks_shared" if one_buffer(self.part, self.tiling) else self.tiling.strategy]
+        return with_part(found, "_sink", "_kernel") if self.part.sink else found
 
     @property
     def query_tiles(self) -> int:
@@ -243,7 +248,7 @@ class Plan(Spelling):
     @property
     def polynomial_pairs(self) -> tuple[int, ...]:
         """Of each pair_period neighbouring pairs of columns, those whose exponentials the polynomial computes."""
-        return polynomial_pairs(self.spec, self.arch) if self.two_ctas else POLYNOMIAL_PAIRS
+        return polynomial_pairs(self.part, self.arch) if self.two_ctas else POLYNOMIAL_PAIRS
 
     @property
     def s_columns(self) -> int:
@@ -272,17 +277,17 @@ class Plan(Spelling):
 
     @property
     def mask(self) -> Mask:
-        return mask_of(self.spec)
+        return mask_of(self.part)
 
     @property
     def heads_per_tile(self) -> int:
         """Query heads whose rows a tile holds."""
-        return self.spec.q_heads_per_kv if self.packed else 1
+        return self.part.q_heads_per_kv if self.packed else 1
 
     @property
     def packed(self) -> bool:
         """The query heads of a group share a tile."""
-        return packs_heads(self.spec, self.arch.mma_m)
+        return packs_heads(self.part, self.arch.mma_m)
 
     @property
     def tokens(self) -> int:
@@ -297,18 +302,18 @@ class Plan(Spelling):
     @property
     def thread_tensors(self) -> list[Parameter]:
         """Those that threads read and write, as the kernel takes them."""
-        return [parameter for parameter in self.parameters if not parameter.matrix]
+        return [parameter for parameter in signature(self.part) if not parameter.matrix and not parameter.scratch]
 
     @property
     def uses_row(self) -> bool:
         """A softmax thread asks which row of the tile it has: for its mask, its LSE or its head."""
-        return self.mask.rows_differ or self.spec.lse or (self.packed and bool(self.rows))
+        return self.mask.rows_differ or self.part.lse or (self.packed and bool(self.rows))
 
     @property
     def _matrices(self) -> list[str]:
         """What TMA loads and stores: a pair loads V's columns of a shared K as if they were a tensor of their own."""
-        names = [parameter.name for parameter in self.parameters if parameter.matrix]
-        if self.spec.kv_shared and self.pair:
+        names = [parameter.name for parameter in signature(self.part) if parameter.matrix]
+        if self.part.kv_shared and self.pair:
             names = [name for own in names for name in ([own, own.replace("k", "v")] if own[0] == "k" else [own])]
         return names
 
@@ -329,7 +334,7 @@ class Plan(Spelling):
 
         sO's is of one warp's slab: each softmax warp stages and stores its own 32 rows.
         """
-        spec, tiling = self.spec, self.tiling
+        spec, tiling = self.part, self.tiling
         if tiling.strategy in WHOLE_TILES:
             k_columns, k_rows, v_columns, v_rows = spec.head_dim, tiling.tile_n, spec.v_dim, tiling.tile_n
             if self.two_ctas:

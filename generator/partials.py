@@ -52,7 +52,7 @@ PARTIALS = {
 }
 
 
-def with_sink(partials: Partials, before: str) -> Partials:
-    """With the sink's function, before the part whose name begins so."""
-    at = next(i for i, part in enumerate(partials.parts) if part.startswith(before))
-    return replace(partials, parts=(*partials.parts[:at], "_sink.py.j2", *partials.parts[at:]))
+def with_part(partials: Partials, part: str, before: str) -> Partials:
+    """With a part more, before the one whose name begins so."""
+    at = next(i for i, name in enumerate(partials.parts) if name.startswith(before))
+    return replace(partials, parts=(*partials.parts[:at], f"{part}.py.j2", *partials.parts[at:]))

@@ -68,8 +68,8 @@ def plan_kernel(spec: KernelSpec) -> Plan:
     Raises NotImplementedYet for what the architecture's template lacks, DoesNotFit when no candidate fits; both say
     field, value, limit and remedy.
     """
-    arch = ARCHS[spec.arch]
-    check_implemented(spec)
+    asked, spec, arch = spec, spec.partial, ARCHS[spec.arch]
+    check_implemented(asked)
     fitting, rejected = [], []
     for tiling in candidates(spec, arch):
         budget = budget_of(spec, arch, tiling)
@@ -83,7 +83,7 @@ def plan_kernel(spec: KernelSpec) -> Plan:
     fitting.sort(key=lambda pair: rank(pair[0]))
     chosen, budget = fitting[0]
     rejected += [_second(spec, arch, chosen, tiling) for tiling, _ in fitting[1:]]
-    return _plan_class(chosen)(spec, arch, chosen, budget, tuple(rejected))
+    return _plan_class(chosen)(asked, arch, chosen, budget, tuple(rejected))
 
 
 def plan_tiling(spec: KernelSpec, tiling: Tiling) -> Plan:
@@ -93,7 +93,7 @@ def plan_tiling(spec: KernelSpec, tiling: Tiling) -> Plan:
     """
     arch = ARCHS[spec.arch]
     check_implemented(spec)
-    budget = budget_of(spec, arch, tiling)
+    budget = budget_of(spec.partial, arch, tiling)
     if not budget.fits:
         over = budget.overflows[0]
         raise DoesNotFit("tiling", str(tiling), f"does not fit: {over}", over.remedy)
@@ -283,6 +283,9 @@ def check_implemented(spec: KernelSpec) -> None:
     if spec.pack_heads is True and arch.mma_m % spec.q_heads_per_kv:
         limit = f"a group of {spec.q_heads_per_kv} query heads does not divide the {arch.mma_m} rows of a tile"
         raise DoesNotFit("pack_heads", True, limit, 'use "auto" or false, or a group that is a power of two up to 128')
+    if spec.split_kv:
+        limit = f"not implemented for {spec.arch} yet"
+        raise NotImplementedYet("split_kv", True, limit, 'leave it out (default: false), or use arch = "sm_90a"')
     for field, remedy in _later(spec):
         limit = f"not implemented for {spec.arch} yet"
         raise NotImplementedYet(field, getattr(spec, field), limit, remedy)

@@ -24,9 +24,10 @@ from .arrays import (
     is_torch,
     merged_spans,
     output_layout,
+    scratch_layout,
 )
 from .budget import Budget
-from .compile import Binary
+from .compile import Binary, scalars
 from .dsl import Scalars, Traced
 from .emulator import Gpu, Labels
 from .emulator.host import HostError, attached
@@ -38,7 +39,8 @@ from .launch import (
     host_function,
     launch_into,
     launch_views,
-    scalars_of,
+    multiprocessors,
+    shares_of,
 )
 
 BACKENDS = ("emulator", "cuda")
@@ -94,11 +96,13 @@ def run_observed(
     prepare: Prepare | None = None,
     trace: Any = None,
     sms: int = EMULATED_SMS,
+    splits: int | None = None,
     **named: Any,
 ) -> Run:
     """run_kernel on CPU arrays, with outputs that tell what was written; strict, trace: see Gpu. prepare: called with
     the Gpu and the outputs before the emulator runs. sms: multiprocessors of the emulated GPU, for a persistent kernel.
-    For verification.
+    splits: shares of a query tile's keys, for a kernel with split_kv; None: as many as a call there has. For
+    verification.
     """
     views = check_inputs(binary.spec, *arrays, **named)
     if views[0].device != "cpu":
@@ -106,8 +110,8 @@ def run_observed(
     scale = check_scale(binary.spec, scale)
     outputs = tuple(Output(*layout) for layout in output_layout(binary.spec, views[0]))
     backend = _check_backend(backend, views)
-    emulate = partial(_run_emulated, strict=strict, prepare=prepare, trace=trace, sms=sms)
-    execute = {"emulator": emulate, "cuda": _run_copied}[backend]
+    emulate = partial(_run_emulated, strict=strict, prepare=prepare, trace=trace, sms=sms, splits=splits)
+    execute = {"emulator": emulate, "cuda": partial(_run_copied, splits=splits)}[backend]
     host_function(binary.host_object, binary.host_symbol, backend)  # loaded once a kernel, not timed
     start = time.perf_counter()
     launches = execute(binary, views, outputs, scale)
@@ -152,11 +156,22 @@ def _run_emulated(
     prepare: Prepare | None,
     trace: Any,
     sms: int,
+    splits: int | None,
 ) -> tuple[Any, ...]:
     gpu = Gpu(arch=binary.spec.arch, strict=strict, trace=trace)
     gpu.labels = _labels(binary.plan.budget)
-    _emulate(gpu, binary, views, outputs, scalars_of(binary, scale, sms), prepare)
+    splits = splits or shares_of(binary, views, sms)
+    kept = [Output(*layout) for layout in scratch_layout(binary.spec, views[0], splits)]
+    _emulate(gpu, binary, views, (*outputs, *kept), scalars(binary.plan, scale, sms, splits), prepare)
+    check_scratch(binary, kept)
     return tuple(gpu.launches)
+
+
+def check_scratch(binary: Binary, kept: Sequence[Output]) -> None:
+    """Raises RunError when something around scratch memory was written."""
+    for output in kept:
+        if output.outside():
+            raise RunError(f"{binary.spec.name} wrote {output.outside()} elements outside {output.name}")
 
 
 def run_program(traced: Traced, arch: str, views: Sequence[View], outputs: Sequence[Output]) -> Sequence[Output]:
@@ -175,7 +190,7 @@ def _emulate(
     program: Binary | Traced,
     views: Sequence[View],
     outputs: Sequence[Output],
-    scalars: Scalars,
+    numbers: Scalars,
     prepare: Prepare | None,
 ) -> None:
     """Call the program's host function with its launches executed by the Gpu."""
@@ -188,7 +203,7 @@ def _emulate(
     arguments = [view.argument() for view in (*views, *(output.view() for output in outputs))]
     function = host_function(program.host_object, program.host_symbol, "emulator")
     with attached(gpu, program.ptx, program.cubin):
-        status = function(arguments, scalars)
+        status = function(arguments, numbers)
         if status:
             raise HostError(f"the host function returned CUDA error {status}")
 
@@ -212,10 +227,16 @@ def _labels(budget: Budget) -> Labels:
 # --- a GPU ----------------------------------------------------------------------------------------------------------
 
 
-def _run_copied(binary: Binary, views: Sequence[View], outputs: Sequence[Output], scale: float) -> tuple[Any, ...]:
+def _run_copied(
+    binary: Binary, views: Sequence[View], outputs: Sequence[Output], scale: float, splits: int | None
+) -> tuple[Any, ...]:
     """CPU arrays on device 0: copied there, and the outputs back with their guard regions."""
     check_device(binary.spec.arch)
     from cuda.bindings import runtime
+
+    splits = splits or shares_of(binary, views, multiprocessors(0))
+    kept = [Output(*layout) for layout in scratch_layout(binary.spec, views[0], splits)]
+    outputs = (*outputs, *kept)
 
     kind = runtime.cudaMemcpyKind
     spans = [(low, high - low) for low, high in (view.span for view in views)]
@@ -228,7 +249,7 @@ def _run_copied(binary: Binary, views: Sequence[View], outputs: Sequence[Output]
         arguments = [_moved(view, copy) for view, copy in zip(views, copies, strict=False)]
         returned = list(zip(outputs, copies[len(views) :], strict=True))
         arguments += [output.view(copy + output.offset_bytes, "cuda:0") for output, copy in returned]
-        launch_views(binary, arguments, scale, 0, 0)
+        launch_views(binary, arguments, scale, splits, 0, 0)
         check_cuda(runtime.cudaDeviceSynchronize())
         for output, copy in returned:
             size = output.storage.nbytes
@@ -236,6 +257,7 @@ def _run_copied(binary: Binary, views: Sequence[View], outputs: Sequence[Output]
     finally:
         for copy in copies:
             runtime.cudaFree(copy)
+    check_scratch(binary, kept)
     return ()
 
 

@@ -22,12 +22,15 @@ _ROWS = ("batch", "q_heads", "queries")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor. axes: names of its extents, slowest first; dtype: "bf16", "fp16", "float32" or "int32"."""
+    """One tensor. axes: names of its extents, slowest first; dtype: "bf16", "fp16", "float32" or "int32"; scratch:
+    memory that a call needs and nobody else sees.
+    """
 
     name: str
     axes: tuple[str, ...]
     dtype: str
     output: bool = False
+    scratch: bool = False
 
     @property
     def matrix(self) -> bool:
@@ -45,7 +48,7 @@ class Parameter:
 
 @lru_cache(maxsize=256)
 def signature(spec: KernelSpec) -> tuple[Parameter, ...]:
-    """Inputs, then outputs, as the kernel's host function takes them (scale and stream follow)."""
+    """Inputs, outputs, then scratch, as the kernel's host function takes them (numbers and the stream follow)."""
     element, stored = spec.dtype, "float32" if spec.unnormalized else spec.dtype
     wanted = (
         (True, Parameter("q", _Q, element)),
@@ -60,18 +63,27 @@ def signature(spec: KernelSpec) -> tuple[Parameter, ...]:
         (True, Parameter("o", _O, stored, output=True)),
         (spec.lse, Parameter("lse", _ROWS, "float32", output=True)),
         (spec.unnormalized, Parameter("m", _ROWS, "float32", output=True)),
+        (spec.split_kv, Parameter("o_parts", ("parts", *_O[1:]), "float32", scratch=True)),
+        (spec.split_kv, Parameter("lse_parts", ("parts", *_ROWS[1:]), "float32", scratch=True)),
+        (spec.split_kv, Parameter("m_parts", ("parts", *_ROWS[1:]), "float32", scratch=True)),
     )
     return tuple(parameter for present, parameter in wanted if present)
 
 
 @lru_cache(maxsize=256)
 def inputs(spec: KernelSpec) -> tuple[Parameter, ...]:
-    return tuple(parameter for parameter in signature(spec) if not parameter.output)
+    return tuple(parameter for parameter in signature(spec) if not parameter.output and not parameter.scratch)
 
 
 @lru_cache(maxsize=256)
 def outputs(spec: KernelSpec) -> tuple[Parameter, ...]:
     return tuple(parameter for parameter in signature(spec) if parameter.output)
+
+
+@lru_cache(maxsize=256)
+def scratch(spec: KernelSpec) -> tuple[Parameter, ...]:
+    """Partial results of split_kv: parts are a batch entry's splits, one batch entry after another."""
+    return tuple(parameter for parameter in signature(spec) if parameter.scratch)
 
 
 def fixed_sizes(spec: KernelSpec) -> dict[str, int]:

@@ -83,6 +83,7 @@ class KernelSpec(BaseModel):
     kv_shared: bool = Field(False, description="V is a prefix of K's columns: one buffer serves both")
     output: Literal["normalized", "unnormalized"] = Field("normalized", description="unnormalized: float32 O, LSE, m")
     lse: bool = Field(True, description="store the log-sum-exp, float32 [B, Hq, Sq], natural log")
+    split_kv: bool = Field(False, description="CTAs share a query tile's keys, a second kernel combines their results")
     strategy: Literal["auto", "tiles", "two_tiles", "two_ctas", "chunks", "passes", "pair", "warpgroups", "columns"] = (
         Field("auto", description="how K, V and O are laid over CTAs; auto: the planner's cost model decides")
     )
@@ -127,6 +128,15 @@ class KernelSpec(BaseModel):
         return self.output == "unnormalized"
 
     @property
+    def partial(self) -> KernelSpec:
+        """What the attention kernel itself computes: with split_kv un-normalized results without sinks, of which the
+        combining kernel makes what the specification asks for; else the specification.
+        """
+        if not self.split_kv:
+            return self
+        return self.model_copy(update={"output": "unnormalized", "lse": True, "sink": False})
+
+    @property
     def name(self) -> str:
         """Stable kernel name such as fmha_sm100_d128_causal; equal names mean equal specifications."""
         return "_".join(["fmha", self.arch.replace("_", "").removesuffix("a"), f"d{self.head_dim}", *_tokens(self)])
@@ -135,8 +145,9 @@ class KernelSpec(BaseModel):
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON of all fields: the key of caches."""
         fields = self.model_dump()
-        if self.strategy == "auto":  # a younger field: left open, it changes no digest that stands in a file
-            del fields["strategy"]
+        for name, default in (("strategy", "auto"), ("split_kv", False)):
+            if fields[name] == default:  # a younger field: left open, it changes no digest that stands in a file
+                del fields[name]
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -166,6 +177,7 @@ def _tokens(spec: KernelSpec) -> list[str]:
         "kv_shared": "kvshared",
         "output": "unnorm",
         "lse": "nolse",
+        "split_kv": "split",
         "strategy": spec.strategy,
         "p_staging": f"p{spec.p_staging}",
         "kv_stage": f"stage{spec.kv_stage}",

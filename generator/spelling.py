@@ -40,14 +40,14 @@ class Spelling:
         """The argument that tells the load warp which KV tiles it loads; "" where they are the first ones."""
         if self.query_tiles == 2:
             return "span" if self.spans_differ else ""
-        return "spans" if self.spec.kv_sources == 2 else "span"
+        return "spans" if self.part.kv_sources == 2 else "span"
 
     @property
     def loaded_tile(self) -> str:
         """Which KV tile of source 1 is the j-th that is loaded."""
-        if self.mask.left is None:
-            return "j"
-        return "span[1] + j" if self.query_tiles == 2 else "kv_tile(j, span)"
+        if self.mask.left is not None and self.query_tiles == 2:
+            return "span[1] + j"
+        return self.tile_of_j
 
     @property
     def loaded_tile2(self) -> str:
@@ -74,8 +74,10 @@ class Spelling:
 
     @property
     def thread_arguments(self) -> str:
-        """thread_tensors as the beginning of a list of arguments."""
-        return "".join(f"{parameter.spelled}, " for parameter in self.thread_tensors)
+        """thread_tensors as the beginning of a list of arguments; a part's results take the place of the outputs."""
+        parts = self.part.split_kv
+        names = [item.name + "_parts" if parts and item.output else item.spelled for item in self.thread_tensors]
+        return "".join(f"{name}, " for name in names)
 
     @property
     def rows(self) -> str:
@@ -113,8 +115,12 @@ class Spelling:
     @property
     def lengths(self) -> str:
         """Lengths of queries and keys, as the inside of a tuple."""
-        names = ["seqlen_q", "seqlen_k"] + ["seqlen_k2"] * (self.spec.kv_sources == 2)
-        return f"({', '.join(names)})"
+        return ", ".join(["seqlen_q", "seqlen_k"] + ["seqlen_k2"] * (self.part.kv_sources == 2))
+
+    @property
+    def entries(self) -> str:
+        """What a query head's query tiles are multiplied by: batch entries, or parts of their keys."""
+        return "parts" if self.part.split_kv else "batches"
 
     @property
     def call_for_visits(self) -> str:
@@ -124,7 +130,8 @@ class Spelling:
     @property
     def call(self) -> str:
         """What of a call the work of a persistent CTA follows from, as the kernel names it."""
-        names = ["seqlen_q", "heads", "batches", "seqlen_k"] + ["seqlen_k2"] * (self.spec.kv_sources == 2)
+        names = ["seqlen_q", "heads", self.entries, "seqlen_k"] + ["seqlen_k2"] * (self.part.kv_sources == 2)
+        names += ["splits"] * self.part.split_kv
         rows = ("seqlens", "seqlens2", "limit2")
         return ", ".join(names + [parameter.name for parameter in self.thread_tensors if parameter.name in rows])
 
@@ -136,6 +143,6 @@ class Spelling:
     @property
     def empty_lse(self) -> str:
         """What is said of the LSE of a row that sees no key."""
-        if not self.spec.lse:
+        if not self.part.lse:
             return ""
-        return " and LSE = its sink" if self.spec.sink else " and LSE = -inf"
+        return " and LSE = its sink" if self.part.sink else " and LSE = -inf"
