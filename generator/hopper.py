@@ -10,9 +10,9 @@ from .columns import CHUNK, OUTPUT_GROUPS, P_STAGES, V_KEYS, chunks_apart, half_
 from .layout import Plan, TileLayout
 from .partials import PARTIALS, Partials, with_part
 from .signature import signature
-from .split import COMBINE_WARPS, LANE_COLUMNS, combine_bytes, lane_steps
+from .split import COMBINE_WARPS, LANE_COLUMNS, PARTS_AHEAD, SPLITS_MAX, combine_bytes, lane_steps
 from .two_tiles import SKIP_LOG2
-from .warpgroups import consumers, packs
+from .warpgroups import consumers, heads_in_tile, packs
 
 
 class HopperPlan(Plan):
@@ -36,6 +36,16 @@ class HopperPlan(Plan):
     def packed(self) -> bool:
         """The query heads of a group share a tile."""
         return packs(self.part, self.arch, self.tile_m)
+
+    @property
+    def heads_per_tile(self) -> int:
+        """Query heads whose rows a tile holds."""
+        return heads_in_tile(self.part.q_heads_per_kv, self.tile_m) if self.packed else 1
+
+    @property
+    def tiles_a_group(self) -> int:
+        """Tiles that the heads of a group fill at one token; 1 where a tile holds all of them."""
+        return self.part.q_heads_per_kv // self.heads_per_tile if self.packed else 1
 
     @property
     def persistent(self) -> bool:
@@ -97,6 +107,14 @@ class HopperPlan(Plan):
     def combine_bytes(self) -> int:
         """Shared memory of the combining kernel."""
         return combine_bytes(self.spec.v_dim)
+
+    @property
+    def splits_max(self) -> int:
+        return SPLITS_MAX
+
+    @property
+    def parts_ahead(self) -> int:
+        return PARTS_AHEAD
 
     @property
     def lane_columns(self) -> int:

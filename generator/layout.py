@@ -285,6 +285,11 @@ class Plan(Spelling):
         return self.part.q_heads_per_kv if self.packed else 1
 
     @property
+    def tiles_a_group(self) -> int:
+        """Tiles that the heads of a group fill at one token; 1 where a tile holds all of them."""
+        return 1
+
+    @property
     def packed(self) -> bool:
         """The query heads of a group share a tile."""
         return packs_heads(self.part, self.arch.mma_m)

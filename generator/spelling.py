@@ -60,10 +60,31 @@ class Spelling:
         return "TILE_TOKENS" if self.packed else "TILE_M"
 
     @property
+    def tile_heads(self) -> str:
+        """The constant that says of how many query heads a tile of packed heads has rows."""
+        return "TILE_HEADS" if self.tiles_a_group > 1 else "Q_HEADS_PER_KV"
+
+    @property
+    def head_count(self) -> str:
+        """What the grid counts as heads, by the host function's tensors: those of Q, or as many of them as fill a tile."""
+        if self.tiles_a_group > 1:
+            return "q.shape[2] // TILE_HEADS"
+        return "k.shape[2]" if self.packed else "q.shape[2]"
+
+    @property
+    def kv_head(self) -> str:
+        """The KV head of one of them."""
+        if self.tiles_a_group > 1:
+            return "head // (Q_HEADS_PER_KV // TILE_HEADS)"
+        return "head // Q_HEADS_PER_KV" if self.part.q_heads_per_kv > 1 and not self.packed else "head"
+
+    @property
     def tile_rows(self) -> str:
         """What a tile covers, in words."""
         if not self.packed:
             return f"{self.mma_m} query rows of a query head"
+        if self.tiles_a_group > 1:
+            return f"a query token of {self.heads_per_tile} of a KV head's {self.part.q_heads_per_kv} query heads"
         return f"{self.tokens} query tokens of a KV head's {self.heads_per_tile} query heads"
 
     @property

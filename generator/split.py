@@ -15,6 +15,7 @@ from .layout import Plan
 SPLITS_MAX = 128  # a warp of the combining kernel reads LSE of 32 parts at once
 COMBINE_WARPS = 8
 LANE_COLUMNS = 4  # float32, 16 bytes
+PARTS_AHEAD = 4  # parts of which a warp reads rows at once: with COMBINE_WARPS a row, those of 32 shares
 TILE_OVERHEAD = 2  # KV tiles that could be loaded in the time in which a share begins and ends
 PART_OVERHEAD = 0.02  # and in which one more part is combined
 

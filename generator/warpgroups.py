@@ -95,8 +95,16 @@ def is_winner(spec: KernelSpec, tiling: Tiling) -> bool:
 
 
 def can_pack(group: int, tile_m: int, arch: Arch) -> bool:
-    """Whether a tile of tile_m rows holds whole tokens of `group` query heads, and each consumer a box of them."""
-    return tile_m % group == 0 and (arch.mma_m % group == 0 or group % arch.mma_m == 0)
+    """Whether the rows of a tile are whole tokens of `group` query heads, and each consumer's a box of them; or a part of
+    one token's heads, as many as there are rows.
+    """
+    whole = tile_m % group == 0 and (arch.mma_m % group == 0 or group % arch.mma_m == 0)
+    return whole or group % tile_m == 0
+
+
+def heads_in_tile(group: int, tile_m: int) -> int:
+    """Query heads whose rows a tile holds where can_pack."""
+    return min(group, tile_m)
 
 
 def packs(spec: KernelSpec, arch: Arch, tile_m: int) -> bool:
