@@ -34,6 +34,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "one kv stage": (False, True),
     "narrow tile": (False, True),
     "sO over sQ": (False, True),
+    "split": (False, True),
 }
 
 IMPOSSIBLE = {  # pair -> why no specification has it
@@ -45,6 +46,7 @@ IMPOSSIBLE = {  # pair -> why no specification has it
     ("shared", True, "one kv stage", True): "QK of the next tile is issued before PV of this one",
     ("output", "unnormalized", "lse", False): "without LSE partial results do not merge",
     ("output", "unnormalized", "sO over sQ", True): "float32 O goes from registers to global memory",
+    ("sO over sQ", True, "split", True): "partial results are float32, from registers to global memory",
 }
 LAZY_COLUMNS = 144  # of O: those whose rescaling is asked for first
 
@@ -72,6 +74,7 @@ def features(spec: KernelSpec) -> Row:
         "one kv stage": plan.kv_stages == 1,
         "narrow tile": plan.tile_n < 64,
         "sO over sQ": plan.o_over_q,
+        "split": spec.split_kv,
     }
 
 
@@ -118,6 +121,7 @@ def _fields(row: Row) -> Iterator[dict[str, Any]]:
         "kv_shared": row["shared"],
         "output": row["output"],
         "lse": row["lse"],
+        "split_kv": row["split"],
         "q_heads_per_kv": {"one": 1, "packed": 2 if row["sink"] else 4, "apart": 3}[row["heads"]],
         "window_left": (0 if row["sink"] and d < 64 else d + 3) if row["left"] else None,
         "window_right": (5 if row["lengths"] else 40) if row["right"] else None,

@@ -32,7 +32,7 @@ from .cost import cost_of
 from .hopper import ColumnsPlan, HopperPlan
 from .layout import WHOLE_TILES, Plan, Rejected
 from .spec import HEAD_DIM_MAX, HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
-from .warpgroups import CONSUMERS_MAX, can_pack, warpgroup_preference, warpgroup_tilings
+from .warpgroups import CONSUMERS_MAX, can_pack, split_preference, warpgroup_preference, warpgroup_tilings
 
 __all__ = [
     "CHUNKED",
@@ -168,6 +168,8 @@ def o_chunks(spec: KernelSpec) -> list[int]:
 
 def ranking(spec: KernelSpec, arch: Arch) -> Callable[[Tiling], tuple]:
     """Sort key of candidates: the smallest is taken. The rules are in the module's docstring."""
+    if strategies(spec) == ("warpgroups",) and spec.split_kv:
+        return lambda tiling: split_preference(spec, arch, tiling)
     if strategies(spec) == ("warpgroups",):
         return lambda tiling: warpgroup_preference(spec, arch, tiling)
     if strategies(spec) == ("columns",):
@@ -247,6 +249,16 @@ _HOPPER_RULES = (  # one a component of `warpgroup_preference`, and the fields t
 )
 
 
+_SPLIT_RULES = (  # one a component of `split_preference`
+    *_HOPPER_RULES[:2],
+    ("fits, but holds a part of a group's query heads", ("tile_m",)),
+    ("fits, but has more query rows than a group needs", ("tile_m",)),
+    ("fits, but the last KV tile takes longer", ("tile_n",)),
+    ("fits, but has a smaller tile_n", ("tile_n",)),
+    ("fits, but has fewer kv stages", ("kv_stage",)),
+)
+
+
 _COLUMN_RULES = (  # one a component of `column_preference`
     ("fits, but two CTAs wait for one another", ("tile_m",)),
     ("fits, but reads more of Q from shared memory", ("tile_n",)),
@@ -259,7 +271,7 @@ _COLUMN_RULES = (  # one a component of `column_preference`
 def _second_on_hopper(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rejected:
     values = {"kv_stage": tiling.kv_stages, "tile_m": tiling.tile_m, "tile_n": tiling.tile_n}
     rank = ranking(spec, arch)
-    rules = _HOPPER_RULES if chosen.strategy == "warpgroups" else _COLUMN_RULES
+    rules = {"warpgroups": _SPLIT_RULES if spec.split_kv else _HOPPER_RULES, "columns": _COLUMN_RULES}[chosen.strategy]
     for (reason, fields), better, worse in zip(rules, rank(chosen), rank(tiling), strict=True):
         if better != worse:
             remedy = ", ".join(f"{field} = {values[field]}" for field in fields)

@@ -66,7 +66,7 @@ class Spelling:
 
     @property
     def head_count(self) -> str:
-        """What the grid counts as heads, by the host function's tensors: those of Q, or as many of them as fill a tile."""
+        """How many heads the grid counts, by the host function's tensors: of Q, or those that tiles are filled with."""
         if self.tiles_a_group > 1:
             return "q.shape[2] // TILE_HEADS"
         return "k.shape[2]" if self.packed else "q.shape[2]"

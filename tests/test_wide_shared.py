@@ -141,7 +141,9 @@ def test_a_ring_one_buffer_shallower_waits_for_itself(fields, tmp_path):
     assert verify_kernel(shallow, (1, 1, 1, 128, plan.tile_n)).passed  # one tile fits it
 
 
-@pytest.mark.parametrize("fields", [CHUNKS, PASSES, PASSES | {"causal": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [CHUNKS, PASSES, pytest.param(PASSES | {"causal": True}, marks=pytest.mark.sweep)], ids=str
+)
 def test_compiled_kernel_loads_k_alone(fields):
     binary = compile_kernel(plan_of(**fields))
     plan, shape = binary.plan, binary.plan.shape
@@ -152,8 +154,11 @@ def test_compiled_kernel_loads_k_alone(fields):
     assert binary.spills == 0
 
 
+OTHERS = [CHUNKS, {"head_dim": 512, "kv_shared": True, "causal": True, "strategy": "passes"}]
+
+
 @pytest.mark.parametrize(
-    "fields", [CHUNKS, PASSES, {"head_dim": 512, "kv_shared": True, "causal": True, "strategy": "passes"}], ids=str
+    "fields", [PASSES, *(pytest.param(fields, marks=pytest.mark.sweep) for fields in OTHERS)], ids=str
 )
 def test_other_schedules(fields):
     def schedules(gpu, outputs):
