@@ -464,6 +464,7 @@ def read_q(q, q_smem, bars, place):
         layout = cute.make_layout(((2, 2, 2), 1, columns // 16), stride=((1, 2, 4), 0, 8))
         part = cute.make_tensor(q.iterator + chunk * (K_CHUNK // 16) * 8, layout)
         cute.copy(atom, copy.partition_S(source), copy.retile(part))
+        cute.arch.fence_view_async_shared()  # the next chunk comes through the async proxy: not before this is read
         arrive_warp(bars + Q_EMPTY + stage)
         place = after(place, Q_STAGES)
     return place

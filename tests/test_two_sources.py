@@ -1,5 +1,6 @@
 """Two KV sources in one launch: against two launches that are merged, and where one of the sources has nothing."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,9 +40,14 @@ def parts_of(operands):
     yield plain(q, k2, v2, seqlens=operands["seqlens2"])
 
 
-@pytest.mark.parametrize("limit2", [False, True])
-@pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize("strategy", ["tiles", "two_tiles"])
+KEPT = (("tiles", True, False), ("two_tiles", True, True))  # in the default run: with limits and without
+CASES = [
+    pytest.param(*case, marks=[pytest.mark.sweep] * (case not in KEPT))
+    for case in product(("tiles", "two_tiles"), (False, True), (False, True))
+]
+
+
+@pytest.mark.parametrize("strategy, sink, limit2", CASES)
 def test_one_launch_agrees_with_two_that_are_merged(strategy, sink, limit2):
     fused = generator.build(kv_sources=2, sink=sink, limit2=limit2, strategy=strategy, **FIELDS)
     operands = normal_operands(fused.spec)
