@@ -88,8 +88,10 @@ def _not_there(fields):
 
 def _folds(group, rows, hopper):
     """Whether whole tokens of a group's query heads fill a tile; on sm_90a each consumer's rows are moreover a box: of
-    whole tokens, or of a part of one.
+    whole tokens, or of a part of one, and a token may fill several tiles.
     """
+    if hopper and group % rows == 0:
+        return True
     boxes = not hopper or group in (2, 4, 8, 16, 32) or group % GROUP_ROWS == 0
     return rows % group == 0 and boxes
 

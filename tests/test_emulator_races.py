@@ -224,9 +224,24 @@ def test_a_load_overwrites_what_another_warp_reads():
     {wait(512)} ld.shared.b32 %r1, [%s4]; st.global.b32 [%y_g], %r1; {{}}
     @%p3 mbarrier.arrive.expect_tx.shared.b64 _, [%s+512], 256;\n@%p3 {copy} // HERE
     {wait(512, 1, "V")}"""
-    run(body.format("bar.sync 0;"), block=64, x=x, y=y)
+    run(body.format("fence.proxy.async; bar.sync 0;"), block=64, x=x, y=y)
     assert (y == x).all()
-    fails(Hazard, body.format(""), "overwrites shared offset", "which warp 1 reads at PTX line", block=64, x=x, y=y)
+    fails(Hazard, body.format("fence.proxy.async;"), "which warp 1 reads at PTX line", block=64, x=x, y=y)
+
+
+def test_a_read_is_over_for_a_load_only_after_a_proxy_fence():
+    """On an H200 ldmatrix, a barrier and the load that the barrier lets go gave the load's bytes (2026-11-29)."""
+    x, y = aligned(64, np.uint32, np.arange(64)), np.zeros(64, np.uint32)
+    copy = "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%s], [%x], 256, [%s+512];"
+    body = f"""{init(512)} bar.sync 0; @%p3 mbarrier.arrive.expect_tx.shared.b64 _, [%s+512], 256; @%p3 {copy}
+    {wait(512)} ld.shared.b32 %r1, [%s4]; st.global.b32 [%y_g], %r1; BEFORE bar.sync 0; AFTER
+    @%p3 mbarrier.arrive.expect_tx.shared.b64 _, [%s+512], 256;\n@%p3 {copy} // HERE
+    {wait(512, 1, "V")}"""
+    fence = "fence.proxy.async.shared::cta;"
+    for before, after in ((fence, ""), ("", fence)):
+        run(body.replace("BEFORE", before).replace("AFTER", after), block=64, x=x, y=y)
+    plain = body.replace("BEFORE", "").replace("AFTER", "")
+    fails(Hazard, plain, "which warp 0 reads at PTX line", "with no fence.proxy.async between", block=64, x=x, y=y)
 
 
 def test_only_those_who_waited_for_the_load_may_read():
@@ -335,7 +350,7 @@ def test_the_commits_of_a_warp_arrive_in_order():
 
 
 def test_tensor_maps_too():
-    """Two boxes in one place: the second may only come after the first was read."""
+    """Two boxes in one place: the second may only come after the first was read, which a proxy fence orders."""
     x = aligned((64, 32), np.uint32)
     load = """mov.u32 %r20, 0; mov.u32 %r21, ROW;\n@%p3 cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::
 complete_tx::bytes [%s], [%m, {%r20, %r21}], [%s+2048];""".replace("::\n", "::")
@@ -343,8 +358,10 @@ complete_tx::bytes [%s], [%m, {%r20, %r21}], [%s+2048];""".replace("::\n", "::")
     body = f"""{init(2048)} bar.sync 0; {expect} {load.replace("ROW", "0")} {wait(2048)}
     ld.shared.b32 %r1, [%s4]; BARRIER {expect} {load.replace("ROW", "8")} {wait(2048, 1, "V")}"""
     tensor = tensor_map(x, (32, 8))
-    run(body.replace("BARRIER", "bar.sync 0;"), block=64, smem=4096, m=tensor, known={"x": x})
-    fails(Hazard, body.replace("BARRIER", ""), "which warp 1 reads at", block=64, smem=4096, m=tensor, known={"x": x})
+    known = {"block": 64, "smem": 4096, "m": tensor, "known": {"x": x}}
+    run(body.replace("BARRIER", "fence.proxy.async; bar.sync 0;"), **known)
+    fails(Hazard, body.replace("BARRIER", "fence.proxy.async;"), "which warp 1 reads at", **known)
+    fails(Hazard, body.replace("BARRIER", "bar.sync 0;"), "with no fence.proxy.async between", **known)
 
 
 # -- clusters ----------------------------------------------------------------------------------------------------------
@@ -377,7 +394,7 @@ def test_a_multicast_load_waits_for_the_peer_as_well():
     body = f"""{init(512)} fence.mbarrier_init.release.cluster; mov.u32 %r1, %cluster_ctarank; mov.b16 %h1, 3;
     setp.eq.and.u32 %p4, %r1, 0, %p3; {MEET} {copy} {wait(512)} ld.shared.b32 %r3, [%s4]; BETWEEN
     {copy} {wait(512, 1, "V")} ld.shared.b32 %r3, [%s4]; st.global.b32 [%y_g], %r3; {MEET}"""
-    of_a_pair(body.replace("BETWEEN", MEET), x=x, y=y)
+    of_a_pair(body.replace("BETWEEN", f"fence.proxy.async; {MEET}"), x=x, y=y)
     assert (y.reshape(2, 32) == x[:32]).all()
     with pytest.raises(Hazard, match=r"overwrites shared offset 0x0 of CTA \(1, 0, 0\), which"):
         of_a_pair(body.replace("BETWEEN", ""), x=x, y=y)

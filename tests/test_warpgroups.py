@@ -148,7 +148,7 @@ def test_the_widest_tile_that_the_registers_hold(fields, held):
             "a group of 5 query heads does not fold into 64 or 128",
         ),
         (DoesNotFit, {"pack_heads": True, "q_heads_per_kv": 3, "tile_m": 192}, "3 query heads does not fold into 192"),
-        (DoesNotFit, {"pack_heads": True, "q_heads_per_kv": 128, "tile_m": 64}, "does not fold into 64 rows of a tile"),
+        (DoesNotFit, {"pack_heads": True, "q_heads_per_kv": 96, "tile_m": 64}, "does not fold into 64 rows of a tile"),
         (DoesNotFit, {"head_dim": 256, "tile_m": 192}, "tile_m = 192: does not fit; the closest is 3 consumer"),
         (
             DoesNotFit,
@@ -181,17 +181,20 @@ def test_a_remedy_is_one():
     [
         *((group, 64, True) for group in (1, 2, 4, 8, 16, 32, 64)),
         *((3, rows, False) for rows in (64, 128, 192)),  # 192 = 64 x 3, but no consumer's 64 rows are whole tokens
-        *((128, rows, rows == 128) for rows in (64, 128, 192)),
+        *((128, rows, rows != 192) for rows in (64, 128, 192)),  # 64: half of a token's heads
         (192, 192, True),
+        (192, 64, True),
         (192, 128, False),
+        (256, 128, True),
         (96, 192, False),
     ],
 )
-def test_whole_tokens_fill_a_tile_and_each_consumer_has_a_box(group, rows, fits):
+def test_whole_tokens_or_a_part_of_one_fill_a_tile_and_each_consumer_has_a_box(group, rows, fits):
     assert can_pack(group, rows, SM90A) == fits
     if group > 1 and fits:
         chosen = plan(head_dim=64, q_heads_per_kv=group, tile_m=rows)
-        assert chosen.packed and chosen.tokens == rows // group
+        assert chosen.packed and chosen.tokens == max(1, rows // group)
+        assert chosen.heads_per_tile * chosen.tiles_a_group == group
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

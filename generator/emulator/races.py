@@ -146,7 +146,7 @@ class Races(Order):
         low, high = _span(chunks)
         base = clocks.base[warps, ctas].reshape(-1, *(1,) * (1 if isinstance(chunks, slice) else chunks.ndim))
         for epochs, read, byte in shared.chunk_marks(_picker(targets, chunks), low, high, True):
-            bad = clocks.behind(epochs, base)
+            bad = clocks.behind(epochs, base, by_proxy=True)
             if atomic:
                 bad &= epochs & STRONG == 0
             if bad.any():
@@ -163,7 +163,7 @@ class Races(Order):
         place = self._place(target, cta, int(chunk) * 16 + byte)
         here = self.machine.at(instr, warp, cta)
         known = epoch < self.clocks.warps[warp, cta, 0, epoch & COMPONENT]
-        self._raise(here, warp, write, place, epoch, read, cta, known and not write, what)
+        self._raise(here, warp, write, place, epoch, read, cta, known, what)
 
     # -- tensor memory -------------------------------------------------------------------------------------------------
     def tmem_load(self, ws, instr, cells: tuple, chosen=None) -> None:
