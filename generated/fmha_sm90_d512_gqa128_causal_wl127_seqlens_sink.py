@@ -7,18 +7,18 @@
 #   buffer    offset  bytes  stages  holds
 #   barriers       0    288       1  mbarriers
 #   rows        1024    512       2  factors of 64 rows
-#   sK          2048  81920      10  64 x 64 a stage
-#   sQ         83968  16384       2  64 x 64 a stage, on the way to registers; the last 2 chunks stay
+#   sK          2048  65536       8  64 x 64 a stage
+#   sQ         67584  32768       4  64 x 64 a stage, on the way to registers; the last 2 chunks stay
 #   sV        100352  98304       3  32 x 512 a stage
 #   sP        198656  16384       2  64 x 64 a stage
 #   sO        215040  16384       2  64 x 64 an output warpgroup, in 4 steps
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       2         1  TMA: a chunk of Q has landed
-#   q_empty      16       2         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       32      10         1  TMA: a chunk of K has landed
-#   k_empty     112      10         4  score warps, one lane each: it has been read
+#   q_full        0       4         1  TMA: a chunk of Q has landed
+#   q_empty      32       4         4  score warps, one lane each: it is in registers, or the last QK has read it
+#   k_full       64       8         1  TMA: a chunk of K has landed
+#   k_empty     128       8         4  score warps, one lane each: it has been read
 #   v_full      192       3         1  TMA: a slice of V has landed
 #   v_empty     216       3         8  output warps, one lane each: PV has read it
 #   p_full      240       2         4  score warps, one lane each: P and the factors of O are written
@@ -64,8 +64,8 @@ GROUP_THREADS = 128
 K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 8
 Q_CHUNKS = 6  # of them, in registers; the others of Q stay in shared memory
-Q_STAGES = 2
-K_STAGES = 10
+Q_STAGES = 4
+K_STAGES = 8
 V_KEYS = 32  # keys of V in a buffer
 V_SLICES = 2  # of a KV tile
 V_STAGES = 3
@@ -90,26 +90,26 @@ SMEM_BYTES = 231424
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 83968
+SQ_OFFSET = 67584
 SV_OFFSET = 100352
 SP_OFFSET = 198656
 SO_OFFSET = 215040
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-Q_EMPTY = 2
-K_FULL = 4
-K_EMPTY = 14
+Q_EMPTY = 4
+K_FULL = 8
+K_EMPTY = 16
 V_FULL = 24
 V_EMPTY = 27
 P_FULL = 30
 P_EMPTY = 32
 SCORED = 34
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 2, 1),
-    (Q_EMPTY, 2, 4),
-    (K_FULL, 10, 1),
-    (K_EMPTY, 10, 4),
+    (Q_FULL, 4, 1),
+    (Q_EMPTY, 4, 4),
+    (K_FULL, 8, 1),
+    (K_EMPTY, 8, 4),
     (V_FULL, 3, 1),
     (V_EMPTY, 3, 8),
     (P_FULL, 2, 4),

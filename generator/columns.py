@@ -43,6 +43,7 @@ PRODUCER_REGISTERS = 24
 PART, PART_MAX = 128, 192  # columns of O: of the first of two wgmma where one would write more than PART_MAX
 TILE_NS = (128, 96, 64)
 CLUSTERS = (1, 2)
+Q_AHEAD = 2  # chunks of the next query tile's Q: with 0, 2 and 4 a window of 128 took 1346, 1030 and 1160 us on an H200
 K_TILES_AHEAD = 1.5  # of K in its ring at most; what is left goes to V
 
 
@@ -164,8 +165,13 @@ def chunks_apart(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
 
 
 def q_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
-    """Buffers through which Q's chunks come: all that stay, and two so that one is loaded while another is read."""
-    return max(2, chunks_apart(spec, arch, tiling))
+    """Buffers through which Q's chunks come: all that stay, and two so that one is loaded while another is read. Where a
+    query tile has few KV tiles the way to the next one's Q would show: Q_AHEAD of its chunks wait for their turn.
+    """
+    apart = chunks_apart(spec, arch, tiling)
+    if spec.window_left is not None or spec.split_kv:
+        return min(k_chunks(spec), apart + Q_AHEAD)
+    return max(2, apart)
 
 
 def _roles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple[Role, ...]:
