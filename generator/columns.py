@@ -165,8 +165,8 @@ def chunks_apart(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
 
 
 def q_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
-    """Buffers through which Q's chunks come: all that stay, and two so that one is loaded while another is read. Where a
-    query tile has few KV tiles the way to the next one's Q would show: Q_AHEAD of its chunks wait for their turn.
+    """Buffers through which Q's chunks come: all that stay, and two so that one is loaded while another is read. Where
+    a query tile has few KV tiles the way to the next one's Q would show: Q_AHEAD of its chunks wait for their turn.
     """
     apart = chunks_apart(spec, arch, tiling)
     if spec.window_left is not None or spec.split_kv:

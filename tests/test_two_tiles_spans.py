@@ -72,18 +72,21 @@ def test_what_is_loaded_of_the_second_source(limits, length, tile_n):
 
 
 SHAPE = (3, 2, 2, 390, 270, 200)  # two query tiles, then two with the second one past the end or not full
-COUNTED = [
+SWEPT_COUNTS = [
     {},
     {"causal": True},
     {"seqlens": True},
-    {"causal": True, "window_left": 20, "seqlens": True},
     {"window_left": 0, "window_right": 0},
     {"window_left": 150},
+    {"kv_sources": 2, "causal": True, "limit2": True},
+    {"kv_sources": 2, "seqlens": True, "kv_shared": True, "q_heads_per_kv": 3},
+]
+COUNTED = [
+    {"causal": True, "window_left": 20, "seqlens": True},
     {"window_left": 1 << 30, "window_right": 1 << 30},
     {"kv_shared": True, "causal": True, "window_left": 70},
-    {"kv_sources": 2, "causal": True, "limit2": True},
     {"kv_sources": 2, "window_left": 9, "seqlens": True, "limit2": True, "q_heads_per_kv": 4},
-    {"kv_sources": 2, "seqlens": True, "kv_shared": True, "q_heads_per_kv": 3},
+    *(pytest.param(fields, marks=pytest.mark.sweep) for fields in SWEPT_COUNTS),
 ]
 
 
@@ -117,7 +120,7 @@ def test_kernels_execute_and_load_what_is_needed(fields):
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-SWEPT = [
+SWEPT_KERNELS = [
     {"head_dim": 32, "tile_n": 32, "window_left": 40, "kv_stage": 1, "lse": False},
     {"head_dim": 48, "head_dim_v": 16, "tile_n": 32, "kv_sources": 2, "kv_shared": True, "q_heads_per_kv": 3},
     {"head_dim": 16, "head_dim_v": 32, "tile_n": 64, "kv_sources": 2, "limit2": True, "output": "unnormalized"},
@@ -125,7 +128,7 @@ SWEPT = [
 VERIFIED = [
     FLAGSHIP,
     {"head_dim": 32, "tile_n": 16, "window_left": 0, "window_right": 0, "kv_shared": True, "q_heads_per_kv": 2},
-    *(pytest.param(fields, marks=pytest.mark.sweep) for fields in SWEPT),
+    *(pytest.param(fields, marks=pytest.mark.sweep) for fields in SWEPT_KERNELS),
 ]
 SHAPES = [(2, 1, 256, 256, 100), (1, 1, 300, 130, 229), (2, 1, 385, 300, 65), (1, 2, 129, 200, 1), (1, 1, 1, 1, 1)]
 
