@@ -22,13 +22,13 @@
 # Warps: 384 threads, 64512 of 64512 registers handed out
 #   role      first warp  warps  registers  why
 #   consumer           0      8        240  setmaxnreg: S 64, P 32, O 48, 28 else by estimate
-#   tma                8      1         24  setmaxnreg: coordinates, loop state
-#   idle               9      3         24  setmaxnreg counts whole warpgroups
+#   tma                8      2         24  setmaxnreg: coordinates, loop state; one loads Q, one K and V
+#   idle              10      2         24  setmaxnreg counts whole warpgroups
 """Attention forward on sm_90a: 2 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
 
-A CTA works on one query tile after another: 64 query tokens of a KV head's 2 query heads. A warp brings Q,
-and K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns S
-of the one into P, in registers, while the tensor core still multiplies for the other.
+A CTA works on one query tile after another: 64 query tokens of a KV head's 2 query heads. A warp brings Q, and
+another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
+S of the one into P, in registers, while the tensor core still multiplies for the other.
 Consumers take turns at issuing, so that one's softmax runs while another's MMAs do.
 
 Grid: as many CTAs as run at once, at most one a query tile.
@@ -83,6 +83,15 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
 # Named barriers, one a warpgroup from here on.
 TURN_BARRIER = 1
 OWN_BARRIER = 3
+
+# The kernel that combines partial results.
+COMBINE_WARPS = 8
+COMBINE_THREADS = 256
+COMBINE_BYTES = 3072  # of shared memory: a row of O a warp, float32
+SPLITS_MAX = 128
+LANE_COLUMNS = 4  # of O that a lane reads at once
+LANE_STEPS = 1  # of a warp along a row of O
+AHEAD = 4  # parts of which a warp has rows on their way
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -270,21 +279,28 @@ def source_views(source, k_smem, kv_head, batch):
 
 
 @cute.jit
-def load_warp(tma_q, mq, q_smem, source, source2, k_smem, bars, call):
-    """The producer: Q of every consumer, then the K tiles, which are V's too."""
+def load_q(tma_q, mq, q_smem, bars, call):
+    """A producer: of every query tile the rows of each consumer, once it is done with those before."""
+    for turn in cutlass.range(turns(call), unroll=1):
+        (q_tile, head, batch), _ = work(turn, call)
+        gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, HEAD_DIM), (None, 0))
+        q_stages, q_tiles = tma_views(tma_q, q_smem, gq)
+        for i in cutlass.range_constexpr(CONSUMERS):
+            cute.arch.mbarrier_wait(bars + Q_EMPTY + i, (turn & 1) ^ 1)  # passes at once in the first turn
+            expect(bars + Q_FULL + i, Q_BYTES)
+            cute.copy(tma_q, q_tiles[None, q_tile * CONSUMERS + i], q_stages[None, i], tma_bar_ptr=bars + Q_FULL + i)
+
+
+@cute.jit
+def load_kv(source, source2, k_smem, bars, call):
+    """Another producer, whose tiles run ahead of Q into the next query tile's: the K tiles, which are V's too."""
     k_place = Int32(0), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         spans = spans_of(q_tile, lengths)
         kv_head = head
-        gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, HEAD_DIM), (None, 0))
-        q_stages, q_tiles = tma_views(tma_q, q_smem, gq)
         k = (source_views(source, k_smem, kv_head, batch), source_views(source2, k_smem, kv_head, batch))
         kv_tiles = spans[0][0] + spans[1][0]
-        for i in cutlass.range_constexpr(CONSUMERS):
-            cute.arch.mbarrier_wait(bars + Q_EMPTY + i, (turn & 1) ^ 1)  # passes at once in the first turn
-            expect(bars + Q_FULL + i, Q_BYTES)
-            cute.copy(tma_q, q_tiles[None, q_tile * CONSUMERS + i], q_stages[None, i], tma_bar_ptr=bars + Q_FULL + i)
         for j in cutlass.range(kv_tiles, unroll=1):
             k_place = load_k(k, bars, k_place, j, spans)
 
@@ -660,19 +676,12 @@ def fmha_sm90_d160_v96_fp16_gqa2_causal_wl163_wr5_seqlens_sink_kv2_kvshared_unno
     if warp_idx >= LOAD_WARP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         if warp_idx == LOAD_WARP:
-            load_warp(tma_q, mq, q_smem, (tma_k, mk), (tma_k2, mk2), k_smem, bars, call)
+            load_q(tma_q, mq, q_smem, bars, call)
+        if warp_idx == LOAD_WARP + 1:
+            load_kv((tma_k, mk), (tma_k2, mk2), k_smem, bars, call)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         consume((q_smem, k_smem, v_smem), mo, (lse, m_out), bars, scale, call)
-
-
-COMBINE_WARPS = 8
-COMBINE_THREADS = 256
-COMBINE_BYTES = 3072  # of shared memory: a row of O a warp, float32
-SPLITS_MAX = 128
-LANE_COLUMNS = 4  # of O that a lane reads at once
-LANE_STEPS = 1  # of a warp along a row of O
-AHEAD = 4  # parts of which a warp has rows on their way
 
 
 @cute.jit
@@ -684,8 +693,19 @@ def over_warp(x, combine: cutlass.Constexpr):
 
 
 @cute.kernel
-def combine_parts(o_parts: cute.Tensor, lse_parts: cute.Tensor, m_parts: cute.Tensor, sink: cute.Tensor, o: cute.Tensor, lse: cute.Tensor, m_out: cute.Tensor, splits: Int32, row_warps: Int32):
-    """Rows of the output from their parts: LSE = log sum exp(LSE_i) + exp(sink), O = sum O_i exp(m_i - m), m = max m_i.
+def combine_parts(
+    o_parts: cute.Tensor,
+    lse_parts: cute.Tensor,
+    m_parts: cute.Tensor,
+    sink: cute.Tensor,
+    o: cute.Tensor,
+    lse: cute.Tensor,
+    m_out: cute.Tensor,
+    splits: Int32,
+    row_warps: Int32,
+):
+    """Rows of the output from their parts: LSE = log sum exp(LSE_i) + exp(sink).
+    m = max m_i and O = sum O_i exp(m_i - m).
 
     row_warps warps share a row: each adds up every row_warps-th part of it.
     """
@@ -820,7 +840,7 @@ def launch(
     scale (positive) multiplies Q K^T. A row that sees no key gives O = 0 and LSE = -inf.
     ctas: how many CTAs to launch at most, as many as run at once; each works on one query tile after another.
     splits: to how many CTAs the keys of a query tile are shared out. Their results, un-normalized, go to o_parts
-    [B x splits, Sq, Hq, HEAD_DIM_V] with lse_parts and m_parts [B x splits, Hq, Sq], float32, and are combined from there.
+    [B x splits, Sq, Hq, HEAD_DIM_V] with lse_parts and m_parts [B x splits, Hq, Sq], float32, and are combined.
     """
     # TMA tensors put the tile's modes first: (S, D, H, B).
     mq, mo = packed(q), o_parts

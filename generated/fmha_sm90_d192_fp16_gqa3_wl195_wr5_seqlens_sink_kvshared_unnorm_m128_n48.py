@@ -21,13 +21,13 @@
 # Warps: 384 threads, 64512 of 64512 registers handed out
 #   role      first warp  warps  registers  why
 #   consumer           0      8        240  setmaxnreg: S 24, P 12, O 96, 28 else by estimate
-#   tma                8      1         24  setmaxnreg: coordinates, loop state
-#   idle               9      3         24  setmaxnreg counts whole warpgroups
+#   tma                8      2         24  setmaxnreg: coordinates, loop state; one loads Q, one K and V
+#   idle              10      2         24  setmaxnreg counts whole warpgroups
 """Attention forward on sm_90a: 2 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
 
-A CTA works on one query tile after another: 128 query rows of a query head. A warp brings Q,
-and K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns S
-of the one into P, in registers, while the tensor core still multiplies for the other.
+A CTA works on one query tile after another: 128 query rows of a query head. A warp brings Q, and
+another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
+S of the one into P, in registers, while the tensor core still multiplies for the other.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -220,21 +220,28 @@ def source_views(source, k_smem, kv_head, batch):
 
 
 @cute.jit
-def load_warp(tma_q, mq, q_smem, source, k_smem, bars, call):
-    """The producer: Q of every consumer, then the K tiles, which are V's too."""
+def load_q(tma_q, mq, q_smem, bars, call):
+    """A producer: of every query tile the rows of each consumer, once it is done with those before."""
+    for turn in cutlass.range(turns(call), unroll=1):
+        (q_tile, head, batch), _ = work(turn, call)
+        gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, HEAD_DIM), (None, 0))
+        q_stages, q_tiles = tma_views(tma_q, q_smem, gq)
+        for i in cutlass.range_constexpr(CONSUMERS):
+            cute.arch.mbarrier_wait(bars + Q_EMPTY + i, (turn & 1) ^ 1)  # passes at once in the first turn
+            expect(bars + Q_FULL + i, Q_BYTES)
+            cute.copy(tma_q, q_tiles[None, q_tile * CONSUMERS + i], q_stages[None, i], tma_bar_ptr=bars + Q_FULL + i)
+
+
+@cute.jit
+def load_kv(source, k_smem, bars, call):
+    """Another producer, whose tiles run ahead of Q into the next query tile's: the K tiles, which are V's too."""
     k_place = Int32(0), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         span = spans_of(q_tile, lengths)
         kv_head = head // Q_HEADS_PER_KV
-        gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, HEAD_DIM), (None, 0))
-        q_stages, q_tiles = tma_views(tma_q, q_smem, gq)
         k = source_views(source, k_smem, kv_head, batch)
         kv_tiles = span[0]
-        for i in cutlass.range_constexpr(CONSUMERS):
-            cute.arch.mbarrier_wait(bars + Q_EMPTY + i, (turn & 1) ^ 1)  # passes at once in the first turn
-            expect(bars + Q_FULL + i, Q_BYTES)
-            cute.copy(tma_q, q_tiles[None, q_tile * CONSUMERS + i], q_stages[None, i], tma_bar_ptr=bars + Q_FULL + i)
         for j in cutlass.range(kv_tiles, unroll=1):
             k_place = load_k(k, bars, k_place, j, span)
 
@@ -603,7 +610,9 @@ def fmha_sm90_d192_fp16_gqa3_wl195_wr5_seqlens_sink_kvshared_unnorm_m128_n48(
     if warp_idx >= LOAD_WARP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         if warp_idx == LOAD_WARP:
-            load_warp(tma_q, mq, q_smem, (tma_k, mk), k_smem, bars, call)
+            load_q(tma_q, mq, q_smem, bars, call)
+        if warp_idx == LOAD_WARP + 1:
+            load_kv((tma_k, mk), k_smem, bars, call)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         consume((q_smem, k_smem, v_smem), mo, (sink, lse, m_out), bars, scale, call)

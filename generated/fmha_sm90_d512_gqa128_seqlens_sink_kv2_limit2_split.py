@@ -118,6 +118,15 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
 # Named barriers, one a warpgroup from here on.
 OWN_BARRIER = 1
 
+# The kernel that combines partial results.
+COMBINE_WARPS = 8
+COMBINE_THREADS = 256
+COMBINE_BYTES = 16384  # of shared memory: a row of O a warp, float32
+SPLITS_MAX = 128
+LANE_COLUMNS = 4  # of O that a lane reads at once
+LANE_STEPS = 4  # of a warp along a row of O
+AHEAD = 4  # parts of which a warp has rows on their way
+
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
@@ -874,15 +883,6 @@ def fmha_sm90_d512_gqa128_seqlens_sink_kv2_limit2_split(
         score((q_smem, k_smem, p_smem), factors, (limit2, lse, m_out), bars, scale, call)
 
 
-COMBINE_WARPS = 8
-COMBINE_THREADS = 256
-COMBINE_BYTES = 16384  # of shared memory: a row of O a warp, float32
-SPLITS_MAX = 128
-LANE_COLUMNS = 4  # of O that a lane reads at once
-LANE_STEPS = 4  # of a warp along a row of O
-AHEAD = 4  # parts of which a warp has rows on their way
-
-
 @cute.jit
 def over_warp(x, combine: cutlass.Constexpr):
     """combine(x, ...) of all lanes, in each of them."""
@@ -892,8 +892,18 @@ def over_warp(x, combine: cutlass.Constexpr):
 
 
 @cute.kernel
-def combine_parts(o_parts: cute.Tensor, lse_parts: cute.Tensor, m_parts: cute.Tensor, sink: cute.Tensor, o: cute.Tensor, lse: cute.Tensor, splits: Int32, row_warps: Int32):
-    """Rows of the output from their parts: LSE = log sum exp(LSE_i) + exp(sink), O = sum O_i exp(m_i - LSE).
+def combine_parts(
+    o_parts: cute.Tensor,
+    lse_parts: cute.Tensor,
+    m_parts: cute.Tensor,
+    sink: cute.Tensor,
+    o: cute.Tensor,
+    lse: cute.Tensor,
+    splits: Int32,
+    row_warps: Int32,
+):
+    """Rows of the output from their parts: LSE = log sum exp(LSE_i) + exp(sink).
+    O = sum O_i exp(m_i - LSE).
 
     row_warps warps share a row: each adds up every row_warps-th part of it.
     """
@@ -1022,7 +1032,7 @@ def launch(
     scale (positive) multiplies Q K^T. A row that sees no key gives O = 0 and LSE = -inf.
     ctas: how many CTAs to launch at most, as many as run at once; each works on one query tile after another.
     splits: to how many CTAs the keys of a query tile are shared out. Their results, un-normalized, go to o_parts
-    [B x splits, Sq, Hq, HEAD_DIM_V] with lse_parts and m_parts [B x splits, Hq, Sq], float32, and are combined from there.
+    [B x splits, Sq, Hq, HEAD_DIM_V] with lse_parts and m_parts [B x splits, Hq, Sq], float32, and are combined.
     """
     # TMA tensors put the tile's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
     mq, mo = packed(q), o_parts

@@ -23,13 +23,13 @@
 # Warps: 256 threads, 33792 of 65536 registers handed out
 #   role      first warp  warps  registers  why
 #   consumer           0      4        240  setmaxnreg: S 96, P 48, O 64, 28 else by estimate
-#   tma                4      1         24  setmaxnreg: coordinates, loop state
-#   idle               5      3         24  setmaxnreg counts whole warpgroups
+#   tma                4      2         24  setmaxnreg: coordinates, loop state; one loads Q, one K and V
+#   idle               6      2         24  setmaxnreg counts whole warpgroups
 """Attention forward on sm_90a: 1 consumer warpgroup with 64 query rows, softmax between the two GEMMs.
 
-A CTA works on one query tile after another: 64 query rows of a query head. A warp brings Q,
-and K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns S
-of the one into P, in registers, while the tensor core still multiplies for the other.
+A CTA works on one query tile after another: 64 query rows of a query head. A warp brings Q, and
+another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
+S of the one into P, in registers, while the tensor core still multiplies for the other.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -227,23 +227,32 @@ def source_views(source, k_smem, v_smem, kv_head, batch):
 
 
 @cute.jit
-def load_warp(tma_q, mq, q_smem, source, source2, k_smem, v_smem, bars, call):
-    """The producer: Q of every consumer, then K and V in the order in which they are consumed, K a tile ahead."""
+def load_q(tma_q, mq, q_smem, bars, call):
+    """A producer: of every query tile the rows of each consumer, once it is done with those before."""
+    for turn in cutlass.range(turns(call), unroll=1):
+        (q_tile, head, batch), _ = work(turn, call)
+        gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, HEAD_DIM), (None, 0))
+        q_stages, q_tiles = tma_views(tma_q, q_smem, gq)
+        for i in cutlass.range_constexpr(CONSUMERS):
+            cute.arch.mbarrier_wait(bars + Q_EMPTY + i, (turn & 1) ^ 1)  # passes at once in the first turn
+            expect(bars + Q_FULL + i, Q_BYTES)
+            cute.copy(tma_q, q_tiles[None, q_tile * CONSUMERS + i], q_stages[None, i], tma_bar_ptr=bars + Q_FULL + i)
+
+
+@cute.jit
+def load_kv(source, source2, k_smem, v_smem, bars, call):
+    """Another producer, whose tiles run ahead of Q into the next query tile's: K and V in the order in which they are
+    consumed, K a tile ahead.
+    """
     k_place, v_place = (Int32(0), Int32(0)), (Int32(0), Int32(0))
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         spans = spans_of(q_tile, batch, lengths, call[-1])
         kv_head = head
-        gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, HEAD_DIM), (None, 0))
-        q_stages, q_tiles = tma_views(tma_q, q_smem, gq)
         k1, v1 = source_views(source, k_smem, v_smem, kv_head, batch)
         k2, v2 = source_views(source2, k_smem, v_smem, kv_head, batch)
         k, v = (k1, k2), (v1, v2)
         kv_tiles = spans[0][0] + spans[1][0]
-        for i in cutlass.range_constexpr(CONSUMERS):
-            cute.arch.mbarrier_wait(bars + Q_EMPTY + i, (turn & 1) ^ 1)  # passes at once in the first turn
-            expect(bars + Q_FULL + i, Q_BYTES)
-            cute.copy(tma_q, q_tiles[None, q_tile * CONSUMERS + i], q_stages[None, i], tma_bar_ptr=bars + Q_FULL + i)
         if kv_tiles > 0:
             k_place = load_k(k, bars, k_place, 0, spans)
         for j in cutlass.range(1, kv_tiles, unroll=1):
@@ -625,8 +634,9 @@ def fmha_sm90_d96_v128_sink_kv2_limit2_unnorm_stage1_m64(
     if warp_idx >= LOAD_WARP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         if warp_idx == LOAD_WARP:
-            source, source2 = (tma_k, mk, tma_v, mv), (tma_k2, mk2, tma_v2, mv2)
-            load_warp(tma_q, mq, q_smem, source, source2, k_smem, v_smem, bars, call)
+            load_q(tma_q, mq, q_smem, bars, call)
+        if warp_idx == LOAD_WARP + 1:
+            load_kv((tma_k, mk, tma_v, mv), (tma_k2, mk2, tma_v2, mv2), k_smem, v_smem, bars, call)
     else:
         cute.arch.setmaxregister_decrease(CONSUMER_REGISTERS)
         consume((q_smem, k_smem, v_smem), mo, (limit2, sink, lse, m_out), bars, scale, call)

@@ -88,10 +88,6 @@ class HopperPlan(Plan):
         return sorted(names, key=lambda name: not name.endswith("_parts"))
 
     @property
-    def combine_parameters(self) -> str:
-        return ", ".join(f"{name}: cute.Tensor" for name in self.combine_tensors)
-
-    @property
     def combine_arguments(self) -> str:
         return ", ".join(self.combine_tensors)
 

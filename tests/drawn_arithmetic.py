@@ -10,7 +10,7 @@ TILES, WIDE = ("tiles", "two_tiles", "two_ctas"), ("chunks", "passes", "pair")
 HOPPER = "warpgroups"  # the strategy of sm_90a; the others are sm_100a's
 STRATEGIES = (*TILES, *WIDE, "auto", HOPPER)
 GROUP_ROWS = 64  # of a consumer warpgroup
-THREAD_REGISTERS = {64: 240, 128: 240, 192: 160}  # of a consumer, by the rows of a CTA
+THREAD_REGISTERS = {64: 240, 128: 240, 192: 160, 256: 112}  # of a consumer, by the rows of a CTA
 SEARCHED = ("kv_stage", "tile_m", "strategy", "p_staging", "tile_n")  # fields that the planner may be left to choose
 
 

@@ -25,6 +25,7 @@ ALTERNATIVES = {
     "kv_shared": True,
     "output": "unnormalized",
     "lse": False,
+    "split_kv": True,
     "strategy": "pair",
     "p_staging": "smem",
     "kv_stage": 2,

@@ -105,15 +105,16 @@ def test_a_pair_that_sm_90a_leaves_out_is_refused_or_never_chosen(pair):
         "kv_shared": asked.get("shared", False),
         "output": asked.get("output", "normalized"),
         "lse": asked.get("lse", True),
+        "split_kv": asked.get("split", False),
         "kv_stage": 1 if asked.get("one kv stage") else "auto",
         "tile_m": 64 * asked["consumers"] if "consumers" in asked else "auto",
         "strategy": "warpgroups",
     }
-    if b not in ("schedule", "sO over sQ"):
+    if not {a, b} & {"schedule", "sO over sQ"}:
         with pytest.raises(SpecError):
             plan_kernel(load_spec(fields))
         return
-    rows = [fields["tile_m"]] if "consumers" in asked else (64, 128, 192)
+    rows = [fields["tile_m"]] if "consumers" in asked else (64, 128, 192, 256)
     planned = 0
     for head_dim, tile_m, tile_n, depth in product((16, 96, 192, 256), rows, range(16, 257, 48), range(1, 17)):
         v_dim = min(256, head_dim + 16) if asked.get("V") == "wider" else head_dim
