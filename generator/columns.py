@@ -48,8 +48,8 @@ K_TILES_AHEAD = 1.5  # of K in its ring at most; what is left goes to V
 
 
 def half_width(spec: KernelSpec) -> int:
-    """Columns of O that one output warpgroup holds."""
-    return spec.v_dim // OUTPUT_GROUPS
+    """Columns of O that one output warpgroup holds; of the second, up to 16 may lie beyond head_dim_v."""
+    return -(-spec.v_dim // (OUTPUT_GROUPS * HEAD_DIM_STEP)) * HEAD_DIM_STEP
 
 
 def o_parts(spec: KernelSpec) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     found = []
     for cluster in clusters:
         for tile_n in tile_ns:
-            most = int(K_TILES_AHEAD * k_chunks(spec))
+            most = max(2, int(K_TILES_AHEAD * k_chunks(spec)))
             depths = range(most, 1, -1) if spec.kv_stage == "auto" else (spec.kv_stage,)
             found += [
                 Tiling(
@@ -100,7 +100,7 @@ def v_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
 
 
 def _v_bytes(spec: KernelSpec) -> int:
-    return V_KEYS * spec.v_dim * ELEMENT_BYTES
+    return V_KEYS * OUTPUT_GROUPS * half_width(spec) * ELEMENT_BYTES
 
 
 def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[tuple[str, int, int, str | None, str]]:
@@ -114,7 +114,7 @@ def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[
             f"{keys} x {CHUNK} a stage",
         ),
         ("sQ", stages * rows * CHUNK * ELEMENT_BYTES, stages, None, why),
-        ("sV", v_count * _v_bytes(spec), v_count, None, f"{V_KEYS} x {spec.v_dim} a stage"),
+        ("sV", v_count * _v_bytes(spec), v_count, None, f"{V_KEYS} x {OUTPUT_GROUPS * half_width(spec)} a stage"),
         ("sP", P_STAGES * rows * keys * ELEMENT_BYTES, P_STAGES, None, f"{rows} x {keys} a stage"),
     ]
     if not spec.unnormalized:
@@ -238,11 +238,6 @@ def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
 
 def check_columns(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str, str]]:
     """(field, what is not implemented, remedy) of everything that the strategy lacks."""
-    step = 2 * HEAD_DIM_STEP
-    if spec.v_dim % step:
-        yield "head_dim_v", f"two warpgroups hold half of O each: a multiple of {step}", f"use a multiple of {step}"
-    if spec.kv_shared:
-        yield "kv_shared", "K streams in chunks of columns, V in slices of keys", "leave it out (default: false)"
     rows = [arch.mma_m * cluster for cluster in CLUSTERS]
     if spec.tile_m != "auto" and spec.tile_m not in rows:
         limit = f"a CTA has {arch.mma_m} query rows, a cluster at most two CTAs"

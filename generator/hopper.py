@@ -188,7 +188,7 @@ class HopperPlan(Plan):
         """What TMA loads and stores."""
         stored = self.part.unnormalized  # by threads
         tensors = [item for item in signature(self.part) if item.matrix and not item.scratch]
-        return [item.name for item in tensors if not (stored and item.output)]
+        return self.with_v([item.name for item in tensors if not (stored and item.output)])
 
     @property
     def tma_operands(self) -> str:
@@ -221,6 +221,11 @@ class ColumnsPlan(HopperPlan):
     @property
     def splits_columns(self) -> bool:
         """O's columns lie in two warpgroups."""
+        return True
+
+    @property
+    def separate_v(self) -> bool:
+        """V is loaded into buffers of its own, also where its columns are K's: K comes in columns, V in keys."""
         return True
 
     @property
@@ -298,6 +303,11 @@ class ColumnsPlan(HopperPlan):
     @property
     def o_width(self) -> int:
         return half_width(self.part)
+
+    @property
+    def pads_v(self) -> bool:
+        """The second output warpgroup holds columns beyond head_dim_v."""
+        return OUTPUT_GROUPS * self.o_width > self.part.v_dim
 
     @property
     def o_parts(self) -> tuple[int, ...]:

@@ -317,10 +317,13 @@ class Plan(Spelling):
     @property
     def _matrices(self) -> list[str]:
         """What TMA loads and stores: a pair loads V's columns of a shared K as if they were a tensor of their own."""
-        names = [parameter.name for parameter in signature(self.part) if parameter.matrix]
-        if self.part.kv_shared and self.pair:
-            names = [name for own in names for name in ([own, own.replace("k", "v")] if own[0] == "k" else [own])]
-        return names
+        return self.with_v([parameter.name for parameter in signature(self.part) if parameter.matrix])
+
+    def with_v(self, names: list[str]) -> list[str]:
+        """Names of tensors, with V's after K's where V lies within K and is loaded apart all the same."""
+        if not self.part.kv_shared or not self.separate_v:
+            return names
+        return [name for own in names for name in ([own, own.replace("k", "v")] if own[0] == "k" else [own])]
 
     @property
     def rotated(self) -> bool:

@@ -31,7 +31,7 @@ from .columns import check_columns, column_preference, column_tilings
 from .cost import cost_of
 from .hopper import ColumnsPlan, HopperPlan
 from .layout import WHOLE_TILES, Plan, Rejected
-from .spec import HEAD_DIM_MAX, HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
+from .spec import HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
 from .warpgroups import CONSUMERS_MAX, can_pack, split_preference, warpgroup_preference, warpgroup_tilings
 
 __all__ = [
@@ -109,7 +109,7 @@ def strategies(spec: KernelSpec) -> tuple[str, ...]:
     if spec.strategy != "auto":
         return (spec.strategy,)
     if spec.arch == "sm_90a":
-        return ("warpgroups",) if fits_tiles(spec) else ("columns",)
+        return ("columns",) if spec.p_staging == "smem" or not fits_tiles(spec) else ("warpgroups",)
     if fits_tiles(spec):
         return ("tiles",)
     rows = ARCHS[spec.arch].mma_m  # of one CTA: all of them ask for one CTA with whole rows of O in it, half for a pair
@@ -339,12 +339,13 @@ def _check_hopper(spec: KernelSpec, arch: Arch) -> None:
     if spec.strategy not in ("auto", "warpgroups", "columns"):
         limit = "is for Blackwell (sm_100a) only"
         raise NotImplementedYet("strategy", spec.strategy, limit, 'use "auto", "warpgroups" or "columns"')
-    if spec.p_staging == "smem":
-        limit = "not implemented for sm_90a: P goes from the registers of S to PV"
-        raise NotImplementedYet("p_staging", "smem", limit, 'use "auto" or "register"')
-    if spec.head_dim > HEAD_DIM_MAX:
-        limit = f"not implemented for sm_90a yet beyond {HEAD_DIM_MAX}"
-        raise NotImplementedYet("head_dim", spec.head_dim, limit, 'use arch = "sm_100a"')
+    if spec.p_staging == "smem" and spec.strategy == "warpgroups":
+        limit = "with strategy = warpgroups P goes from the registers of S to PV"
+        raise NotImplementedYet("p_staging", "smem", limit, 'use "auto" or "register", or strategy = columns')
+    if spec.p_staging == "register" and strategies(spec) == ("columns",):
+        limit = "with strategy = columns one warpgroup makes P and two others multiply it, through shared memory"
+        remedy = f'use "auto" or "smem", or strategy = warpgroups (head_dim of at most {arch.mma_n_max})'
+        raise NotImplementedYet("p_staging", "register", limit, remedy)
     if strategies(spec) == ("columns",):
         for field, limit, remedy in check_columns(spec, arch):
             raise NotImplementedYet(field, getattr(spec, field), f"not implemented for sm_90a yet: {limit}", remedy)

@@ -97,7 +97,7 @@ def _folds(group, rows, hopper):
 
 
 def _hopper_rows(fields):
-    """Rows of a CTA that the fields leave open: one to three consumers."""
+    """Rows of a CTA that the fields leave open: one to four consumers."""
     return [fields["tile_m"]] if "tile_m" in fields else list(THREAD_REGISTERS)
 
 
@@ -108,8 +108,6 @@ def _not_on_hopper(fields):
         yield "strategy"
     if fields.get("p_staging", "register") not in ("register", "auto"):
         yield "p_staging"
-    if d > 512:
-        yield "head_dim"
     if max(d, dv) > MMA_COLUMNS:
         yield "strategy"
     if fields.get("tile_m", GROUP_ROWS) not in THREAD_REGISTERS:
@@ -131,7 +129,8 @@ def _fits_hopper(fields):
         for n in [fields["tile_n"]] if "tile_n" in fields else range(16, 257, 16):
             registers = n / 2 + n / 4 + dv / 2 + 28
             q, k, v = rows * d * 2, stages * n * d * 2, 0 if shared else stages * n * dv * 2
-            over_q = dv <= d or fields.get("output") == "unnormalized"  # float32 O is not staged
+            staged = fields.get("output") != "unnormalized" and not fields.get("split_kv")  # float32 O is not
+            over_q = dv <= d or not staged
             out = 0 if over_q else rows * dv * 2
             if registers <= THREAD_REGISTERS[rows] and 1024 + sum(map(_kib, (q, k, v, out))) <= SMEM:
                 return True

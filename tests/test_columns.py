@@ -4,8 +4,10 @@ import pytest
 
 from generator import columns
 from generator.arch import SM90A
+from generator.compile import compile_kernel
 from generator.plan import NotImplementedYet, plan_kernel
 from generator.spec import load_spec
+from generator.verify import verify_kernel
 
 
 def plan_of(head_dim, **fields):
@@ -66,17 +68,49 @@ def test_a_cluster_must_be_asked_for():
 
 @pytest.mark.parametrize("head_dim", range(272, 513, 16))
 def test_every_wide_head_dim_has_a_plan(head_dim):
-    plan = plan_of(head_dim, head_dim_v=head_dim // 32 * 32)
+    plan = plan_of(head_dim)
+    assert 0 <= 2 * plan.o_width - head_dim < 32 and plan.pads_v == (2 * plan.o_width > head_dim)
     assert plan.tiling.strategy == "columns" and plan.budget.fits and plan.v_stages >= 3
     assert plan.budget.registers_total <= SM90A.registers_per_sm
+
+
+VERIFIED = {  # fields, shape: what the specifications in specs/ do not have
+    "O of an odd number of 16 columns": ({"head_dim": 272, "causal": True}, (1, 2, 2, 100, 200)),
+    "the same in float32": ({"head_dim": 496, "head_dim_v": 240, "output": "unnormalized"}, (1, 1, 1, 70, 130)),
+    "V within K": ({"head_dim": 320, "head_dim_v": 304, "kv_shared": True, "kv_sources": 2}, (2, 1, 1, 70, 200, 90)),
+    "a cluster, V within K": (
+        {"head_dim": 400, "head_dim_v": 48, "kv_shared": True, "tile_m": 128},
+        (1, 1, 1, 130, 200),
+    ),
+    "576": ({"head_dim": 576, "head_dim_v": 512}, (1, 1, 1, 65, 130)),
+    "one chunk of K": ({"head_dim": 48, "p_staging": "smem"}, (1, 2, 2, 100, 200)),
+}
+
+
+@pytest.mark.parametrize("case", VERIFIED)
+def test_what_it_computes(case):
+    fields, shape = VERIFIED[case]
+    report = verify_kernel(compile_kernel(plan_of(**fields)), shape)
+    assert report.passed, str(report)
+
+
+def test_p_in_shared_memory_is_this_strategy():
+    plan = plan_of(128, p_staging="smem")
+    assert plan.tiling.strategy == "columns" and plan.budget.buffer("sP").bytes == 2 * 64 * plan.tile_n * 2
+    assert plan_of(128).tiling.strategy == plan_of(128, p_staging="register").tiling.strategy == "warpgroups"
+
+
+def test_v_within_k_is_loaded_apart():
+    """K comes in columns and V in keys: no buffer could be both."""
+    plan = plan_of(512, kv_shared=True)
+    assert plan.separate_v and "tma_v, mv" in plan.tma_operands
+    assert [p.name for p in plan.parameters if p.matrix] == ["q", "k", "o"]
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"head_dim": 304}, "head_dim_v = 304: not implemented for sm_90a yet: two warpgroups hold half of O each"),
-        ({"head_dim": 576, "head_dim_v": 512}, "head_dim = 576: not implemented for sm_90a yet beyond 512"),
-        ({"head_dim": 512, "kv_shared": True}, "kv_shared = True: not implemented for sm_90a yet: K streams in chunks"),
+        ({"head_dim": 512, "p_staging": "register"}, "one warpgroup makes P and two others multiply it"),
         ({"head_dim": 512, "tile_m": 192}, "tile_m = 192: not implemented for sm_90a yet: a CTA has 64 query rows"),
         ({"head_dim": 512, "kv_stage": 1}, "kv_stage = 1: not implemented for sm_90a yet: QK of the next chunk"),
         ({"head_dim": 512, "tile_n": 48}, "tile_n = 48: not implemented for sm_90a yet: PV takes slices of 32 keys"),

@@ -68,14 +68,16 @@ def specifications(draw, strategy=None):
         optional |= {
             "q_heads_per_kv": st.sampled_from([2, 3, 4, 5, 6, 8, 16, 128, 192]),
             "p_staging": st.sampled_from(["register", "register", "tmem", "smem"]),
-            "tile_m": st.sampled_from([64, 64, 128, 128, 192, 192, 96]),
+            "tile_m": st.sampled_from([64, 64, 128, 128, 192, 192, 256, 96]),
             "tile_n": st.sampled_from(range(16, 257, 16)),
+            "split_kv": st.just(True),
         }
     for name, values in optional.items():
         rare = RARE | RARE_IN.get(HOPPER if hopper else strategy, {})
         if name not in fields and draw(st.integers(0, 9)) < rare.get(name, 3):
             fields[name] = draw(values)
-    if hopper and max(fields["head_dim"], fields.get("head_dim_v", 0)) > NARROW[-1]:
+    wide = max(fields["head_dim"], fields.get("head_dim_v", 0)) > NARROW[-1]
+    if hopper and (wide or fields.get("p_staging") == "smem"):
         fields.setdefault("strategy", HOPPER)  # left out, another one is taken there
     if "limit2" in fields and draw(st.booleans()):
         fields["kv_sources"] = 2

@@ -159,9 +159,6 @@ def test_p_staging_that_does_not_fit():
 @pytest.mark.parametrize(
     "fields, field",
     [
-        ({"arch": "sm_90a", "head_dim": 272}, "head_dim_v"),
-        ({"arch": "sm_90a", "head_dim": 576, "head_dim_v": 512}, "head_dim"),
-        ({"arch": "sm_90a", "head_dim": 320, "kv_shared": True}, "kv_shared"),
         ({"arch": "sm_90a", "head_dim": 272, "strategy": "warpgroups"}, "strategy"),
         ({"head_dim": 272, "strategy": "tiles"}, "strategy"),
         ({"head_dim": 64, "head_dim_v": 272, "strategy": "tiles"}, "strategy"),
@@ -186,10 +183,7 @@ def test_later_work_is_refused_by_field(fields, field):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (
-            {"arch": "sm_90a", "p_staging": "smem"},
-            "p_staging = 'smem': not implemented for sm_90a: P goes from the reg",
-        ),
+        ({"arch": "sm_90a", "p_staging": "tmem"}, "p_staging = 'tmem': is for Blackwell (sm_100a) only"),
         (
             {"arch": "sm_90a", "strategy": "tiles"},
             'strategy = \'tiles\': is for Blackwell (sm_100a) only; use "auto", "warp',

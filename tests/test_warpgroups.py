@@ -156,7 +156,7 @@ def test_the_widest_tile_that_the_registers_hold(fields, held):
             "kv_stage = 16: does not fit; the closest is 1 con",
         ),
         (DoesNotFit, {"kv_shared": True, "kv_stage": 1}, "QK of the next tile is issued before PV of this one"),
-        (NotImplementedYet, {"p_staging": "smem"}, "P goes from the registers of S to PV"),
+        (NotImplementedYet, {"p_staging": "smem", "strategy": "warpgroups"}, "P goes from the registers of S to PV"),
         (NotImplementedYet, {"strategy": "tiles"}, "is for Blackwell (sm_100a) only"),
         (NotImplementedYet, {"head_dim": 272, "strategy": "warpgroups"}, "not implemented for sm_90a yet"),
     ],
