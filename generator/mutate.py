@@ -32,6 +32,7 @@ from .verify import compare, judge, judge_writes, random_operands
 Done = Callable[[Outcome], None]
 KV_TILES = 7  # whole ones: three rounds of a ring of two stages, and one more
 TURNS = 10  # of a persistent launch
+SHARES = 5  # of a query tile's keys with split_kv: several warps combine a row
 
 
 def shape_for(binary: Binary) -> tuple[int, ...]:
@@ -66,7 +67,8 @@ def mutate_kernel(
     def failures(outputs: Sequence[Output]) -> str | None:
         return "; ".join([*judge(compare(binary, operands, outputs)), *judge_writes(outputs)]) or None
 
-    if own := failures(run_observed(binary, **operands, backend="emulator").outputs):
+    splits = SHARES if spec.split_kv else None
+    if own := failures(run_observed(binary, **operands, backend="emulator", splits=splits).outputs):
         raise EmulatorError(f"{spec.name} [{','.join(map(str, shape))}] is wrong before anything is broken: {own}")
 
     def prepare(gpu: Gpu, outputs: Sequence[Output]) -> None:
@@ -75,7 +77,7 @@ def mutate_kernel(
 
         gpu.observers.append(_mutating(outcomes, wrong, jobs, done))
 
-    run_observed(binary, **operands, backend="emulator", prepare=prepare, sms=2 * binary.plan.ctas)
+    run_observed(binary, **operands, backend="emulator", prepare=prepare, sms=2 * binary.plan.ctas, splits=splits)
     return [named(outcome, spec.name) for outcome in outcomes]
 
 

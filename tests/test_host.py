@@ -101,11 +101,12 @@ def test_launch_arrives_with_its_configuration_and_parameters(runtime):
     with host.attached(gpu, PTX, CUBIN) as session:
         attributes = [(4, (2, 1, 1)), (6, (1,)), (2, (0,))]
         assert launch(runtime, kernel_handle(runtime), attributes=attributes) == 0
-    expected = host.Launch("k", (3, 2, 1), (192, 1, 1), (2, 1, 1), 4096, (struct.pack("<Q", 0x1234), bytes(range(12))))
+    parameters = struct.pack("<Q", 0x1234), bytes(range(12))
+    expected = host.Launch("k", (3, 2, 1), (192, 1, 1), (2, 1, 1), 4096, parameters, programmatic=True)
     assert session.launches == [expected]
     name, arguments = gpu.calls[0]
     assert name == "k"
-    assert arguments["cluster"] == (2, 1, 1)
+    assert arguments["cluster"] == (2, 1, 1) and arguments["programmatic"] and "cooperative" not in arguments
     assert arguments["params"] == list(expected.params)
 
 

@@ -5,12 +5,13 @@ import pytest
 
 from generator.arrays import scratch_layout, view_of
 from generator.compile import compile_kernel
+from generator.emit import emit_kernel, write_text
 from generator.emulator.errors import Hazard
 from generator.plan import NotImplementedYet, plan_kernel
 from generator.run import RunError, check_scratch, run_observed
 from generator.spec import load_spec
 from generator.split import SPLITS_MAX, splits_of
-from generator.verify import compare, judge, judge_writes, random_operands
+from generator.verify import compare, judge, judge_writes, random_operands, verify_kernel
 
 PLAIN = {"head_dim": 128, "q_heads_per_kv": 8}
 CASES = {
@@ -129,6 +130,14 @@ def test_a_part_that_was_never_written_is_a_hazard():
 
     with pytest.raises(Hazard, match="reads global memory although it was never written"):
         run_observed(binary, **operands, splits=3, prepare=forget)
+
+
+def test_a_launch_that_may_overlap_the_one_before_must_wait_for_it(tmp_path):
+    plan = plan_of(**PLAIN)
+    kept = [line for line in emit_kernel(plan).splitlines() if "griddepcontrol_wait()  # for what" not in line]
+    source = write_text(tmp_path / f"{plan.kernel_name}.py", "\n".join(kept) + "\n")
+    report = verify_kernel(compile_kernel(plan, source, use_cache=False), (1, 8, 1, 1, 300))
+    assert report.hazards == 1 and "insert griddepcontrol.wait before the first use" in report.failures[0]
 
 
 def test_blackwell_refuses_it_by_name():

@@ -18,7 +18,7 @@ from threadpoolctl import ThreadpoolController
 from . import processes
 from .accumulate import MODES
 from .advice import Advice
-from .errors import LaunchError
+from .errors import Hazard, LaunchError
 from .labels import Labels
 from .lineinfo import name_sources, naming_sources
 from .machine import Machine
@@ -94,6 +94,7 @@ class LaunchCase:
     smem_bytes: int
     params: tuple[bytes, ...]
     cooperative: bool = False  # every CTA runs at the same time as the others
+    programmatic: bool = False  # it may overlap the launch before it
 
     def run(
         self, schedule: Schedule | None = None, text: str | None = None, program: Program | None = None
@@ -106,6 +107,12 @@ class LaunchCase:
         """
         own = schedule is None and text is None and program is None
         program = program or _translate(text or self.text, self.kernel, self.gpu.strict)
+        if self.programmatic and not any(i.opcode == "griddepcontrol.wait" for i in program.kernel.instrs):
+            raise Hazard(
+                f"{self.kernel}: launched so that it may overlap the launch before it (programmatic stream "
+                "serialization), and never waits for it: insert griddepcontrol.wait before the first use of what that "
+                "one writes"
+            )
         total = program.static_shared + self.smem_bytes
         if total > SMEM_LIMIT[self.gpu.arch]:
             raise LaunchError(
@@ -297,6 +304,7 @@ class Gpu:
         smem_bytes: int = 0,
         params: list[bytes] = (),
         cooperative: bool = False,
+        programmatic: bool = False,
     ) -> LaunchReport:
         """Run a kernel to its end.
 
@@ -305,12 +313,13 @@ class Gpu:
             smem_bytes: dynamic shared memory a CTA.
             params: the bytes of each parameter, in order.
             cooperative: every CTA runs at the same time, so that a barrier of the whole grid is possible.
+            programmatic: it may overlap the launch before it, and must wait for that by griddepcontrol.wait.
         Raises:
             LaunchError: limits or parameters do not fit. Hazard, Deadlock, UnsupportedInstruction: see `errors`.
         """
         with naming_sources(self._texts.get(id(module), "")):
             shape = tuple(grid), tuple(block), tuple(cluster)
-            report = self._launch(module, kernel, *shape, smem_bytes, params, cooperative)
+            report = self._launch(module, kernel, *shape, smem_bytes, params, cooperative, programmatic)
         if report.hazards or report.warnings:
             text = self._texts[id(module)]
             said = [tuple(name_sources(x, text) for x in found) for found in (report.hazards, report.warnings)]
@@ -318,11 +327,13 @@ class Gpu:
             self.launches[-1] = report
         return report
 
-    def _launch(self, module, kernel, grid, block, cluster, smem_bytes, params, cooperative) -> LaunchReport:
+    def _launch(
+        self, module, kernel, grid, block, cluster, smem_bytes, params, cooperative, programmatic
+    ) -> LaunchReport:
         self._check_launch(module, kernel, grid, block, cluster, smem_bytes, params)
         if cooperative:
             self._check_resident(kernel, grid, block, smem_bytes)
-        facts = (kernel, grid, block, cluster, smem_bytes, tuple(params), cooperative)
+        facts = (kernel, grid, block, cluster, smem_bytes, tuple(params), cooperative, programmatic)
         case = LaunchCase(self, self._texts[id(module)], *facts)
         self.warned.clear()
         start = time.perf_counter()

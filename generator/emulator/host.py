@@ -48,10 +48,10 @@ DEFAULT_SHARED_BYTES = 48 * 1024  # what a kernel may use before it opts in to m
 
 _ATTRIBUTE_MAX_OPTIN_SHARED = 97
 _FUNCTION_STATIC_SHARED, _FUNCTION_MAX_DYNAMIC_SHARED, _FUNCTION_NON_PORTABLE_CLUSTER = 1, 8, 14
-_LAUNCH_COOPERATIVE, _LAUNCH_CLUSTER = 2, 4
-# L2 window, cluster scheduling, programmatic serialization, priority, memory synchronization domains, preferred
-# cluster, shared memory carveout: they change when and where CTAs run, and launches run one after another.
-_LAUNCH_WITHOUT_EFFECT = {1, 5, 6, 8, 9, 10, 11, 14}
+_LAUNCH_COOPERATIVE, _LAUNCH_CLUSTER, _LAUNCH_PROGRAMMATIC = 2, 4, 6
+# L2 window, cluster scheduling, priority, memory synchronization domains, preferred cluster, shared memory carveout:
+# they change when and where CTAs run, and launches run one after another.
+_LAUNCH_WITHOUT_EFFECT = {1, 5, 8, 9, 10, 11, 14}
 
 
 class HostError(EmulatorError):
@@ -97,6 +97,7 @@ class Launch:
     smem_bytes: int
     params: tuple[bytes, ...]
     cooperative: bool = False
+    programmatic: bool = False
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Session:
             cluster=launch.cluster,
             smem_bytes=launch.smem_bytes,
             params=list(launch.params),
-            **({"cooperative": True} if launch.cooperative else {}),
+            **{name: True for name in ("cooperative", "programmatic") if getattr(launch, name)},
         )
 
 
@@ -437,7 +438,7 @@ def _launch(session: Session, arguments: Any) -> None:
 
 
 def _attributes(kernel: str, config: _LaunchConfig) -> dict[str, Any]:
-    """`cluster` and `cooperative` of a launch."""
+    """`cluster`, `cooperative` and `programmatic` (it may overlap the launch before it) of a launch."""
     found: dict[str, Any] = {"cluster": (1, 1, 1)}
     for i in range(config.attribute_count):
         attribute = config.attributes[i]
@@ -445,6 +446,8 @@ def _attributes(kernel: str, config: _LaunchConfig) -> dict[str, Any]:
             found["cluster"] = tuple(attribute.value[:3])
         elif attribute.id == _LAUNCH_COOPERATIVE:
             found["cooperative"] = bool(attribute.value[0])
+        elif attribute.id == _LAUNCH_PROGRAMMATIC:
+            found["programmatic"] = bool(attribute.value[0])
         elif attribute.id not in _LAUNCH_WITHOUT_EFFECT:
             raise HostError(f"{kernel}: launch attribute {attribute.id} has no emulated meaning")
     return found
