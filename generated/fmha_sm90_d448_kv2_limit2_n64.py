@@ -565,6 +565,22 @@ def write_factors(factors, factor, stage):
 
 
 @cute.jit
+def next_tile(operands, target, bars, places, seen, scale_log2, stats):
+    """QK and softmax of a KV tile after the first, P and the factors of O handed over; returns the places after it.
+
+    seen: columns of the tile that each of this thread's rows sees, None for all.
+    """
+    (s, p, q, k), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
+    k_place, p_place, scored = places
+    k_place = multiply_qk(s, q, k, bars, k_place)
+    arrive_warp(bars + SCORED + scored)
+    next_softmax(s, scale_log2, m, total, factor, seen)
+    round_by_eight(s, p, TILE_N // 16)
+    p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
+    return k_place, p_place, scored ^ 1
+
+
+@cute.jit
 def score(smem_tiles, factors, rows, bars, scale, call):
     """The score warpgroup: of every query tile S = Q K^T, softmax, P and the factors of O, and LSE."""
     q_smem, k_smem, p_smem = smem_tiles
@@ -575,7 +591,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     p = cute.make_rmem_tensor(s.layout, DTYPE)
     p_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), DTYPE)
     p_copy = p_atom, cute.make_tiled_copy_C(p_atom, qk).get_slice(cute.arch.thread_idx()[0] % GROUP_THREADS)
-    m, total, factor = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
+    m, total, factor = stats = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
     scale_log2 = scale * LOG2_E
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
 
@@ -605,27 +621,14 @@ def score(smem_tiles, factors, rows, bars, scale, call):
             first_softmax(s, scale_log2, m, total, seen_of(0, bounds, spans))
             round_by_eight(s, p, TILE_N // 16)
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
+        operands, target, places = (s, p, q_all, k), (p_copy, p_smem, factors), (k_place, p_place, scored)
         for _ in cutlass.range(1, whole_tiles, unroll=1):
-            k_place = multiply_qk(s, q_all, k, bars, k_place)
-            arrive_warp(bars + SCORED + scored)
-            scored ^= 1
-            next_softmax(s, scale_log2, m, total, factor, None)
-            round_by_eight(s, p, TILE_N // 16)
-            p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
+            places = next_tile(operands, target, bars, places, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles - whole_tiles2, unroll=1):
-            k_place = multiply_qk(s, q_all, k, bars, k_place)
-            arrive_warp(bars + SCORED + scored)
-            scored ^= 1
-            next_softmax(s, scale_log2, m, total, factor, seen_of(j, bounds, spans))
-            round_by_eight(s, p, TILE_N // 16)
-            p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
+            places = next_tile(operands, target, bars, places, seen_of(j, bounds, spans), scale_log2, stats)
         for _ in cutlass.range(cutlass.max(kv_tiles - whole_tiles2, 1), kv_tiles, unroll=1):
-            k_place = multiply_qk(s, q_all, k, bars, k_place)
-            arrive_warp(bars + SCORED + scored)
-            scored ^= 1
-            next_softmax(s, scale_log2, m, total, factor, None)
-            round_by_eight(s, p, TILE_N // 16)
-            p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
+            places = next_tile(operands, target, bars, places, None, scale_log2, stats)
+        k_place, p_place, scored = places
         if kv_tiles > 0:
             arrive_warp(bars + SCORED + scored)  # there is no next KV tile
             scored ^= 1

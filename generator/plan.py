@@ -415,6 +415,11 @@ def _cures(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
 
 
 def _any_fits(spec: KernelSpec, arch: Arch) -> bool:
+    """Whether the template has what is asked for, and some candidate of it fits."""
+    try:
+        check_implemented(spec)
+    except SpecError:
+        return False
     return any(budget_of(spec, arch, tiling).fits for tiling in candidates(spec, arch))
 
 

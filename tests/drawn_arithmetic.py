@@ -7,8 +7,8 @@ fit, or head_dim where none does.
 
 SMEM, COLUMNS, ROWS, MMA_COLUMNS = 232448, 512, 128, 256
 TILES, WIDE = ("tiles", "two_tiles", "two_ctas"), ("chunks", "passes", "pair")
-HOPPER = "warpgroups"  # the strategy of sm_90a; the others are sm_100a's
-STRATEGIES = (*TILES, *WIDE, "auto", HOPPER)
+HOPPER, HOPPER_WIDE = "warpgroups", "columns"  # the strategies of sm_90a; the others are sm_100a's
+STRATEGIES = (*TILES, *WIDE, "auto", HOPPER, HOPPER_WIDE)
 GROUP_ROWS = 64  # of a consumer warpgroup
 THREAD_REGISTERS = {64: 240, 128: 240, 192: 160, 256: 112}  # of a consumer, by the rows of a CTA
 SEARCHED = ("kv_stage", "tile_m", "strategy", "p_staging", "tile_n")  # fields that the planner may be left to choose
@@ -101,9 +101,26 @@ def _hopper_rows(fields):
     return [fields["tile_m"]] if "tile_m" in fields else list(THREAD_REGISTERS)
 
 
+def _columns(fields):
+    """Whether the strategy is columns: asked for, or left out where O is wide or P is to lie in shared memory."""
+    given = fields.get("strategy", "auto")
+    asks = max(widths(fields)) > MMA_COLUMNS or fields.get("p_staging") == "smem"
+    return given == HOPPER_WIDE or given == "auto" and asks
+
+
 def _not_on_hopper(fields):
     """What sm_90a's template does not have (yet)."""
     d, dv = widths(fields)
+    if _columns(fields):
+        if fields.get("p_staging", "smem") not in ("smem", "auto"):
+            yield "p_staging"
+        if fields.get("tile_m", GROUP_ROWS) not in (GROUP_ROWS, 2 * GROUP_ROWS):
+            yield "tile_m"
+        if fields.get("kv_stage") == 1:
+            yield "kv_stage"
+        if fields.get("tile_n", 64) % 32 or fields.get("tile_n", 64) < 64:
+            yield "tile_n"
+        return
     if fields.get("strategy", HOPPER) not in (HOPPER, "auto"):
         yield "strategy"
     if fields.get("p_staging", "register") not in ("register", "auto"):
@@ -137,6 +154,30 @@ def _fits_hopper(fields):
     return False
 
 
+def _fits_columns(fields):
+    """One warpgroup with S, P and the chunks of Q that 16 other registers leave room for, two with half of O each and
+    32 others, of 512 registers of a thread of each of four warpgroups; chunks of 64 columns of K and Q, at least half
+    of a KV tile's V in slices of 32 keys, P and the factors of O twice, O in steps, in shared memory.
+    """
+    d, dv = widths(fields)
+    half = -(-dv // 32) * 16
+    output = -(-(half // 2 + 32) // 8) * 8
+    score = min(240, (512 - 2 * output - 24) // 8 * 8)
+    step = next(columns for columns in (64, 32, 16) if half % columns == 0)
+    stored = 0 if fields.get("output") == "unnormalized" or fields.get("split_kv") else 2 * 64 * step * 2
+    chunks = -(-d // 64)
+    for n in [fields["tile_n"]] if "tile_n" in fields else (128, 96, 64):
+        room = max(0, 4 * (score - 16 - n // 2 - n // 4))
+        apart = -(-max(0, d - room) // 64)
+        q = min(chunks, apart + 2) if "window_left" in fields or fields.get("split_kv") else max(2, apart)
+        held = (d - min(d, 64 * apart)) // 4 + n // 2 + n // 4 + 16
+        rest = 512 + fields.get("kv_stage", 2) * n * 128 + q * 8192 + 2 * 64 * n * 2 + stored
+        slices = min(2 * n // 32, (SMEM - 2048 - rest) // (32 * 2 * half * 2))
+        if held <= score and slices >= 1 and slices * 32 >= n // 2:
+            return True
+    return False
+
+
 def _unfit(fields):
     """The fields to blame where nothing fits."""
     if fits(fields):
@@ -161,7 +202,7 @@ def _others(fields, name):
 def fits(fields):
     """Whether any candidate fits a CTA; on sm_100a P may wait in tensor memory or in shared memory."""
     if on_hopper(fields):
-        return _fits_hopper(fields)
+        return _fits_columns(fields) if _columns(fields) else _fits_hopper(fields)
     tiles = [fields["tile_n"]] if "tile_n" in fields else range(16, 129, 16) if _shared(fields) else [128, 64, 32, 16]
     stagings = [fields["p_staging"]] if "p_staging" in fields else ["tmem", "smem"]
     stages = fields.get("kv_stage")

@@ -170,8 +170,8 @@ def test_generate_writes_and_check_compares(tmp_path):
         (["--head-dim", "512", "--tile-m", "128"], "takes all 512 columns, so S has no room: S 16 + O 512 = 528"),
         (["--head-dim", "64", "--tile-m", "64"], "tile_m = 64: not implemented for sm_100a yet"),
         (
-            ["--head-dim", "272", "--arch", "sm_90a"],
-            "head_dim_v = 272: not implemented for sm_90a yet: two warpgroups hold half of O each: a multiple of 32",
+            ["--head-dim", "272", "--arch", "sm_90a", "--strategy", "warpgroups"],
+            "strategy = 'warpgroups': not implemented for sm_90a yet: one warpgroup holds all of O",
         ),
         (["--head-dim", "64", "--p-staging", "register"], "is for Hopper (sm_90a) only"),
         (["--head-dim", "64", "--dtype", "{{ x }}"], 'dtype = \'{{ x }}\': must be "bf16" or "fp16"'),

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 
 import pytest
-from drawn_arithmetic import HOPPER, STRATEGIES, TILES, WIDE, reasons
+from drawn_arithmetic import HOPPER, HOPPER_WIDE, STRATEGIES, TILES, WIDE, reasons
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -24,22 +24,23 @@ RARE_IN = {
     "two_tiles": {"p_staging": 1},
     "two_ctas": {"p_staging": 1, "kv_shared": 1},
     HOPPER: {"p_staging": 1, "tile_m": 3},
+    HOPPER_WIDE: {"p_staging": 1, "tile_m": 2, "tile_n": 2, "kv_stage": 2},
 }
 NARROW, BROAD = range(16, 257, 16), (*range(272, 513, 16), 576)
 
 
 def specifications(draw, strategy=None):
-    """Fields, with this strategy or any, most of them left alone; some of the combinations cannot be. HOPPER's are of
-    sm_90a, where it may be left out, and a few ask for a strategy of sm_100a.
+    """Fields, with this strategy or any, most of them left alone; some of the combinations cannot be. HOPPER's and
+    HOPPER_WIDE's are of sm_90a, where it may be left out, and a few ask for a strategy of sm_100a.
     """
     strategy = strategy or draw(st.sampled_from(STRATEGIES))
-    hopper = strategy == HOPPER
+    hopper, own = strategy in (HOPPER, HOPPER_WIDE), strategy
     wide_ones = 1 if strategy in (*TILES, HOPPER) else 4  # of ten: whole tiles refuse them
     head_dims = [st.sampled_from(BROAD if draw(st.integers(0, 9)) < wide_ones else NARROW) for _ in range(2)]
     fields = {"head_dim": draw(head_dims[0])}
     if hopper:
         fields["arch"] = "sm_90a"
-        strategy = draw(st.sampled_from([HOPPER, *["auto"] * 8, draw(st.sampled_from((*TILES, *WIDE)))]))
+        strategy = draw(st.sampled_from([own, *["auto"] * 8, draw(st.sampled_from((*TILES, *WIDE)))]))
     if strategy != "auto":
         fields["strategy"] = strategy
     if fields["head_dim"] > 512 and draw(st.integers(0, 4)):
@@ -73,12 +74,12 @@ def specifications(draw, strategy=None):
             "split_kv": st.just(True),
         }
     for name, values in optional.items():
-        rare = RARE | RARE_IN.get(HOPPER if hopper else strategy, {})
+        rare = RARE | RARE_IN.get(own if hopper else strategy, {})
         if name not in fields and draw(st.integers(0, 9)) < rare.get(name, 3):
             fields[name] = draw(values)
     wide = max(fields["head_dim"], fields.get("head_dim_v", 0)) > NARROW[-1]
-    if hopper and (wide or fields.get("p_staging") == "smem"):
-        fields.setdefault("strategy", HOPPER)  # left out, another one is taken there
+    if hopper and (wide or fields.get("p_staging") == "smem") != (own == HOPPER_WIDE):
+        fields.setdefault("strategy", own)  # left out, the other one is taken there
     if "limit2" in fields and draw(st.booleans()):
         fields["kv_sources"] = 2
     return fields
