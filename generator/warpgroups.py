@@ -42,6 +42,9 @@ TILE_N_MAX = 256
 # Addresses, descriptors, loop state, two rows' maximum, sum and factor. At head_dim 128 and 176 keys ptxas spills
 # nothing with 240 registers, of which S, P and O take 196.
 OTHER_REGISTERS = 28
+# Of a thread, beside the accumulator of one wgmma. ptxas refuses an instruction that leaves it fewer of those that all
+# threads have at entry, whatever setmaxnreg gives later: 192 columns compile with 128 at entry, 208 want 134.
+WGMMA_OTHERS = 30
 SPLIT_KEYS = 128  # of a KV tile with split_kv: more only lengthens the way from the last key to the end
 WIDE = 128  # columns of O from which on its rescaling costs more than asking whether it is needed
 # By consumers: which part of the time that the exponentials take is not hidden behind the tensor core's, see
@@ -210,6 +213,11 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
     if need > limit:
         reason = " + ".join(f"{name} {count}" for name, count in held.items()) + f" + {OTHER_REGISTERS} else, a thread"
         yield Overflow("registers", "registers", need, limit, reason, "a smaller tile_n, or fewer rows (tile_m)")
+    at_entry = budget.registers_pool // budget.threads
+    for name in ("S", "O"):
+        if (need := held[name] + WGMMA_OTHERS) > at_entry:
+            reason = f"one wgmma writes {name}: {held[name]} + {WGMMA_OTHERS} else, a thread at entry"
+            yield Overflow("registers", "registers", need, at_entry, reason, "fewer rows (tile_m)")
 
 
 def predicted_cycles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:

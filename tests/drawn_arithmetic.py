@@ -11,6 +11,7 @@ HOPPER, HOPPER_WIDE = "warpgroups", "columns"  # the strategies of sm_90a; the o
 STRATEGIES = (*TILES, *WIDE, "auto", HOPPER, HOPPER_WIDE)
 GROUP_ROWS = 64  # of a consumer warpgroup
 THREAD_REGISTERS = {64: 240, 128: 240, 192: 160, 256: 112}  # of a consumer, by the rows of a CTA
+ENTRY_REGISTERS = {64: 248, 128: 168, 192: 128, 256: 96}  # before setmaxnreg: an instruction's results, and 30
 SEARCHED = ("kv_stage", "tile_m", "strategy", "p_staging", "tile_n")  # fields that the planner may be left to choose
 
 
@@ -144,6 +145,8 @@ def _fits_hopper(fields):
         if rows not in THREAD_REGISTERS or (pack and group > 1 and not _folds(group, rows, True)):
             continue
         for n in [fields["tile_n"]] if "tile_n" in fields else range(16, 257, 16):
+            if max(n, dv) / 2 + 30 > ENTRY_REGISTERS[rows]:
+                continue
             registers = n / 2 + n / 4 + dv / 2 + 28
             q, k, v = rows * d * 2, stages * n * d * 2, 0 if shared else stages * n * dv * 2
             staged = fields.get("output") != "unnormalized" and not fields.get("split_kv")  # float32 O is not

@@ -152,6 +152,12 @@ def test_the_widest_tile_that_the_registers_hold(fields, held):
         (DoesNotFit, {"head_dim": 256, "tile_m": 192}, "tile_m = 192: does not fit; the closest is 3 consumer"),
         (
             DoesNotFit,
+            {"head_dim_v": 208, "tile_m": 192, "tile_n": 16},
+            "one wgmma writes O: 104 + 30 else, a thread at entry = 134 registers of 128, over by 6",
+        ),
+        (DoesNotFit, {"head_dim_v": 144, "tile_m": 256, "tile_n": 16}, "72 + 30 else, a thread at entry = 102"),
+        (
+            DoesNotFit,
             {"head_dim": 256, "tile_m": 64, "kv_stage": 16},
             "kv_stage = 16: does not fit; the closest is 1 con",
         ),
