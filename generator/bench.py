@@ -1,7 +1,8 @@
 """Kernels and peers in one run on the same tensors, each checked before it is timed.
 
 FLOP of attention = 2 * Hq * pairs * (D + Dv), with the (query, key) pairs that the masks leave. The roof is a matrix
-product of 8192^3 in bf16, timed by turns with the kernels, so a fraction of it is of the same minute.
+product of 8192^3 in bf16, timed by turns with the kernels, so a fraction of it is of the same minute. Of a kernel with
+split_kv, which is for decoding, the bytes that a call must move count too, beside what a large copy moves.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .arrays import output_layout, view_of
+from .budget import ELEMENT_BYTES
 from .compile import Binary
 from .launch import Launcher, RunError, check_device
 from .mask import mask_of, seen_keys
 from .matrix import Shape, with_keys2
-from .peers import Operands, Peer, Refused
+from .peers import Operands, Peer, Refused, shortened
 from .plan import Plan
 from .run import run_kernel
 from .sample import Sample, host, take_sample
@@ -27,10 +29,12 @@ from .verify import LSE_ABS_MAX
 
 HIDDEN = 2048  # columns of all query heads together
 TOKENS = ((4, 4096), (1, 16384))  # batch, tokens
+DECODED = ((64, 4096), (8, 32768), (2, 131072))  # batch, keys: of one query, 262144 keys in all
 ROOF = 8192  # rows, columns and inner extent of the roof's product
+COPIED = 1 << 32  # bytes: some 70 times what L2 holds
 O_ERR_MAX = 4e-3  # relative L2, of a sample: bf16 rounds P and O to about 2.2e-3
 REPS = 20  # even, see timing.interleaved
-OURS, THE_ROOF = "bespoke", "roof"
+OURS, THE_ROOF, THE_COPY = "bespoke", "roof", "copy"
 NO_GPU = "bench and tune measure on a GPU: run them where there is one (`bespoke verify` needs none)"
 
 Kernel = Callable[..., tuple[Any, ...]]  # run_kernel of a Binary: operands by name, out=tensors
@@ -57,7 +61,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one shape. flop: of one launch; roof: TFLOP/s of the roof's product."""
+    """One kernel on one shape. flop: of one launch; roof: TFLOP/s of the roof's product; moved: bytes of one launch,
+    see bytes_of; copy: GB/s of a large copy, bytes read and written, where it was timed.
+    """
 
     plan: Plan
     shape: Shape
@@ -65,6 +71,17 @@ class Row:
     roof: float
     ours: Figure
     peers: tuple[Figure, ...]
+    moved: int = 0
+    copy: float | None = None
+
+    @property
+    def bandwidth(self) -> float | None:
+        """GB/s, by the median."""
+        return self.moved / self.ours.timing.median / 1e6 if self.ours.timing else None
+
+    @property
+    def of_copy(self) -> float | None:
+        return self.bandwidth / self.copy if self.copy and self.bandwidth is not None else None
 
     @property
     def best_peer(self) -> Figure | None:
@@ -92,6 +109,10 @@ class Row:
             "shape": str(self.shape),
             "flop": self.flop,
             "roof_tflops": self.roof,
+            "bytes": self.moved,
+            "gb_s": self.bandwidth,
+            "copy_gb_s": self.copy,
+            "of_copy": self.of_copy,
             "ours": _figure_dict(self.ours, self.flop),
             "peers": [_figure_dict(peer, self.flop) for peer in self.peers],
             "of_roof": self.of_roof,
@@ -122,9 +143,13 @@ def rate(flop: float, milliseconds: float) -> float:
 
 def default_shapes(spec: KernelSpec) -> list[Shape]:
     """Batch 4 of 4096 tokens and batch 1 of 16384, with heads that make the hidden size 2048: max(1, 2048 // D), and a
-    whole group of them at least.
+    whole group of them at least. With split_kv decoding steps: one query and 262144 keys over the batch, one KV head
+    for a group, eight for MHA.
     """
     group = spec.q_heads_per_kv
+    if spec.split_kv:
+        heads = 1 if group > 1 else 8
+        return [with_keys2(Shape(batch, heads * group, heads, 1, keys), spec) for batch, keys in DECODED]
     kv_heads = max(1, max(1, HIDDEN // spec.head_dim) // group)
     return [with_keys2(Shape(batch, kv_heads * group, kv_heads, tokens, tokens), spec) for batch, tokens in TOKENS]
 
@@ -151,6 +176,26 @@ def pairs(spec: KernelSpec, shape: Shape, rows: Mapping[str, Any]) -> int:
 def flop_of(spec: KernelSpec, shape: Shape, rows: Mapping[str, Any]) -> int:
     """Floating-point operations of a call: a multiplication and an addition a pair and column of K and of V."""
     return 2 * shape.q_heads * pairs(spec, shape, rows) * (spec.head_dim + spec.v_dim)
+
+
+def bytes_of(spec: KernelSpec, shape: Shape, rows: Mapping[str, Any]) -> int:
+    """Bytes that a call must move: the keys that some query sees once, with their V, Q, and the outputs. rows: as pairs
+    takes them.
+    """
+    mask, count = mask_of(spec), 0
+    for b in range(shape.batch):
+        length = int(rows["seqlens"][b]) if "seqlens" in rows else shape.keys
+        first, _ = seen_keys(mask, 0, shape.queries, length)
+        _, end = seen_keys(mask, shape.queries - 1, shape.queries, length)
+        count += max(end - first, 0)
+        if spec.kv_sources == 2:
+            length = int(rows["seqlens2"][b]) if "seqlens2" in rows else shape.keys2
+            most = int(rows["limit2"][b].max()) if "limit2" in rows else length
+            count += min(max(most, 0), length)
+    columns = spec.head_dim + (0 if spec.kv_shared else spec.v_dim)
+    tokens = shape.batch * shape.queries * shape.q_heads
+    stored = spec.v_dim * (4 if spec.unnormalized else ELEMENT_BYTES) + 4 * spec.lse + 4 * spec.unnormalized
+    return count * shape.kv_heads * columns * ELEMENT_BYTES + tokens * (spec.head_dim * ELEMENT_BYTES + stored)
 
 
 def random_tensors(spec: KernelSpec, shape: Shape, seed: int, device: str) -> dict[str, Any]:
@@ -190,25 +235,43 @@ def bench_case(
     reps: int = REPS,
     seed: int = 0,
     device: str = "cuda",
+    copy: Launch | None = None,
 ) -> Row:
-    """Check and time a kernel, the peers and the roof on random tensors of a shape."""
+    """Check and time a kernel, the peers and the roof on random tensors of a shape; and a copy (device_copy), if given.
+    A peer that the clock cannot time is refused.
+    """
     spec = plan.spec
     operands = random_tensors(spec, shape, seed, device)
     rows = {name: host(operands[name]) for name in ("seqlens", "seqlens2", "limit2") if name in operands}
     flop = flop_of(spec, shape, rows)
     sample = take_sample(spec, operands, seed)
     figures = [check_kernel(spec, kernel, operands, sample)]
-    contenders: dict[str, Launch] = {THE_ROOF: roof}
+    contenders: dict[str, Launch] = {THE_ROOF: roof} | ({THE_COPY: copy} if copy else {})
     if figures[0].status == "measured":
         contenders[OURS] = lambda: kernel(**operands)
     for figure, call in _asked_peers(peers, spec, shape, operands, sample):
+        if call is not None and (why := _untimed(call, clock)):
+            figure, call = Figure(figure.name, "refused", why, figure.o_err), None
         figures.append(figure)
         if call is not None:
             contenders[figure.name] = call
     roof()
+    if copy:
+        copy()
     timings = interleaved(contenders, clock, reps)
     ours, *others = [Figure(**{**vars(figure), "timing": timings.get(figure.name)}) for figure in figures]
-    return Row(plan, shape, flop, rate(2 * ROOF**3, timings[THE_ROOF].median), ours, tuple(others))
+    copied = 2 * COPIED / timings[THE_COPY].median / 1e6 if copy else None
+    roof_rate = rate(2 * ROOF**3, timings[THE_ROOF].median)
+    return Row(plan, shape, flop, roof_rate, ours, tuple(others), bytes_of(spec, shape, rows), copied)
+
+
+def _untimed(call: Launch, clock: Clock) -> str:
+    """Why the clock cannot time a call that has run; "" where it can."""
+    try:
+        clock.milliseconds(call, 1)
+    except Exception as error:  # whatever a peer raises is its answer
+        return f"cannot be timed: {shortened(error)}"
+    return ""
 
 
 def _asked_peers(
@@ -282,6 +345,15 @@ def gemm_roof() -> Launch:
     a, b = (torch.randn(ROOF, ROOF, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=c)
+
+
+def device_copy() -> Launch:
+    """A copy of COPIED bytes on the GPU."""
+    import torch
+
+    source = torch.randn(COPIED // 4, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def kernel_of(binary: Binary) -> Kernel:

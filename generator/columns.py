@@ -31,6 +31,7 @@ from .budget import (
     smem_overflows,
 )
 from .spec import HEAD_DIM_STEP, KernelSpec
+from .tuned import winner
 
 CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
 V_KEYS = 32  # keys of V in a buffer
@@ -226,7 +227,16 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
 
 
 def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
-    """Sort key of candidates: the smallest is taken, by what was measured on an H200 (2026-11-28, TFLOP/s).
+    """Sort key of candidates: the smallest is taken. The winner of a measurement (tuned.json), where there was one,
+    then column_order. Of head dims that warpgroups can have too it is theirs.
+    """
+    found = winner(spec) if max(spec.head_dim, spec.v_dim) > arch.mma_n_max else None
+    won = found is not None and (found.tile_m, found.tile_n) == (tiling.tile_m, tiling.tile_n)
+    return (not won, *column_order(spec, arch, tiling))
+
+
+def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
+    """column_preference as if no tile had won, by TFLOP/s on an H200 (2026-11-28).
 
     No cluster: 480 at head_dim 320, 615 without; 409 and 600 at 512. Q in registers. Three slices of V or more: 603 at
     512, 563 with two. The widest tile: 615 with 128 keys at 320, 480 with 64. As much of K as is left.

@@ -37,6 +37,7 @@ RowsFile = typer.Option(None, "--json", metavar="FILE", help="write everything t
 PlotDir = typer.Option(None, "--plot", metavar="DIR", help="write pictures here, PNG and SVG; needs matplotlib")
 HeadDims = typer.Option(None, "--head-dim", metavar="LIST", help="such as 64,128,192/128; default: 16 to 256 by 16")
 Masks = typer.Option("full,causal", "--mask", metavar="LIST", help="full, causal")
+Graph = typer.Option(False, "--graph", help="time launches in CUDA graphs: for kernels shorter than their calls")
 Candidates = typer.Option(4, "--candidates", min=1, help="tiles of each case, each with every schedule")
 BudgetSeconds = typer.Option(None, "--budget-seconds", min=1.0, help="begin no case after this time")
 TunedFile = typer.Option(None, "--out", metavar="FILE", help="a tuned.json; default: the one that the planner reads")
@@ -54,16 +55,17 @@ def bench(
     jobs: int = Jobs,
     json_file: Path | None = RowsFile,
     plot: Path | None = PlotDir,
+    graph: bool = Graph,
 ) -> None:
     """Time the kernel beside its peers on the GPU, all of them checked. Exit code 1 when ours is wrong.
 
     --head-dim takes a list here. The architecture is the GPU's unless KERNEL or --arch says otherwise.
     """
-    from .bench import bench_case, default_shapes, gemm_roof, kernel_of, machine, require_gpu
+    from .bench import bench_case, default_shapes, device_copy, gemm_roof, kernel_of, machine, require_gpu
     from .compile import compile_kernel
     from .peers import chosen_peers, versions
     from .plot import plot_names, require_matplotlib, write_plots
-    from .timing import CudaClock
+    from .timing import CudaClock, GraphClock
 
     asked = chosen_peers(peers)
     plans = [plan_kernel(spec) for spec in listed_specs(kernel, _with_arch(kernel, fields), _head_dims(kernel))]
@@ -77,13 +79,19 @@ def bench(
 
     _compile(plans, jobs)
     kernels = [kernel_of(compile_kernel(plan)) for plan in plans]
-    roof, clock = gemm_roof(), CudaClock()
+    roof, clock = gemm_roof(), GraphClock() if graph else CudaClock()
+    copy = device_copy() if any(plan.spec.split_kv for plan in plans) else None
     cases = [(plan, own, case) for plan, own, found in zip(plans, kernels, shapes, strict=True) for case in found]
-    measured = (bench_case(plan, own, case, asked, roof, clock, reps=reps, seed=seed) for plan, own, case in cases)
+    measured = (
+        bench_case(
+            *(plan, own, case, asked, roof, clock), reps=reps, seed=seed, copy=copy if plan.spec.split_kv else None
+        )
+        for plan, own, case in cases
+    )
     rows = list(present.track(measured, len(cases), "bench", bench_summary))
 
     if json_file is not None:
-        facts = machine() | {"versions": versions(asked), "reps": reps, "seed": seed}
+        facts = machine() | {"versions": versions(asked), "reps": reps, "seed": seed, "graph": graph}
         write_text(json_file, present.document(facts | {"rows": [row.as_dict() for row in rows]}) + "\n")
     if plot is not None:
         for path in write_plots(rows, plot):
@@ -190,7 +198,8 @@ def bench_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     found = {figure.name for row in rows for figure in row.peers}
     peers = [peer for peer in PEERS if peer.name in found]
     header = ["kernel", "tile", "shape", "TFLOP/s", "of roof", "roof", "rel err", *(peer.title for peer in peers)]
-    header += ["best peer", "ratio"]
+    copied = any(row.copy for row in rows)
+    header += ["best peer", "ratio", *(["GB/s", "of copy"] if copied else [])]
     cells = []
     for row in rows:
         by_name = {figure.name: figure for figure in row.peers}
@@ -199,6 +208,9 @@ def bench_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         line += ["-" if row.of_roof is None else f"{row.of_roof:.1%}", f"{row.roof:.0f}", f"{row.ours.o_err:.2e}"]
         line += [_speed(row, by_name.get(peer.name)) for peer in peers]
         line += [best.name if best else "-", "-" if row.ratio is None else f"{row.ratio:.3f}"]
+        if copied:
+            shares = f"{row.bandwidth:.0f}" if row.bandwidth else "-", f"{row.of_copy:.1%}" if row.of_copy else "-"
+            line += shares
         cells.append(line)
     return header, cells
 

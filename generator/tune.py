@@ -16,8 +16,9 @@ from .arch import ARCHS, Arch
 from .bench import Kernel, check_kernel, default_shapes, flop_of, random_tensors, rate
 from .budget import Tiling
 from .chunks import budget_of
+from .columns import column_order, column_tilings
 from .launch import RunError
-from .plan import DoesNotFit, Plan, check_implemented, plan_tiling
+from .plan import Plan, check_implemented, plan_tiling, strategies
 from .sample import take_sample
 from .spec import KernelSpec, SpecError, load_spec
 from .timing import Clock, Launch, Timing, geometric_mean, interleaved
@@ -167,9 +168,6 @@ def tuning_cases(head_dims: Sequence[tuple[int, int]], masks: Sequence[str], til
             spec = load_spec(arch=ARCH, head_dim=head_dim, head_dim_v=head_dim_v, causal=mask == "causal")
             check_implemented(spec)
             ranked = ranked_tiles(spec, ARCHS[ARCH])
-            if not ranked:
-                limit = "no tile of the strategy warpgroups fits, of which alone the table is"
-                raise DoesNotFit("head_dim", head_dim, limit, "use head_dim and head_dim_v of at most 256")
             compared = ranked[:tiles] + [tile for tile in ranked[tiles:] if is_winner(spec, tile)]
             plans = [plan_tiling(spec, item) for tile in compared for item in schedules(tile, ARCHS[ARCH])]
             cases.append(Case(spec, tuple(plans), ranked[0]))
@@ -180,6 +178,8 @@ def ranked_tiles(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     """The best candidate of each (tile_m, tile_n) that fits, by the model alone, best first, with the schedule that the
     planner takes where nothing was measured.
     """
+    if strategies(spec) == ("columns",):
+        return _ranked_columns(spec, arch)
     fitting = [tiling for tiling in warpgroup_tilings(spec, arch) if budget_of(spec, arch, tiling).fits]
     best: dict[tuple[int, int], Tiling] = {}
     for tiling in sorted(fitting, key=lambda item: model_preference(spec, arch, item)):
@@ -188,8 +188,21 @@ def ranked_tiles(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     return list(best.values())
 
 
+def _ranked_columns(spec: KernelSpec, arch: Arch) -> list[Tiling]:
+    """ranked_tiles of the strategy columns, whose order of preference is the model."""
+    fitting = [tiling for tiling in column_tilings(spec, arch) if budget_of(spec, arch, tiling).fits]
+    best: dict[tuple[int, int], Tiling] = {}
+    for tiling in sorted(fitting, key=lambda item: column_order(spec, arch, item)):
+        best.setdefault((tiling.tile_m, tiling.tile_n), tiling)
+    return list(best.values())
+
+
 def schedules(tiling: Tiling, arch: Arch) -> list[Tiling]:
-    """The tiling as it is, then with the other schedules that it can have: one consumer takes no turns with itself."""
+    """The tiling as it is, then with the other schedules that it can have: one consumer takes no turns with itself, and
+    columns have one schedule.
+    """
+    if tiling.strategy == "columns":
+        return [tiling]
     turns = (False, True) if consumers(tiling, arch) > 1 else (False,)
     others = [replace(tiling, turns=turn, lazy=lazy) for turn in turns for lazy in (False, True)]
     return list(dict.fromkeys([tiling, *others]))

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from generator.bench import (
+    COPIED,
     REPS,
     ROOF,
     bench_case,
+    bytes_of,
     check_kernel,
     default_shapes,
     flop_of,
@@ -14,6 +16,7 @@ from generator.bench import (
     poisoned,
 )
 from generator.matrix import Shape
+from generator.measurement import bench_cells
 from generator.plan import plan_kernel
 from generator.sample import host, take_sample
 from generator.spec import load_spec
@@ -23,6 +26,7 @@ torch = pytest.importorskip("torch")
 measured = pytest.importorskip("measured")
 
 SHAPE = Shape(2, 2, 2, 40, 56)
+WIDTH = {"head_dim": 64}
 
 
 def spec_of(**fields):
@@ -96,6 +100,62 @@ def test_default_shapes_have_hidden_size_2048(fields, heads):
 
 def test_a_second_source_has_keys():
     assert [shape.keys2 for shape in default_shapes(spec_of(kv_sources=2))] == [1025, 4097]
+
+
+@pytest.mark.parametrize("group, heads", [(1, (8, 8)), (16, (16, 1))])
+def test_split_kernels_are_measured_decoding(group, heads):
+    shapes = default_shapes(spec_of(split_kv=True, q_heads_per_kv=group))
+    assert {(s.queries, s.batch * s.keys, s.q_heads, s.kv_heads) for s in shapes} == {(1, 262144, *heads)}
+
+
+def test_bytes_are_of_what_some_query_sees():
+    shape = Shape(2, 6, 2, 5, 100)
+    outputs = 2 * 5 * 6 * (64 * 2 + 64 * 2 + 4)  # Q, O and LSE
+    assert bytes_of(spec_of(**WIDTH, q_heads_per_kv=3), shape, {}) == 2 * 100 * 2 * 128 * 2 + outputs
+    lengths = {"seqlens": torch.tensor([0, 30]).numpy()}
+    assert bytes_of(spec_of(**WIDTH, q_heads_per_kv=3, seqlens=True), shape, lengths) == 30 * 2 * 128 * 2 + outputs
+    windowed = spec_of(**WIDTH, q_heads_per_kv=3, causal=True, window_left=10)
+    assert bytes_of(windowed, shape, {}) == 2 * 15 * 2 * 128 * 2 + outputs, "5 diagonals and 10 keys before them"
+    shared = spec_of(**WIDTH, q_heads_per_kv=3, kv_shared=True, lse=False)
+    assert bytes_of(shared, shape, {}) == 2 * 100 * 2 * 64 * 2 + outputs - 2 * 5 * 6 * 4
+    two = {"limit2": torch.tensor([[0] * 4 + [7], [50] * 5]).numpy()}
+    second = spec_of(**WIDTH, q_heads_per_kv=3, kv_sources=2, limit2=True)
+    assert bytes_of(second, shape._replace(keys2=40), two) == (200 + 7 + 40) * 2 * 128 * 2 + outputs
+    raw = spec_of(**WIDTH, q_heads_per_kv=3, output="unnormalized")
+    assert bytes_of(raw, shape, {}) == 2 * 100 * 2 * 128 * 2 + 2 * 5 * 6 * (64 * 2 + 64 * 4 + 8)
+
+
+def test_a_copy_is_timed_beside_a_split_kernel():
+    def copy():
+        pass
+
+    copy.ms = 2.0
+    spec = spec_of(split_kv=True)
+    kernel = measured.NumpyKernel(spec)
+    kernel_plan = plan_kernel(spec)
+    row = bench_case(kernel_plan, kernel, SHAPE, (), roof, measured.FakeClock(), reps=4, device="cpu", copy=copy)
+    assert row.copy == 2 * COPIED / 2.0 / 1e6 and row.bandwidth == row.moved / 1.0 / 1e6
+    assert row.of_copy == row.bandwidth / row.copy
+    facts = row.as_dict()
+    assert (facts["bytes"], facts["gb_s"], facts["copy_gb_s"]) == (row.moved, row.bandwidth, row.copy)
+    header, (cells,) = bench_cells([row])
+    assert header[-2:] == ["GB/s", "of copy"] and cells[-1].endswith("%")
+    assert "GB/s" not in bench_cells([measure(spec_of(), measured.NumpyKernel(spec_of()))])[0]
+
+
+def test_a_peer_that_the_clock_cannot_time_is_refused():
+    class Clock(measured.FakeClock):
+        def milliseconds(self, launch, count):
+            if getattr(launch, "ms", 0) == 7.0:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().milliseconds(launch, count)
+
+    spec, peers = spec_of(), (measured.peer("fa4", ms=7.0), measured.peer("cudnn", ms=3.0))
+    kernel = measured.NumpyKernel(spec)
+    row = bench_case(plan_kernel(spec), kernel, SHAPE, peers, roof, Clock(), reps=4, device="cpu")
+    assert [peer.status for peer in row.peers] == ["refused", "measured"]
+    assert row.peers[0].message == "cannot be timed: RuntimeError: operation not permitted when stream is capturing"
+    assert row.best_peer.name == "cudnn"
 
 
 def test_repetitions_are_even():

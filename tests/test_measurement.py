@@ -113,8 +113,7 @@ def test_bad_input_is_refused_before_anything_else():
     words = ("bench", "--head-dim", "64", "--arch", "sm_90a", "--shape", "1,2,3")
     assert "a shape is B,Hq,Hkv,Sq,Skv" in bespoke(*words, code=2).stderr
     assert "mask = 'local'" in bespoke("tune", "--mask", "local", code=2).stderr
-    refused = bespoke("tune", "--head-dim", 272, code=2).stderr
-    assert "head_dim_v = 272: not implemented for sm_90a yet" in refused
+    assert "head_dim = 264: must be a multiple of 16" in bespoke("tune", "--head-dim", 264, code=2).stderr
 
 
 # --- bench ------------------------------------------------------------------------------------------------------------

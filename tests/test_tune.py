@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from generator import tuned
 from generator.arch import ARCHS
 from generator.chunks import budget_of
 from generator.plan import DoesNotFit, plan_kernel, plan_tiling
@@ -102,9 +103,24 @@ def test_cases_hold_the_models_pick():
         assert tiles == first | ({(known.tile_m, known.tile_n)} if known else set())
 
 
+def test_wide_head_dims_have_candidates_of_columns():
+    (case,) = tuning_cases([(512, 512)], ["causal"], 3)
+    assert [(plan.tiling.strategy, plan.tile_m, plan.tile_n) for plan in case.plans] == [
+        *(("columns", 64, n) for n in (64, 96, 128)),
+    ]
+    assert case.picked == case.plans[0].tiling == plan_kernel(case.spec).tiling
+
+
+def test_a_measured_tile_of_columns_is_taken(monkeypatch):
+    known = {("sm_90a", 512, 512, "full"): Winner("sm_90a", 512, 512, "full", 64, 96, False, True, {}, "H200", "today")}
+    monkeypatch.setattr(tuned, "_winners", lambda: known)
+    spec = load_spec(arch="sm_90a", head_dim=512)
+    assert plan_kernel(spec).tile_n == 96 and plan_kernel(load_spec(spec, causal=True)).tile_n == 64
+    why = {reject.reason for reject in plan_kernel(spec).rejected if reject.candidate.tile_n == 64}
+    assert "fits, but another tile was measured to be faster" in why
+
+
 def test_what_cannot_be_planned_is_refused():
-    with pytest.raises(DoesNotFit, match="^head_dim = 512: no tile of the strategy warpgroups fits, of which alone"):
-        tuning_cases([(512, 512)], ["full"], 1)
     with pytest.raises(SpecError, match="^head_dim = 24: must be a multiple of 16"):
         tuning_cases([(24, 24)], ["full"], 1)
     with pytest.raises(SpecError, match="^head_dim = '6x': must be whole numbers, or pairs"):
