@@ -199,14 +199,21 @@ def share_of(spans, share):
     """Of the KV tiles of both sources that a query tile sees, in the order in which they are visited, those of a share:
     of each source how many, how many of them every row sees whole, and what kv_tile needs.
     """
-    (split, splits), (span, span2) = share, spans
-    first, tiles = span[0], span[0] + span2[0]
-    begin, end = tiles * split // splits, tiles * (split + 1) // splits
+    span, span2 = spans
+    first = span[0]
+    begin, end = places_of(share, first + span2[0])
     own = cut(span, cutlass.min(begin, first), cutlass.min(end, first))
     kv_tiles2, whole_tiles2, start2, stop2 = span2
     begin, end = cutlass.max(begin - first, 0), cutlass.max(end - first, 0)
     whole2 = cutlass.max(end - cutlass.max(begin, kv_tiles2 - whole_tiles2), 0)  # they come last
     return own, (end - begin, whole2, start2 + begin, stop2, kv_tiles2)
+
+
+def places_of(share, tiles):
+    """[begin, end) of a share of so many tiles: shares differ by one tile at most."""
+    split, splits = share
+    each, rest = tiles // splits, tiles % splits
+    return split * each + cutlass.min(split, rest), (split + 1) * each + cutlass.min(split + 1, rest)
 
 
 @cute.jit

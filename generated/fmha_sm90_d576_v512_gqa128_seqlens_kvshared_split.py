@@ -220,8 +220,14 @@ def share_of(span, share):
     """Of the KV tiles that a query tile sees, in the order in which they are visited, those of a share: how many, how
     many of them every row sees whole, and what kv_tile needs.
     """
-    (split, splits), tiles = share, span[0]
-    return cut(span, tiles * split // splits, tiles * (split + 1) // splits)
+    return cut(span, *places_of(share, span[0]))
+
+
+def places_of(share, tiles):
+    """[begin, end) of a share of so many tiles: shares differ by one tile at most."""
+    split, splits = share
+    each, rest = tiles // splits, tiles % splits
+    return split * each + cutlass.min(split, rest), (split + 1) * each + cutlass.min(split + 1, rest)
 
 
 @cute.jit

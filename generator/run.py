@@ -42,6 +42,7 @@ from .launch import (
     multiprocessors,
     shares_of,
 )
+from .split import SPLITS_MAX
 
 BACKENDS = ("emulator", "cuda")
 EMULATED_SMS = 4  # few, so that the CTAs of a persistent kernel take turns at small sizes
@@ -107,6 +108,8 @@ def run_observed(
     views = check_inputs(binary.spec, *arrays, **named)
     if views[0].device != "cpu":
         raise CallError("device", views[0].device, "only CPU arrays are observed", "pass NumPy arrays")
+    if splits is not None and not 1 <= splits <= SPLITS_MAX:
+        raise CallError("splits", splits, f"must be from 1 to {SPLITS_MAX}", "leave it out")
     scale = check_scale(binary.spec, scale)
     outputs = tuple(Output(*layout) for layout in output_layout(binary.spec, views[0]))
     backend = _check_backend(backend, views)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from generator.arrays import scratch_layout, view_of
+from generator.arrays import CallError, scratch_layout, view_of
 from generator.compile import compile_kernel
 from generator.emit import emit_kernel, write_text
 from generator.emulator.errors import Hazard
@@ -60,6 +60,13 @@ def test_any_number_of_shares_gives_attention(case):
     for splits in counts:
         verified(binary, operands, splits)
     assert binary.spills == 0
+
+
+@pytest.mark.parametrize("splits", [0, SPLITS_MAX + 1])
+def test_more_shares_than_the_combining_kernel_reads_are_refused(splits):
+    binary = compile_kernel(plan_of(**PLAIN))
+    with pytest.raises(CallError, match=rf"splits = {splits}: must be from 1 to {SPLITS_MAX}"):
+        run_observed(binary, **random_operands(binary.spec, (1, 8, 1, 1, 100), 0), splits=splits)
 
 
 def test_shares_of_a_call_follow_from_its_shapes():
