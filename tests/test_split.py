@@ -51,7 +51,11 @@ def verified(binary, operands, splits, sms=4):
     return [output.array for output in run.outputs]
 
 
-@pytest.mark.parametrize("case", CASES)
+SWEPT = ("V within K, un-normalized",)  # a kernel of specs/ is like it
+KERNELS = [pytest.param(case, marks=[pytest.mark.sweep] * (case in SWEPT)) for case in CASES]
+
+
+@pytest.mark.parametrize("case", KERNELS)
 def test_any_number_of_shares_gives_attention(case):
     """More shares than KV tiles too: some are empty then."""
     fields, shape, counts = CASES[case]
