@@ -3,31 +3,31 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 66a96453af2757faee56ecd44a86e958013271f214a975e4d61270825ddb5192
 #
-# Shared memory: 230400 of 232448 bytes
+# Shared memory: 164864 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0     96       1  mbarriers
-#   sQ          1024  32768       2  64 x 128 a consumer
-#   sK         33792  81920       2  160 x 128 a stage
-#   sV        115712  81920       2  160 x 128 a stage
-#   sO        197632  32768       2  64 x 128 a consumer
+#   barriers       0    192       1  mbarriers
+#   sQ          1024  65536       4  64 x 128 a consumer
+#   sK         66560  16384       4  16 x 128 a stage
+#   sV         82944  16384       4  16 x 128 a stage
+#   sO         99328  65536       4  64 x 128 a consumer
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       2         1  TMA: Q of a consumer has landed
-#   q_empty      16       2         4  a consumer, one lane a warp: its last QK has read Q
-#   k_full       32       2         1  TMA: a K tile has landed
-#   k_empty      48       2         8  consumers, one lane a warp: QK has read the K tile
-#   v_full       64       2         1  TMA: a V tile has landed
-#   v_empty      80       2         8  consumers, one lane a warp: PV has read the V tile
+#   q_full        0       4         1  TMA: Q of a consumer has landed
+#   q_empty      32       4         4  a consumer, one lane a warp: its last QK has read Q
+#   k_full       64       4         1  TMA: a K tile has landed
+#   k_empty      96       4        16  consumers, one lane a warp: QK has read the K tile
+#   v_full      128       4         1  TMA: a V tile has landed
+#   v_empty     160       4        16  consumers, one lane a warp: PV has read the V tile
 #
-# Warps: 384 threads, 64512 of 64512 registers handed out
+# Warps: 640 threads, 61440 of 61440 registers handed out
 #   role      first warp  warps  registers  why
-#   consumer           0      8        240  setmaxnreg: S 80, P 40, O 64, 28 else by estimate
-#   tma                8      2         24  setmaxnreg: coordinates, loop state; one loads Q, one K and V
-#   idle              10      2         24  setmaxnreg counts whole warpgroups
-"""Attention forward on sm_90a: 2 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
+#   consumer           0     16        112  setmaxnreg: S 8, P 4, O 64, 28 else by estimate
+#   tma               16      2         32  setmaxnreg: coordinates, loop state; one loads Q, one K and V
+#   idle              18      2         32  setmaxnreg counts whole warpgroups
+"""Attention forward on sm_90a: 4 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
 
-A CTA works on one query tile after another: 1 query tokens of a KV head's 128 query heads. A warp brings Q, and
+A CTA works on one query tile after another: 2 query tokens of a KV head's 128 query heads. A warp brings Q, and
 another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
 S of the one into P, in registers, while the tensor core still multiplies for the other.
 Consumers take turns at issuing, so that one's softmax runs while another's MMAs do.
@@ -47,50 +47,50 @@ HEAD_DIM = 128
 HEAD_DIM_V = 128
 Q_HEADS_PER_KV = 128
 WINDOW_LEFT = 200
-TILE_M = 128
-TILE_TOKENS = 1
-TILE_N = 160
-CONSUMERS = 2
+TILE_M = 256
+TILE_TOKENS = 2
+TILE_N = 16
+CONSUMERS = 4
 GROUP_ROWS = 64  # query rows of a consumer: M of wgmma
 GROUP_THREADS = 128
 O_WIDTH = HEAD_DIM_V  # columns of O that a consumer holds
-KV_STAGES = 2
+KV_STAGES = 4
 Q_BYTES = 16384  # of one consumer
-K_TILE_BYTES = 40960
-V_TILE_BYTES = 40960
+K_TILE_BYTES = 4096
+V_TILE_BYTES = 4096
 
-THREADS = 384
-LOAD_WARP = 8
-CONSUMER_REGISTERS = 240
-PRODUCER_REGISTERS = 24
+THREADS = 640
+LOAD_WARP = 16
+CONSUMER_REGISTERS = 112
+PRODUCER_REGISTERS = 32
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 230400
+SMEM_BYTES = 164864
 BARRIERS_OFFSET = 0
 SQ_OFFSET = 1024
-SK_OFFSET = 33792
-SV_OFFSET = 115712
-SO_OFFSET = 197632
+SK_OFFSET = 66560
+SV_OFFSET = 82944
+SO_OFFSET = 99328
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-Q_EMPTY = 2
-K_FULL = 4
-K_EMPTY = 6
-V_FULL = 8
-V_EMPTY = 10
+Q_EMPTY = 4
+K_FULL = 8
+K_EMPTY = 12
+V_FULL = 16
+V_EMPTY = 20
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 2, 1),
-    (Q_EMPTY, 2, 4),
-    (K_FULL, 2, 1),
-    (K_EMPTY, 2, 8),
-    (V_FULL, 2, 1),
-    (V_EMPTY, 2, 8),
+    (Q_FULL, 4, 1),
+    (Q_EMPTY, 4, 4),
+    (K_FULL, 4, 1),
+    (K_EMPTY, 4, 16),
+    (V_FULL, 4, 1),
+    (V_EMPTY, 4, 16),
 )
 
 # Named barriers, one a warpgroup from here on.
 TURN_BARRIER = 1
-OWN_BARRIER = 3
+OWN_BARRIER = 5
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453

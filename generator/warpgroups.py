@@ -46,6 +46,7 @@ OTHER_REGISTERS = 28
 # threads have at entry, whatever setmaxnreg gives later: 192 columns compile with 128 at entry, 208 want 134.
 WGMMA_OTHERS = 30
 SPLIT_KEYS = 128  # of a KV tile with split_kv: more only lengthens the way from the last key to the end
+NARROW = 1024  # keys: of a window that a KV tile may be a large part of, so that the tiles at its ends count
 WIDE = 128  # columns of O from which on its rescaling costs more than asking whether it is needed
 # By consumers: which part of the time that the exponentials take is not hidden behind the tensor core's, see
 # predicted_cycles.
@@ -243,17 +244,38 @@ def split_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     return (tiling.kv_stages < 2, apart, parted, tiling.tile_m, over, -tiling.tile_n, -tiling.kv_stages)
 
 
+def narrow_window(spec: KernelSpec) -> int | None:
+    """Keys that a query sees of a window of fewer than NARROW; None of any other mask."""
+    right = 0 if spec.causal else spec.window_right
+    seen = None if spec.window_left is None or right is None else spec.window_left + 1 + right
+    return seen if seen is not None and seen < NARROW else None
+
+
+def tiles_a_row(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:
+    """KV tiles that are computed for a row, over the keys that it sees; of a narrow window the mean over where it
+    begins, for a query tile's tokens together. With 64 heads on 8 and 128 keys an H200 took 102 to 106 us at 256x48,
+    103 to 107 at 192x48 and 192x64, 117 at 192x96, 122 at 192x112 and 128x64 (2026-11-29).
+    """
+    seen = narrow_window(spec)
+    if seen is None:
+        return 1 / tiling.tile_n
+    packed = packs(spec, arch, tiling.tile_m)
+    tokens = max(1, tiling.tile_m // spec.q_heads_per_kv) if packed else tiling.tile_m
+    return ((seen + tokens - 2) / tiling.tile_n + 1) / seen
+
+
 def warpgroup_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """Sort key of candidates: the smallest is taken. Two stages, else K and V are not loaded while others are
-    multiplied; a group's heads in one tile; the winner of a measurement, where there was one; then the fewest predicted
-    cycles a score.
+    multiplied; a group's heads in one tile; the winner of a measurement, where there was one (of a narrow window there
+    was none); then the fewest predicted cycles a score.
     """
     shallow, apart, *model = model_preference(spec, arch, tiling)
-    return (shallow, apart, not is_winner(spec, tiling), *model)
+    lost = narrow_window(spec) is None and not is_winner(spec, tiling)
+    return (shallow, apart, lost, *model)
 
 
 def model_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """warpgroup_preference as if nothing had been measured."""
     apart = not packs(spec, arch, tiling.tile_m)
-    cycles = predicted_cycles(spec, arch, tiling) / (tiling.tile_m * tiling.tile_n)
+    cycles = predicted_cycles(spec, arch, tiling) * tiles_a_row(spec, arch, tiling) / tiling.tile_m
     return (tiling.kv_stages < 2, apart, cycles, -tiling.kv_stages, tiling.o_over_q)

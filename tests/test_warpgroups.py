@@ -15,7 +15,7 @@ from generator.protocol import protocol
 from generator.run import run_observed
 from generator.spec import load_spec
 from generator.verify import random_operands, verify_kernel
-from generator.warpgroups import REGISTERS, can_pack, predicted_cycles
+from generator.warpgroups import REGISTERS, can_pack, model_preference, predicted_cycles
 
 EVERY = len(STYLES) * len(DELAYS)  # seeds in a row that combine every style with every delay
 
@@ -226,6 +226,21 @@ def test_without_a_measurement_the_fewest_cycles_a_score_are_taken(dims):
     assert chosen.tiling in best and chosen.kv_stages == deepest
     if any(t.kv_stages == deepest and not t.o_over_q for t in best):
         assert not chosen.o_over_q, "sO lies over sQ only where it must"
+
+
+def test_a_narrow_window_has_narrow_tiles():
+    """What was measured without a window, or of a wide one, is no guide there."""
+    windowed = {"head_dim": 64, "q_heads_per_kv": 8, "causal": True}
+    costs = {}
+    for rows, keys in ((256, 48), (192, 64), (192, 96), (192, 112), (128, 64)):
+        tiling = plan(**windowed, window_left=127, tile_m=rows, tile_n=keys).tiling
+        costs[rows, keys] = model_preference(load_spec(arch="sm_90a", window_left=127, **windowed), SM90A, tiling)[2]
+    assert list(costs.values()) == sorted(costs.values()), "the order in which an H200 had them"
+    chosen = plan(**windowed, window_left=127)
+    assert (chosen.tile_m, chosen.tile_n) == (256, 48)
+    for left in (1023, 10**6):
+        assert plan(**windowed, window_left=left).tiling == plan(**windowed).tiling
+    assert plan(head_dim=64, window_left=100).tiling == plan(head_dim=64, causal=True).tiling, "all keys to the right"
 
 
 def test_the_order_of_preference():
