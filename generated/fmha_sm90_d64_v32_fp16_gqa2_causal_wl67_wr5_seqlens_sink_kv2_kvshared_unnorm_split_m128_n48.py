@@ -864,10 +864,10 @@ def launch(
     kernel = fmha_sm90_d64_v32_fp16_gqa2_causal_wl67_wr5_seqlens_sink_kv2_kvshared_unnorm_split_m128_n48(*arguments)
     grid = (cutlass.min(tiles, ctas), 1, 1)
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream, use_pdl=True)
-    row_warps = Int32(1)
-    for warps in cutlass.range_constexpr(3):
-        if splits > 4 << warps:
-            row_warps = Int32(2 << warps)
+    row_warps = Int32(1)  # the fewest that have all parts of a row on their way at once
+    for _ in cutlass.range_constexpr(COMBINE_WARPS.bit_length() - 1):
+        if splits > AHEAD * row_warps:
+            row_warps *= 2
     combine = combine_parts(o_parts, lse_parts, m_parts, sink, o, lse, m_out, splits, row_warps)
     rows_a_cta = COMBINE_WARPS // row_warps
     grid = ((o.shape[0] * o.shape[1] * o.shape[2] + rows_a_cta - 1) // rows_a_cta, 1, 1)

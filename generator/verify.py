@@ -6,9 +6,7 @@ enters as O * exp(m - LSE).
                      of this dtype must round and nothing else. Where that model is exact (one key), float32's own
                      error, 2^-20, is allowed.
   cos                cosine similarity with the reference: at least 0.99999.
-  lse_max_abs_err    at most 1e-4, or 2^-20 of the largest |LSE| where that is more: from 105 on the float32 sums that
-                     scores are show (1.08e-4 at 130 on an H200, head_dim 512); rows that see no key have exactly -inf,
-                     and no others.
+  lse_max_abs_err    at most 1e-4; rows that see no key have exactly -inf, and no others.
   m                  exactly -inf in the rows that see no key, and at most LSE + 1e-4 (a kernel that returns it).
   written            every element of every output, and nothing in the guard regions around them.
   hazards            the emulator reported none.
@@ -51,11 +49,6 @@ class Figures:
     lse_max_abs_err: float | None  # None: the kernel returns no LSE
     lse_infinite_wrong: int  # rows whose LSE is infinite in one and not the other
     m_wrong: int
-    lse_largest: float = 0.0  # of the reference's finite |LSE|
-
-    @property
-    def lse_bound(self) -> float:
-        return max(LSE_ABS_MAX, REL_ERR_FLOOR * self.lse_largest)
 
     @property
     def rel_err_bound(self) -> float:
@@ -211,7 +204,6 @@ def compare(binary: Binary, operands: Mapping[str, np.ndarray], outputs: Sequenc
         lse_max_abs_err=lse_error,
         lse_infinite_wrong=lse_wrong,
         m_wrong=_count_wrong_m(arrays["m"], arrays["lse"], exact) if "m" in arrays else 0,
-        lse_largest=float(np.max(np.abs(exact.lse), initial=0.0, where=np.isfinite(exact.lse))),
     )
 
 
@@ -259,8 +251,8 @@ def judge(figures: Figures) -> list[str]:
         failures.append(f"rel_err {figures.rel_err:.3e} > {bound:.3e} ({source})")
     if not figures.cos >= COS_MIN:
         failures.append(f"cos {figures.cos:.7f} < {COS_MIN}")
-    if figures.lse_max_abs_err is not None and not figures.lse_max_abs_err <= figures.lse_bound:
-        failures.append(f"lse_max_abs_err {figures.lse_max_abs_err:.3e} > {figures.lse_bound:g}")
+    if figures.lse_max_abs_err is not None and not figures.lse_max_abs_err <= LSE_ABS_MAX:
+        failures.append(f"lse_max_abs_err {figures.lse_max_abs_err:.3e} > {LSE_ABS_MAX:g}")
     if figures.lse_infinite_wrong:
         failures.append(f"lse: {figures.lse_infinite_wrong} rows are -inf in one of kernel and reference only")
     if figures.m_wrong:
