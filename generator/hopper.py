@@ -62,24 +62,19 @@ class HopperPlan(Plan):
         found = PARTIALS[self.tiling.strategy]
         if self.part.sink:
             found = with_part(found, "_sink", "_finish")
-        if self.splits:
+        if self.spec.split_kv:
             found = with_part(with_part(found, "_split_sm90", "_work"), "_combine_sm90", "_launch")
         return found
 
     @property
-    def splits(self) -> bool:
-        """The keys of a query tile are shared out to several CTAs."""
-        return self.spec.split_kv
-
-    @property
     def rotated(self) -> bool:
         """The j-th tile that is visited need not be the source's j-th."""
-        return self.splits or super().rotated
+        return self.spec.split_kv or super().rotated
 
     @property
     def thread_o(self) -> str:
         """The tensor of the host function that an un-normalized O goes to."""
-        return "o_parts" if self.splits else "o"
+        return "o_parts" if self.spec.split_kv else "o"
 
     @property
     def combine_tensors(self) -> list[str]:
@@ -123,7 +118,7 @@ class HopperPlan(Plan):
     @property
     def out_block(self) -> str:
         """Where a query tile's results go: a part is to them what a batch entry is to a kernel that has no parts."""
-        return "part_of(block, lengths)" if self.splits else "block"
+        return "part_of(block, lengths)" if self.spec.split_kv else "block"
 
     @property
     def skip_log2(self) -> float:

@@ -48,7 +48,8 @@ from .arrays import KnownArrays, place_on_device
 from .cuda_python import L2_BYTES, CudaPython
 from .errors import EmulatorError, LaunchError
 from .gpu import Gpu, LaunchReport
-from .host import HostError, Launch, Session, cubin_digest, cubins_of, library_path, runtime_symbols, serving
+from .host import HostError, Launch, Session, cubin_digest, library_path, runtime_symbols, serving
+from .images import cubins_of
 from .imports import when_imported
 from .interrupt import interrupt_held_back
 

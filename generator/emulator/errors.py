@@ -29,3 +29,7 @@ class Hazard(EmulatorError):
 
 class Deadlock(EmulatorError):
     """Nothing can run and nothing asynchronous is under way; the message lists who waits for what."""
+
+
+class HostError(EmulatorError):
+    """The host function asked for something that the emulated CUDA runtime does not offer or must refuse."""

@@ -36,8 +36,9 @@ from pathlib import Path
 from typing import Any
 
 from .encode import encode_tiled
-from .errors import EmulatorError, LaunchError
+from .errors import HostError, LaunchError
 from .gpu import SMEM_LIMIT
+from .images import images_at
 from .libraries import find_library
 
 HOST_VERSION = 1  # of host.c
@@ -52,10 +53,6 @@ _LAUNCH_COOPERATIVE, _LAUNCH_CLUSTER, _LAUNCH_PROGRAMMATIC = 2, 4, 6
 # L2 window, cluster scheduling, priority, memory synchronization domains, preferred cluster, shared memory carveout:
 # they change when and where CTAs run, and launches run one after another.
 _LAUNCH_WITHOUT_EFFECT = {1, 5, 8, 9, 10, 11, 14}
-
-
-class HostError(EmulatorError):
-    """The host function asked for something that the emulated CUDA runtime does not offer or must refuse."""
 
 
 class RefusedLaunch(HostError, LaunchError):
@@ -328,7 +325,7 @@ def _get_device_attribute(session: Session, arguments: Any) -> None:
 @_answers("_cudaLibraryLoadData")
 def _load_library(session: Session, arguments: Any) -> None:
     """(library *, image, …): the image must be the cubin that the attached PTX was assembled to."""
-    images = _images(ctypes.string_at, arguments[1])
+    images = images_at(ctypes.string_at, arguments[1])
     attached = [digest for digest in map(cubin_digest, images) if digest in session.programs]
     if not attached:
         sizes = [len(image) for image in images]
@@ -464,39 +461,3 @@ def _max_shared(session: Session) -> int:
     if arch not in SMEM_LIMIT:
         raise HostError(f"shared memory limit of {arch!r} unknown; known: {', '.join(SMEM_LIMIT)}")
     return SMEM_LIMIT[arch]
-
-
-def cubins_of(image: bytes) -> list[bytes]:
-    """The cubins in an ELF file or a fat binary that is held as bytes."""
-    return _images(lambda at, count: image[at : at + count], 0)
-
-
-def _images(read: Callable[[int, int], bytes], address: int) -> list[bytes]:
-    """The ELF images at `address`: one as it is, or those in a fat binary, the container that the DSL links in.
-
-    A fat binary is a header (u32 magic, u16 version, u16 header bytes, u64 body bytes) and a body of entries, each
-    with a header of its own (u16 kind, u16 version, u32 header bytes, u64 payload bytes; kind 2 is a cubin).
-    """
-    start = read(address, 4)
-    if start == b"\x7fELF":
-        return [_elf_at(read, address)]
-    if start != struct.pack("<I", 0xBA55ED50):
-        raise HostError(f"_cudaLibraryLoadData: the image is neither ELF nor a fat binary; it begins with {start!r}")
-    header_bytes, body_bytes = struct.unpack("<xxxxxxHQ", read(address, 16))
-    body = read(address + header_bytes, body_bytes)
-    images, at = [], 0
-    while at < len(body):
-        kind, entry_header, payload = struct.unpack_from("<HxxIQ", body, at)
-        if kind == 2:
-            images.append(body[at + entry_header : at + entry_header + payload])
-        at += entry_header + payload
-    return images
-
-
-def _elf_at(read: Callable[[int, int], bytes], address: int) -> bytes:
-    """The ELF-64 file at `address`, whose length only its own header tables tell."""
-    header = read(address, 64)
-    program_table, section_table = struct.unpack_from("<QQ", header, 0x20)
-    program_size, program_count, section_size, section_count = struct.unpack_from("<HHHH", header, 0x36)
-    end = max(program_table + program_size * program_count, section_table + section_size * section_count)
-    return read(address, end)
