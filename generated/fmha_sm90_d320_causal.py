@@ -5,29 +5,29 @@
 #
 # Shared memory: 219136 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    224       1  mbarriers
+#   barriers       0    256       1  mbarriers
 #   rows        1024    512       2  factors of 64 rows
-#   sK          2048  98304       6  128 x 64 a stage
-#   sQ        100352  16384       2  64 x 64 a stage, on the way to registers
-#   sV        116736  61440       3  32 x 320 a stage
-#   sP        178176  32768       2  64 x 128 a stage
+#   sK          2048  86016       7  96 x 64 a stage
+#   sQ         88064  16384       2  64 x 64 a stage, on the way to registers
+#   sV        104448  81920       4  32 x 320 a stage
+#   sP        186368  24576       2  64 x 96 a stage
 #   sO        210944   8192       2  64 x 32 an output warpgroup, in 5 steps
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
 #   q_full        0       2         1  TMA: a chunk of Q has landed
 #   q_empty      16       2         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       32       6         1  TMA: a chunk of K has landed
-#   k_empty      80       6         4  score warps, one lane each: it has been read
-#   v_full      128       3         1  TMA: a slice of V has landed
-#   v_empty     152       3         8  output warps, one lane each: PV has read it
-#   p_full      176       2         4  score warps, one lane each: P and the factors of O are written
-#   p_empty     192       2         8  output warps, one lane each: P and factors have been read
-#   scored      208       2         4  score warps, one lane each: QK of the next KV tile is done
+#   k_full       32       7         1  TMA: a chunk of K has landed
+#   k_empty      88       7         4  score warps, one lane each: it has been read
+#   v_full      144       4         1  TMA: a slice of V has landed
+#   v_empty     176       4         8  output warps, one lane each: PV has read it
+#   p_full      208       2         4  score warps, one lane each: P and the factors of O are written
+#   p_empty     224       2         8  output warps, one lane each: P and factors have been read
+#   scored      240       2         4  score warps, one lane each: QK of the next KV tile is done
 #
 # Warps: 512 threads, 62464 of 65536 registers handed out
 #   role    first warp  warps  registers  why
-#   scores           0      4        240  setmaxnreg: Q 80, S 64, P 32, 16 else by estimate
+#   scores           0      4        240  setmaxnreg: Q 80, S 48, P 24, 16 else by estimate
 #   output           4      8        112  setmaxnreg: half of O 80, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
@@ -54,23 +54,23 @@ DTYPE = BFloat16
 HEAD_DIM = 320
 HEAD_DIM_V = 320
 TILE_M = 64
-TILE_N = 128
+TILE_N = 96
 GROUP_ROWS = 64  # query rows of a CTA: M of wgmma
 GROUP_THREADS = 128
 K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 5
 Q_CHUNKS = 5  # of them, in registers
 Q_STAGES = 2
-K_STAGES = 6
+K_STAGES = 7
 V_KEYS = 32  # keys of V in a buffer
-V_SLICES = 4  # of a KV tile
-V_STAGES = 3
+V_SLICES = 3  # of a KV tile
+V_STAGES = 4
 P_STAGES = 2
 O_WIDTH = 160  # columns of O that an output warpgroup holds
 O_PARTS = (160,)  # of them, by one wgmma
 O_CHUNK = 32  # of them, staged at a time
 Q_CHUNK_BYTES = 8192
-K_CHUNK_BYTES = 16384
+K_CHUNK_BYTES = 12288
 V_SLICE_BYTES = 20480
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
@@ -86,28 +86,28 @@ SMEM_BYTES = 219136
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 100352
-SV_OFFSET = 116736
-SP_OFFSET = 178176
+SQ_OFFSET = 88064
+SV_OFFSET = 104448
+SP_OFFSET = 186368
 SO_OFFSET = 210944
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
 Q_EMPTY = 2
 K_FULL = 4
-K_EMPTY = 10
-V_FULL = 16
-V_EMPTY = 19
-P_FULL = 22
-P_EMPTY = 24
-SCORED = 26
+K_EMPTY = 11
+V_FULL = 18
+V_EMPTY = 22
+P_FULL = 26
+P_EMPTY = 28
+SCORED = 30
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 2, 1),
     (Q_EMPTY, 2, 4),
-    (K_FULL, 6, 1),
-    (K_EMPTY, 6, 4),
-    (V_FULL, 3, 1),
-    (V_EMPTY, 3, 8),
+    (K_FULL, 7, 1),
+    (K_EMPTY, 7, 4),
+    (V_FULL, 4, 1),
+    (V_EMPTY, 4, 8),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
@@ -153,7 +153,7 @@ def v_layout():
 
 
 def p_layout():
-    return operand_layout(SmemLayoutAtomKind.K_SW128, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
+    return operand_layout(SmemLayoutAtomKind.K_SW64, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
 
 
 def o_layout():

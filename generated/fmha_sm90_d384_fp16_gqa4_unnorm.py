@@ -3,30 +3,30 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 e63dff0bb7c702db46dba524d3e4a9fb043c8e78d6cdefa4ad0f5745987fb51b
 #
-# Shared memory: 223232 of 232448 bytes
-#   buffer    offset  bytes  stages  holds
-#   barriers       0    224       1  mbarriers
-#   rows        1024    512       2  factors of 64 rows
-#   sK          2048  98304       6  128 x 64 a stage
-#   sQ        100352  16384       2  64 x 64 a stage, on the way to registers
-#   sV        116736  73728       3  32 x 384 a stage
-#   sP        190464  32768       2  64 x 128 a stage
+# Shared memory: 227328 of 232448 bytes
+#   buffer    offset   bytes  stages  holds
+#   barriers       0     272       1  mbarriers
+#   rows        1024     512       2  factors of 64 rows
+#   sK          2048  110592       9  96 x 64 a stage
+#   sQ        112640   16384       2  64 x 64 a stage, on the way to registers
+#   sV        129024   73728       3  32 x 384 a stage
+#   sP        202752   24576       2  64 x 96 a stage
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
 #   q_full        0       2         1  TMA: a chunk of Q has landed
 #   q_empty      16       2         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       32       6         1  TMA: a chunk of K has landed
-#   k_empty      80       6         4  score warps, one lane each: it has been read
-#   v_full      128       3         1  TMA: a slice of V has landed
-#   v_empty     152       3         8  output warps, one lane each: PV has read it
-#   p_full      176       2         4  score warps, one lane each: P and the factors of O are written
-#   p_empty     192       2         8  output warps, one lane each: P and factors have been read
-#   scored      208       2         4  score warps, one lane each: QK of the next KV tile is done
+#   k_full       32       9         1  TMA: a chunk of K has landed
+#   k_empty     104       9         4  score warps, one lane each: it has been read
+#   v_full      176       3         1  TMA: a slice of V has landed
+#   v_empty     200       3         8  output warps, one lane each: PV has read it
+#   p_full      224       2         4  score warps, one lane each: P and the factors of O are written
+#   p_empty     240       2         8  output warps, one lane each: P and factors have been read
+#   scored      256       2         4  score warps, one lane each: QK of the next KV tile is done
 #
 # Warps: 512 threads, 65536 of 65536 registers handed out
 #   role    first warp  warps  registers  why
-#   scores           0      4        232  setmaxnreg: Q 96, S 64, P 32, 16 else by estimate
+#   scores           0      4        232  setmaxnreg: Q 96, S 48, P 24, 16 else by estimate
 #   output           4      8        128  setmaxnreg: half of O 96, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
@@ -55,23 +55,23 @@ HEAD_DIM_V = 384
 Q_HEADS_PER_KV = 4
 TILE_M = 64
 TILE_TOKENS = 16
-TILE_N = 128
+TILE_N = 96
 GROUP_ROWS = 64  # query rows of a CTA: M of wgmma
 GROUP_THREADS = 128
 K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 6
 Q_CHUNKS = 6  # of them, in registers
 Q_STAGES = 2
-K_STAGES = 6
+K_STAGES = 9
 V_KEYS = 32  # keys of V in a buffer
-V_SLICES = 4  # of a KV tile
+V_SLICES = 3  # of a KV tile
 V_STAGES = 3
 P_STAGES = 2
 O_WIDTH = 192  # columns of O that an output warpgroup holds
 O_PARTS = (192,)  # of them, by one wgmma
 O_CHUNK = 64  # of them, staged at a time
 Q_CHUNK_BYTES = 8192
-K_CHUNK_BYTES = 16384
+K_CHUNK_BYTES = 12288
 V_SLICE_BYTES = 24576
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
@@ -83,29 +83,29 @@ OUTPUT_REGISTERS = 128
 PRODUCER_REGISTERS = 24
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 223232
+SMEM_BYTES = 227328
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 100352
-SV_OFFSET = 116736
-SP_OFFSET = 190464
+SQ_OFFSET = 112640
+SV_OFFSET = 129024
+SP_OFFSET = 202752
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
 Q_EMPTY = 2
 K_FULL = 4
-K_EMPTY = 10
-V_FULL = 16
-V_EMPTY = 19
-P_FULL = 22
-P_EMPTY = 24
-SCORED = 26
+K_EMPTY = 13
+V_FULL = 22
+V_EMPTY = 25
+P_FULL = 28
+P_EMPTY = 30
+SCORED = 32
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 2, 1),
     (Q_EMPTY, 2, 4),
-    (K_FULL, 6, 1),
-    (K_EMPTY, 6, 4),
+    (K_FULL, 9, 1),
+    (K_EMPTY, 9, 4),
     (V_FULL, 3, 1),
     (V_EMPTY, 3, 8),
     (P_FULL, 2, 4),
@@ -153,7 +153,7 @@ def v_layout():
 
 
 def p_layout():
-    return operand_layout(SmemLayoutAtomKind.K_SW128, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
+    return operand_layout(SmemLayoutAtomKind.K_SW64, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
 
 
 def one_tile(layout):

@@ -32,6 +32,7 @@ from .budget import (
 )
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .tuned import winner
+from .warpgroups import narrow_window
 
 CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
 V_KEYS = 32  # keys of V in a buffer
@@ -228,9 +229,11 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
 
 def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """Sort key of candidates: the smallest is taken. The winner of a measurement (tuned.json), where there was one,
-    then column_order. Of head dims that warpgroups can have too it is theirs.
+    then column_order. What was measured were long rows of head dims beyond warpgroups: of a narrow window, with
+    split_kv, or with P in shared memory at a head_dim that warpgroups have too, there is none.
     """
-    found = winner(spec) if max(spec.head_dim, spec.v_dim) > arch.mma_n_max else None
+    wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
+    found = winner(spec) if wide and narrow_window(spec) is None and not spec.split_kv else None
     won = found is not None and (found.tile_m, found.tile_n) == (tiling.tile_m, tiling.tile_n)
     return (not won, *column_order(spec, arch, tiling))
 

@@ -15,7 +15,7 @@ def plan_of(head_dim, **fields):
 
 
 def test_the_budget_at_head_dim_512_by_hand():
-    plan = plan_of(512)
+    plan = plan_of(512, tile_n=64)
     sizes = {buffer.name: buffer.bytes for buffer in plan.budget.buffers}
     assert (plan.tile_m, plan.tile_n, plan.kv_stages, plan.v_stages, plan.chunks_apart) == (64, 64, 10, 3, 2)
     del sizes["barriers"]
@@ -38,7 +38,7 @@ def test_the_budget_at_head_dim_512_by_hand():
 @pytest.mark.parametrize(
     "head_dim, parts, apart, scores, output",
     [
-        (512, (128, 128), 2, 168, 160),
+        (512, (128, 128), 3, 168, 160),
         (448, (128, 96), 2, 200, 144),
         (384, (192,), 0, 232, 128),
         (320, (160,), 0, 240, 112),

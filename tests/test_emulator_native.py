@@ -178,6 +178,24 @@ def test_a_loop_with_effects_guards_and_memory(native):
     np.testing.assert_array_equal(*results)
 
 
+def test_a_block_that_two_threads_compile_stays_one(native, monkeypatch):
+    """The first one's work memory is in the arguments that machines keep: it must outlive the second's arrival."""
+    compile_block, seen = hot.HotBlocks._native, []
+
+    def twice(self, block):
+        first = compile_block(self, block)
+        kept = self.compiled.get(block)
+        assert compile_block(self, block) is first and self.compiled.get(block) is kept
+        seen.append(block)
+        return first
+
+    monkeypatch.setattr(hot.HotBlocks, "_native", twice)
+    native("always")
+    x, y = values()
+    run(BODY, block=96, x=x, y=y)
+    assert seen and y.any()
+
+
 def test_code_is_kept_on_disk_and_a_damaged_entry_is_made_anew(native, tmp_path, monkeypatch):
     made = []
     assemble = hot._assemble

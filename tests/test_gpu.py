@@ -39,6 +39,17 @@ CASES = {
     "512 gqa128, sinks, lengths, split": {
         **{"head_dim": 512, "q_heads_per_kv": 128, "sink": True, "seqlens": True, "split_kv": True},
     },
+    "576/512 gqa128, V within K, lengths, split": {
+        **{"head_dim": 576, "head_dim_v": 512, "q_heads_per_kv": 128, "kv_shared": True},
+        **{"seqlens": True, "split_kv": True},
+    },
+    "576/512 gqa8 causal": {"head_dim": 576, "head_dim_v": 512, "q_heads_per_kv": 8, "causal": True},
+    "320/272, V within K": {"head_dim": 320, "head_dim_v": 272, "kv_shared": True},
+    "304/208 causal": {"head_dim": 304, "head_dim_v": 208, "causal": True},
+    "128 causal, P in shared memory": {"head_dim": 128, "causal": True, "p_staging": "smem"},
+    "64 gqa8, window of 128, sinks": {
+        **{"head_dim": 64, "q_heads_per_kv": 8, "causal": True, "window_left": 127, "sink": True},
+    },
 }
 LAUNCHES = 1000
 

@@ -38,11 +38,14 @@ def test_records_are_well_formed():
     assert len(set(keys)) == len(keys) and len(WHOLE) >= 26
 
 
-@pytest.mark.parametrize("record", WHOLE, ids=name_of)
+@pytest.mark.parametrize("record", RECORDS, ids=name_of)
 def test_every_record_can_be_planned_and_is(record):
     spec = spec_of(record)
     plan = plan_kernel(spec)
     assert winner(spec) == Winner(**record)
+    if record not in WHOLE:
+        assert (plan.tile_m, plan.tile_n, plan.lazy) == (record["tile_m"], record["tile_n"], True) and plan.budget.fits
+        return
     assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"]) and plan.kv_stages >= 2
     assert (plan.takes_turns, plan.lazy) == (record["turns"], record["lazy"]) and plan.budget.fits
 
@@ -52,6 +55,18 @@ def test_a_winner_serves_whatever_else_is_asked_for():
     for more in ({"seqlens": True}, {"sink": True, "dtype": "fp16"}, {"output": "unnormalized"}, {"window_left": 1024}):
         plan = plan_kernel(spec_of(record, **more))
         assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"])
+
+
+def test_columns_take_theirs_for_long_rows():
+    """Short rows (narrow windows, split_kv) were not what was measured."""
+    record = next(r for r in RECORDS if (r["head_dim"], r["mask"]) == (512, "full"))
+    assert (record["tile_m"], record["tile_n"]) == (64, 96)
+    for more, keys in (({"sink": True}, 96), ({"split_kv": True}, 64)):
+        assert plan_kernel(spec_of(record, **more)).tile_n == keys
+    record = next(r for r in RECORDS if (r["head_dim"], r["mask"]) == (272, "causal"))
+    assert record["tile_m"] == 128
+    for more, rows in (({}, 128), ({"window_left": 4095}, 128), ({"window_left": 127}, 64)):
+        assert plan_kernel(spec_of(record, **more)).tile_m == rows
 
 
 def test_fields_override_it():

@@ -53,7 +53,6 @@ class HotBlocks:
         self.places = register_places(program.stored, program.paired, program.checked)
         self.volatile = {self.places[at] for index in volatile if (at := ("R", index, 0)) in self.places}
         self.key = key
-        self.units = 0  # of the scratch memory, at most, of the blocks compiled so far
         self.compiled: dict[int, _Compiled] = {}
         self.functions: list[Callable] = list(program.functions)
         chosen = mode()
@@ -99,9 +98,8 @@ class HotBlocks:
         native, code = read
         if not native.regions:
             return None
-        compiled = self.compiled[block] = _Compiled(block, native, code, self.names)
-        self.units = max(self.units, native.units)
-        return compiled.run
+        # Two threads may have compiled it: the first one stays, for its work memory is in use (Frames).
+        return self.compiled.setdefault(block, _Compiled(block, native, code, self.names)).run
 
     def _digest(self) -> str:
         facts = (self.key, _this_package(), _host(), np.__version__, str(sorted(self.places.items())))
@@ -112,7 +110,7 @@ class _Compiled:
     """One block's machine code in this process."""
 
     def __init__(self, block: int, native: Any, code: bytes, names: dict[str, Any]):
-        self.views = native.views
+        self.views, self.units = native.views, native.units
         loops = {symbol: inner_loop(*loop) for symbol, loop in native.loops.items()}
         self._code = code, _work_memory([data for _, data in loops.values()])
         self.work = self._code[1].ctypes.data
@@ -149,14 +147,12 @@ class Frames:
     def of(self, ws: Any, block: int) -> tuple[tuple, list[np.ndarray], Any]:
         """Arguments of the block's regions for these warps, the views of the scratch memory that its text uses, and
         what must stay alive meanwhile."""
-        known = self._known.get((ws, block))
-        if known is None or self._units < self.hot.units:
-            known = self._make(ws, block)
-        return known
+        return self._known.get((ws, block)) or self._make(ws, block)
 
     def _make(self, ws: Any, block: int) -> tuple[tuple, list[np.ndarray], Any]:
-        if self._units < self.hot.units:
-            self._units = self.hot.units
+        compiled = self.hot.compiled[block]
+        if self._units < compiled.units:  # blocks that are being executed go on with the memory that they have
+            self._units = max(each.units for each in list(self.hot.compiled.values()))
             rows = self.machine.n_warps * self.machine.n_cta
             self._scratch = np.zeros(self._units * rows * 128 + 64, np.uint8)
             self._known.clear()
@@ -165,7 +161,7 @@ class Frames:
         start = -self._scratch.ctypes.data % 64
         unit, n = 128 * len(rows), len(rows)
         views = []
-        for first, kind, count in self.hot.compiled[block].views:
+        for first, kind, count in compiled.views:
             size = np.dtype(kind).itemsize * 32 * n
             at = start + first * unit
             if count:
@@ -173,10 +169,10 @@ class Frames:
             else:
                 flat = self._scratch[at : at + size].view(kind).reshape(*ws.lead, 32)
             views.append(flat)
-        scratch, work = self._scratch.ctypes.data + start, self.hot.compiled[block].work
+        scratch, work = self._scratch.ctypes.data + start, compiled.work
         arguments = (n, rows.ctypes.data, self._table.ctypes.data, scratch, self._params.ctypes.data, work)
-        self._known[ws, block] = arguments, views, rows
-        return self._known[ws, block]
+        known = self._known[ws, block] = arguments, views, (rows, self._scratch)
+        return known
 
 
 # -- LLVM --------------------------------------------------------------------------------------------------------------
