@@ -3,44 +3,56 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 89f253da8e143dc385dec3dcac369b4e451941644dd00a86eb1e0c2e62eedb94
 #
-# Shared memory: 230400 of 232448 bytes
+# Shared memory: 217088 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    140       1  mbarriers and the slot of the TMEM base address
-#   sQ          1024  32768       1  128 x 128
-#   sK         33792  98304       3  128 x 128 a stage
-#   sV        132096  98304       3  128 x 128 a stage
-#   sO          1024  32768       1  128 x 128 of 2 bytes, in 1 step, over sQ once the last QK is done
+#   barriers       0    196       1  mbarriers and the slot of the TMEM base address
+#   rows        1024   3072       1  factor, sum and reference of 2 x 128 rows
+#   sQ          4096  65536       2  two tiles of 128 x 128
+#   sK         69632  65536       2  128 x 128 a stage
+#   sV        135168  65536       2  128 x 128 a stage
+#   sO        200704  16384       2  two tiles of 128 x 32 of 2 bytes, in 4 steps
 #
-# TMEM: 320 of 512 columns, 512 allocated
+# TMEM: 512 of 512 columns, 512 allocated
 #   region  column  columns  holds
-#   S            0      128  128 x 128 float32
-#   P          128       64  128 x 128 of 16 bits, two a column
-#   O          192      128  128 x 128 float32
+#   S0           0      128  128 x 128 float32
+#   S1         128      128  128 x 128 float32
+#   P0           0       64  128 x 128 of 16 bits, two a column, over S0 once that is read
+#   P1         128       64  128 x 128 of 16 bits, two a column, over S1 once that is read
+#   O0         256      128  128 x 128 float32
+#   O1         384      128  128 x 128 float32
 #
 # mbarriers
-#   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       1         1  TMA: Q has landed
-#   k_full        8       3         1  TMA: a K tile has landed
-#   k_empty      32       3         1  commit: QK has read its K tile
-#   v_full       56       3         1  TMA: a V tile has landed
-#   v_empty      80       3         1  commit: PV has read its V tile
-#   s_full      104       1         1  commit: QK has written S
-#   s_empty     112       1         4  softmax, one lane a warp: S is in registers
-#   p_full      120       1         4  softmax, one lane a warp: P is written and O is rescaled
-#   o_full      128       1         1  commit: PV has written O and read P
+#   name         offset  stages  arrivals  a phase completes when
+#   q_full            0       2         1  TMA: Q has landed
+#   q_empty          16       2         1  commit: the last QK has read Q
+#   k_full           32       2         1  TMA: a K tile has landed
+#   k_empty          48       2         1  commit: QK of both query tiles has read its K tile
+#   v_full           64       2         1  TMA: a V tile has landed
+#   v_empty          80       2         1  commit: PV of both query tiles has read its V tile
+#   s_full           96       2         1  commit: QK has written S, and PV before it has read P and written O
+#   p_full          112       2         8  softmax and correction, one lane a warp: P is written, O is rescaled
+#   factor_full     128       2         4  softmax, one lane a warp: the factors of O are in shared memory
+#   o_full          144       2         1  commit: the last PV has written O
+#   sum_full        160       2         4  softmax, one lane a warp: sums and references are in shared memory
+#   sum_empty       176       2         4  correction, one lane a warp: they are in registers
 #
-# Warps: 192 threads, 46080 registers by estimate
-#   role     first warp  warps  registers  why
-#   softmax           0      4        240  estimate: a row of S (128) and P (64), 48 else
-#   mma               4      1         40  estimate: descriptors, coordinates, loop state
-#   tma               5      1         40  estimate: descriptors, coordinates, loop state
-"""Fused attention forward: one CTA a tile of 128 query rows, a query head and a batch entry.
+# Warps: 512 threads, 65536 of 65536 registers handed out
+#   role        first warp  warps  registers  why
+#   softmax              0      8        216  setmaxnreg: a row of S, part of P, what the exponentials need
+#   correction           8      4         48  setmaxnreg: part of a row of O, its factor
+#   mma                 12      1         32  setmaxnreg: descriptors, coordinates, loop state
+#   tma                 13      1         32  setmaxnreg: descriptors, coordinates, loop state
+#   idle                14      2         32  setmaxnreg counts whole warpgroups
+"""Fused attention forward: a CTA two query tiles at a time, 128 rows each of a query head.
 
-Grid (ceil(Sq / 128), Hq, B), 192 threads:
+Grid (as many CTAs as run at once, or as there is work for), 512 threads each. O of two query tiles leaves while
+the next two are begun.
 
-    warps 0-3  softmax, correction and epilogue, one thread a query row
-    warp  4    MMA: S = Q K^T and O += P V by tcgen05.mma, QK of a tile before PV of the one before it
-    warp  5    load: Q, K and V by TMA, K and V through rings of KV_STAGES tiles
+    warps 0-7    softmax, warps 0-3 of the first tile and 4-7 of the second, one thread a query row
+    warps 8-11   correction of both tiles' O, and epilogue
+    warp  12     MMA: S = Q K^T and O += P V by tcgen05.mma; while one tile's S becomes P, it multiplies for the other
+    warp  13     load: Q, K and V by TMA, K and V through rings of KV_STAGES tiles
+    warps 14-15  idle: registers are handed out by warpgroups
 """
 
 import cutlass
@@ -58,59 +70,81 @@ HEAD_DIM_V = 128
 TILE_M = 128
 TILE_N = 128
 MMA_K = 16  # columns of A that one tcgen05.mma of 16-bit operands multiplies
-KV_STAGES = 3
+KV_STAGES = 2
 Q_TILE_BYTES = 32768
 K_TILE_BYTES = 32768
 V_TILE_BYTES = 32768
+O_TILE_BYTES = 8192
 
-THREADS = 192
+TILE_WARPS = 4
+CORRECTION_WARP = 8
+SOFTMAX_REGISTERS = 216
+CORRECTION_REGISTERS = 48
+ISSUER_REGISTERS = 32
+
+SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see softmax_tile
+PAIR_PERIOD = 16
+POLYNOMIAL_PAIRS = (1, 4, 6, 9, 12, 14)  # of each PAIR_PERIOD pairs of columns: exponentials by FMA
+
+THREADS = 512
 WARP_ROWS = 32
-SOFTMAX_WARPS = 4
-MMA_WARP = 4
-LOAD_WARP = 5
+SOFTMAX_WARPS = 8
+MMA_WARP = 12
+LOAD_WARP = 13
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 230400
+SMEM_BYTES = 217088
 BARRIERS_OFFSET = 0
-SQ_OFFSET = 1024
-SK_OFFSET = 33792
-SV_OFFSET = 132096
-SO_OFFSET = 1024
-TMEM_SLOT_OFFSET = 136
+ROWS_OFFSET = 1024
+SQ_OFFSET = 4096
+SK_OFFSET = 69632
+SV_OFFSET = 135168
+SO_OFFSET = 200704
+TMEM_SLOT_OFFSET = 192
 
 # Tensor memory: 32-bit columns from the start of the allocation.
 TMEM_COLUMNS = 512
-S_COLUMN = 0
-P_COLUMN = 128
-O_COLUMN = 192
+S0_COLUMN = 0
+S1_COLUMN = 128
+P0_COLUMN = 0
+P1_COLUMN = 128
+O0_COLUMN = 256
+O1_COLUMN = 384
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-K_FULL = 1
-K_EMPTY = 4
-V_FULL = 7
+Q_EMPTY = 2
+K_FULL = 4
+K_EMPTY = 6
+V_FULL = 8
 V_EMPTY = 10
-S_FULL = 13
-S_EMPTY = 14
-P_FULL = 15
-O_FULL = 16
+S_FULL = 12
+P_FULL = 14
+FACTOR_FULL = 16
+O_FULL = 18
+SUM_FULL = 20
+SUM_EMPTY = 22
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 1, 1),
-    (K_FULL, 3, 1),
-    (K_EMPTY, 3, 1),
-    (V_FULL, 3, 1),
-    (V_EMPTY, 3, 1),
-    (S_FULL, 1, 1),
-    (S_EMPTY, 1, 4),
-    (P_FULL, 1, 4),
-    (O_FULL, 1, 1),
+    (Q_FULL, 2, 1),
+    (Q_EMPTY, 2, 1),
+    (K_FULL, 2, 1),
+    (K_EMPTY, 2, 1),
+    (V_FULL, 2, 1),
+    (V_EMPTY, 2, 1),
+    (S_FULL, 2, 1),
+    (P_FULL, 2, 8),
+    (FACTOR_FULL, 2, 4),
+    (O_FULL, 2, 1),
+    (SUM_FULL, 2, 4),
+    (SUM_EMPTY, 2, 4),
 )
 
 # Columns that one tcgen05.ld or tcgen05.st moves, and columns of O that one TMA store takes.
 S_COLUMNS = 32
-P_COLUMNS = 32
-O_COLUMNS = 32
-O_CHUNK = 128
+P_COLUMNS = 16
+O_COLUMNS = 8
+STAGE_COLUMNS = 16  # of O on its way out
+O_CHUNK = 32
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -155,8 +189,8 @@ def v_layout():
 
 def o_layout():
     """sO: a slab of its own for each softmax warp, so that the epilogue needs no barrier between warps."""
-    atom = tcgen05.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, OUT_DTYPE)
-    return cute.tile_to_shape(atom, (WARP_ROWS, O_CHUNK, SOFTMAX_WARPS), order=(0, 1, 2))
+    atom = tcgen05.make_smem_layout_atom(SmemLayoutAtomKind.K_SW64, OUT_DTYPE)
+    return cute.tile_to_shape(atom, (WARP_ROWS, O_CHUNK, TILE_WARPS), order=(0, 1, 2))
 
 
 def one_stage(layout):
@@ -191,6 +225,64 @@ def hide_columns(s, end):
         s[c] = s[c] if c < end else -Float32.inf
 
 
+@cute.jit
+def place_in_turn(turn):
+    """This CTA's place among the CTAs. Every other turn goes through them backwards: who had much gets little."""
+    workers, place = cute.arch.grid_dim()[0], cute.arch.block_idx()[0]
+    return place if turn % 2 == 0 else workers - 1 - place
+
+
+def query_tiles(seqlen_q):
+    """Pairs of query tiles."""
+    return (seqlen_q + 2 * TILE_M - 1) // (2 * TILE_M)
+
+
+@cute.jit
+def turns(call):
+    """How many pairs of query tiles this CTA works on."""
+    seqlen_q, heads, batches = call[:3]
+    workers, tiles = cute.arch.grid_dim()[0], query_tiles(seqlen_q) * heads * batches
+    whole = tiles // workers
+    rest = tiles - whole * workers
+    return whole + (1 if place_in_turn(whole) < rest else 0)
+
+
+@cute.jit
+def work(turn, call):
+    """(pair of query tiles, head, batch entry) of this CTA's turn, and lengths."""
+    seqlen_q, heads, batches, seqlen_k = call
+    q_tiles = query_tiles(seqlen_q)
+    i = turn * cute.arch.grid_dim()[0] + place_in_turn(turn)
+    # The last query tiles see the most keys: all heads' first, then the tiles before them.
+    block = q_tiles - 1 - i // (heads * batches), i % heads, i // heads % batches
+    return block, (seqlen_q, seqlen_k)
+
+
+@cute.jit
+def tile_span(q_tile, lengths):
+    """KV tiles that some row of a query tile sees, and how many of them every row sees; none of a tile past Sq."""
+    seqlen_q, seqlen_k = lengths
+    there = q_tile * TILE_M < seqlen_q
+    kv_tiles, whole_tiles = kv_span(q_tile, seqlen_q, seqlen_k)
+    return (kv_tiles if there else Int32(0)), (whole_tiles if there else Int32(0))
+
+
+@cute.jit
+def visits_of(block, lengths):
+    """KV tiles that a CTA loads for two query tiles; how many of them each query tile sees, and which, see `sees`."""
+    pair = block[0]
+    span, other = (tile_span(2 * pair + i, lengths) for i in range(2))
+    tiles = span[0], other[0]
+    kv_tiles = cutlass.max(*tiles)
+    seen = tiles
+    return kv_tiles, tiles, seen
+
+
+def sees(own, j):
+    """Whether a query tile sees the j-th KV tile that is loaded."""
+    return j < own
+
+
 def tma_views(atom, smem, gmem):
     """Both sides of a TMA load: mode 0 is what one load brings, the others count stages, and tiles or chunks."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
@@ -208,45 +300,60 @@ def source_views(source, k_smem, v_smem, kv_head, batch):
 
 
 @cute.jit
-def load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, span):
-    """Warp 5: Q once, then K and V in the order in which the MMA warp consumes them, K a tile ahead."""
-    q_tile, head, batch = block
-    kv_head = head
-    gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
-    q_smem, q_gmem = tma_views(tma_q, q_smem, qk_mma().get_slice(0).partition_A(gq))
-    k, v = source_views(source, k_smem, v_smem, kv_head, batch)
-
-    kv_tiles = span[0]
-    if kv_tiles > 0:  # a query tile that sees no key loads nothing, not even Q
-        load_q(tma_q, q_smem, q_gmem, bars)
-        load_k(k, bars, 0, span)
+def load_warp(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, call):
+    """Warp 13: Q of both query tiles, and K and V in the order in which the MMA warp consumes them, K a tile ahead."""
+    n = Int32(0)  # KV tiles so far
+    q_loads0 = q_loads1 = Int32(0)
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        visits = visits_of(block, lengths)
+        kv_tiles, (tiles0, tiles1) = visits[0], visits[1]
+        pair, head, batch = block
+        kv_head = head
+        k, v = source_views(sources[0], k_smem, v_smem, kv_head, batch)
+        if kv_tiles > 0:
+            load_k(k, bars, n, 0)
+            if tiles0 > 0:
+                load_q(tma_q, mq, q_smem[0], bars, 0, q_loads0, (2 * pair, head, batch))
+                q_loads0 += 1
+            if tiles1 > 0:
+                load_q(tma_q, mq, q_smem[1], bars, 1, q_loads1, (2 * pair + 1, head, batch))
+                q_loads1 += 1
         for j in cutlass.range(1, kv_tiles, unroll=1):
-            load_k(k, bars, j, span)
-            load_v(v, bars, j - 1, span)
-        load_v(v, bars, kv_tiles - 1, span)
+            load_v(v, bars, n + j - 1, j - 1)
+            load_k(k, bars, n + j, j)
+        n += kv_tiles
+        if kv_tiles > 0:
+            load_v(v, bars, n - 1, kv_tiles - 1)
 
 
 @cute.jit
-def load_q(tma, smem, gmem, bars):
+def load_q(tma, mq, smem, bars, i: cutlass.Constexpr, q_loads, block):
+    q_tile, head, batch = block
+    gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
+    smem, gmem = tma_views(tma, smem, qk_mma().get_slice(0).partition_A(gq))
+    cute.arch.mbarrier_wait(bars + Q_EMPTY + i, (q_loads + 1) & 1)  # passes at once for the first one
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(bars + Q_FULL, Q_TILE_BYTES)
-    cute.copy(tma, gmem, smem, tma_bar_ptr=bars + Q_FULL)
+        cute.arch.mbarrier_arrive_and_expect_tx(bars + Q_FULL + i, Q_TILE_BYTES)
+    cute.copy(tma, gmem, smem, tma_bar_ptr=bars + Q_FULL + i)
 
 
 @cute.jit
-def load_k(k, bars, j, span):
-    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, span)
+def load_k(k, bars, n, j):
+    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, n, j)
 
 
 @cute.jit
-def load_v(v, bars, j, span):
-    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, span)
+def load_v(v, bars, n, j):
+    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, n, j)
 
 
 @cute.jit
-def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, span):
-    """The j-th K or V tile into its stage. Rows past the sequence arrive as zeros and count in tile_bytes."""
-    stage, phase = ring(j)
+def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, n, j):
+    """The j-th K or V tile of a pair of query tiles, the n-th through its ring. Rows past the sequence arrive as zeros
+    and count in tile_bytes.
+    """
+    stage, phase = ring(n)
     cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive_and_expect_tx(full + stage, tile_bytes)
@@ -255,50 +362,105 @@ def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, span):
 
 
 @cute.jit
-def mma_warp(s_tmem, p, o_tmem, q_smem, k_smem, v_smem, bars, kv_tiles):
-    """Warp 4: QK of tile j + 1 goes out before PV of tile j, so that it runs while the softmax warps turn S into P."""
+def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, call):
+    """Warp 12: for each KV tile, and each query tile, PV of the KV tile before and then QK into the same columns, where
+    it sees them; without a break from one pair of query tiles to the next.
+
+    MMAs of one thread run in order, so QK overwrites P, which lies over S, only when PV has read it.
+    """
     qk, pv = qk_mma(), pv_mma()
-    q, k = qk.make_fragment_A(q_smem), qk.make_fragment_B(k_smem)
-    v = pv.make_fragment_B(v_smem)
-    if kv_tiles > 0:
-        cute.arch.mbarrier_wait(bars + Q_FULL, 0)
-        issue_qk(s_tmem, q, k, bars, 0)
-        for j in cutlass.range(1, kv_tiles, unroll=1):
-            issue_qk(s_tmem, q, k, bars, j)
-            issue_pv(o_tmem, p, v, bars, j - 1)
-        issue_pv(o_tmem, p, v, bars, kv_tiles - 1)
+    q = tuple(qk.make_fragment_A(smem) for smem in q_smem)
+    k, v = qk.make_fragment_B(k_smem), pv.make_fragment_B(v_smem)
+    n = Int32(0)  # KV tiles so far
+    # Of each query tile: KV tiles it has seen, times Q was loaded, whether a PV is to come, adds to O, and is the last.
+    no = cutlass.Boolean(False)
+    state0 = state1 = Int32(0), Int32(0), no, no, no
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        visits = visits_of(block, lengths)
+        (tiles0, tiles1), (seen0, seen1) = visits[1], visits[2]
+        last0, last1 = state0[0] + tiles0, state1[0] + tiles1
+        for j in cutlass.range(visits[0], unroll=1):
+            if n > 0:
+                wait_kv(bars + V_FULL, n - 1)
+            wait_kv(bars + K_FULL, n)
+            state0 = multiply(s, p, o, q, k, v, bars, 0, n, sees(seen0, j), last0 - tiles0, last0, state0)
+            state1 = multiply(s, p, o, q, k, v, bars, 1, n, sees(seen1, j), last1 - tiles1, last1, state1)
+            if n > 0:
+                release_kv(bars + V_EMPTY, n - 1)
+            release_kv(bars + K_EMPTY, n)
+            n += 1
+    if n > 0:
+        wait_kv(bars + V_FULL, n - 1)
+        multiply(s, p, o, q, k, v, bars, 0, n, no, n, n, state0)
+        multiply(s, p, o, q, k, v, bars, 1, n, no, n, n, state1)
 
 
 @cute.jit
-def issue_qk(s_tmem, q, k, bars, j):
-    """S = Q K_j^T over all of head_dim, once K_j has landed and S of tile j - 1 is in registers."""
-    stage, phase = ring(j)
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    wait_tmem(bars + S_EMPTY, (j + 1) & 1)  # passes at once for tile 0
+def multiply(s, p, o, q, k, v, bars, i: cutlass.Constexpr, n, seen, first, last, state):
+    """PV of KV tile n - 1 for query tile i, if its QK was issued, then QK of tile n, if `seen`. first, last: the count
+    of KV tiles with which this query tile began, and with which it ends.
+    """
+    count, q_loads, pending, adds, ends = state
+    begins = count == first
+    if pending:
+        issue_pv(o, p, v, bars, i, n - 1, count - 1, adds)
+        if ends:
+            commit(bars + O_FULL + i)
+    if seen:
+        if begins:
+            cute.arch.mbarrier_wait(bars + Q_FULL + i, q_loads & 1)
+            q_loads += 1
+        issue_qk(s, q, k, bars, i, n)
+        adds = count > first
+        count += 1
+        ends = count == last
+        if ends:
+            commit(bars + Q_EMPTY + i)
+    return count, q_loads, seen, adds, ends
+
+
+@cute.jit
+def issue_qk(s, q, k, bars, i: cutlass.Constexpr, n):
+    """S = Q K_n^T of query tile i, over all of head_dim. Its PV before has been issued: P may be overwritten."""
+    stage, _ = ring(n)
     mma = qk_mma()
     mma.set(Field.ACCUMULATE, False)
-    for i in cutlass.range_constexpr(HEAD_DIM // MMA_K):
-        cute.gemm(mma, s_tmem, q[None, None, i], k[None, None, i, stage], s_tmem)
+    for c in cutlass.range_constexpr(HEAD_DIM // MMA_K):
+        cute.gemm(mma, s[i], q[i][None, None, c], k[None, None, c, stage], s[i])
         mma.set(Field.ACCUMULATE, True)
-    with cute.arch.elect_one():
-        tcgen05.commit(bars + K_EMPTY + stage)
-        tcgen05.commit(bars + S_FULL)
+    commit(bars + S_FULL + i)
 
 
 @cute.jit
-def issue_pv(o_tmem, p, v, bars, j):
-    """O += P_j V_j, once V_j has landed, P_j is written and O is rescaled to P_j's reference."""
-    stage, phase = ring(j)
-    cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
-    wait_tmem(bars + P_FULL, j & 1)
+def issue_pv(o, p, v, bars, i: cutlass.Constexpr, n, count, adds):
+    """O += P_n V_n of query tile i, once P_n is written and O is rescaled to P_n's reference; count: its PVs before."""
+    stage, _ = ring(n)
+    wait_tmem(bars + P_FULL + i, count & 1)
     mma = pv_mma()
-    mma.set(Field.ACCUMULATE, j > 0)  # tile 0 overwrites what TMEM held before
-    for i in cutlass.range_constexpr(TILE_N // MMA_K):
-        cute.gemm(mma, o_tmem, p[None, None, i], v[None, None, i, stage], o_tmem)
+    mma.set(Field.ACCUMULATE, adds)  # the first one overwrites what TMEM held before
+    for c in cutlass.range_constexpr(TILE_N // MMA_K):
+        cute.gemm(mma, o[i], p[i][None, None, c], v[None, None, c, stage], o[i])
         mma.set(Field.ACCUMULATE, True)
+
+
+@cute.jit
+def wait_kv(full, n):
+    stage, phase = ring(n)
+    cute.arch.mbarrier_wait(full + stage, phase)
+
+
+@cute.jit
+def release_kv(empty, n):
+    """The stage of the n-th KV tile is free once every MMA issued so far is complete."""
+    stage, _ = ring(n)
+    commit(empty + stage)
+
+
+@cute.jit
+def commit(bar):
     with cute.arch.elect_one():
-        tcgen05.commit(bars + V_EMPTY + stage)
-        tcgen05.commit(bars + O_FULL)
+        tcgen05.commit(bar)
 
 
 @cute.jit
@@ -331,7 +493,7 @@ def row_view(row, shape):
 def read_row(tile, step: cutlass.Constexpr):
     """This thread's row of a float32 TMEM tile in registers, step columns a tcgen05.ld."""
     atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(Repetition(step)), Float32)
-    copy = tcgen05.make_tmem_copy(atom, tile).get_slice(cute.arch.thread_idx()[0])
+    copy = tcgen05.make_tmem_copy(atom, tile).get_slice(cute.arch.thread_idx()[0] % TILE_M)
     row = cute.make_rmem_tensor(tile.shape[1], Float32)
     shape = copy.partition_D(cute.make_identity_tensor(tile.shape)).shape
     cute.copy(copy, copy.partition_S(tile), row_view(row, shape))
@@ -343,41 +505,104 @@ def read_row(tile, step: cutlass.Constexpr):
 def write_row(tile, row, step: cutlass.Constexpr):
     """Store this thread's row of registers; the caller waits for it with fence_view_async_tmem_store."""
     atom = cute.make_copy_atom(tcgen05.St32x32bOp(Repetition(step)), Float32)
-    copy = tcgen05.make_tmem_copy(atom, tile).get_slice(cute.arch.thread_idx()[0])
+    copy = tcgen05.make_tmem_copy(atom, tile).get_slice(cute.arch.thread_idx()[0] % TILE_M)
     shape = copy.partition_S(cute.make_identity_tensor(tile.shape)).shape
     cute.copy(copy, row_view(row, shape), copy.partition_D(tile))
 
 
 @cute.jit
-def softmax_tile(s_tmem, p_tile, o_tmem, bars, j, seen, scale_log2, m, total):
-    """The j-th KV tile for this thread's row: S becomes P = exp2((S - m) scale_log2), and O follows m when m moves.
+def softmax_tile(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, count, seen, scale_log2, m, total):
+    """The next KV tile for this thread's row of query tile i: S becomes P = exp2((S - m) scale_log2). count: its KV
+    tiles before.
 
-    seen: columns of the tile that the row sees, None for all. m is the row's maximum of S so far, total its sum of
-    exponentials against m; returns both, updated.
+    seen: columns of the tile that the row sees, None for all. m is the reference of the row's exponentials, total their
+    sum; returns both, updated. m is at most the row's maximum so far, and at least that less SKIP_LOG2 / scale_log2: so
+    P is at most 2^SKIP_LOG2 = 256, which 16 bits hold with the same relative error as 1, and as long as m stays neither
+    O nor total is rescaled.
     """
-    wait_tmem(bars + S_FULL, j & 1)
-    s = read_row(s_tmem, S_COLUMNS)
-    arrive_warp(bars + S_EMPTY)  # QK of tile j + 1 may overwrite S
+    factors, _, _ = row_stats
+    wait_tmem(bars + S_FULL + i, count & 1)
+    s = read_row(s_tmem[i], S_COLUMNS)
     if cutlass.const_expr(seen is not None):
         hide_columns(s, seen)
 
     m_new = row_max(s, m)
+    if (m_new - m) * scale_log2 <= SKIP_LOG2:
+        m_new = m
     reference = m_new
     if cutlass.const_expr(seen is not None):
         reference = m_new if m_new > -Float32.inf else Float32(0.0)  # nothing seen yet: -inf - -inf would be NaN
     factor = cute.math.exp2((m - reference) * scale_log2, fastmath=True)  # exactly 1 where m stays
-    total = total * factor + exponentiate(s, scale_log2, -reference * scale_log2)
-    p = cute.make_rmem_tensor(TILE_N, DTYPE)
-    p.store(s.load().to(DTYPE))
+    seen_before = m > -Float32.inf  # else there is no O to rescale
+    factors[i, cute.arch.thread_idx()[0] % TILE_M] = factor if seen_before else Float32(1.0)
+    arrive_warp(bars + FACTOR_FULL + i)
 
-    wait_tmem(bars + O_FULL, (j + 1) & 1)  # PV of tile j - 1 has written O and read P; passes at once for tile 0
-    moved = (m_new > m) & (m > -Float32.inf)  # a row that has seen nothing has nothing to rescale
-    if cute.arch.vote_any_sync(moved):
-        rescale(o_tmem, factor)
-    write_row(p_tile, cute.recast_tensor(p, Float32), P_COLUMNS)
+    shift = -reference * scale_log2
+    sums = None
+    for c in cutlass.range_constexpr(0, TILE_N, 2 * P_COLUMNS):
+        part = cute.make_tensor(s.iterator + c, cute.make_layout(2 * P_COLUMNS))
+        exponentiate(part, scale_log2, shift)
+        p = cute.make_rmem_tensor(2 * P_COLUMNS, DTYPE)
+        p.store(part.load().to(DTYPE))
+        write_row(columns_of(p_tile[i], c // 2, P_COLUMNS), cute.recast_tensor(p, Float32), P_COLUMNS)
+        if cutlass.const_expr(c + 2 * P_COLUMNS < TILE_N):
+            sums = add_pairs(sums, part)
     cute.arch.fence_view_async_tmem_store()
-    arrive_warp(bars + P_FULL)
-    return m_new, total
+    arrive_warp(bars + P_FULL + i)
+    even, odd = add_pairs(sums, part)
+    return m_new, total * factor + (even + odd)
+
+
+@cute.jit
+def exponentiate(s, scale_log2, shift):
+    """s = exp2(s scale_log2 + shift) in place, in pairs; some of them on the FMA units, which are less busy."""
+    for c in cutlass.range_constexpr(0, cute.size(s), 2):
+        x, y = cute.arch.fma_packed_f32x2((s[c], s[c + 1]), (scale_log2, scale_log2), (shift, shift))
+        if cutlass.const_expr(c // 2 % PAIR_PERIOD in POLYNOMIAL_PAIRS):
+            s[c], s[c + 1] = exp2_polynomial(x, y)
+        else:
+            s[c] = cute.math.exp2(x, fastmath=True)
+            s[c + 1] = cute.math.exp2(y, fastmath=True)
+
+
+@cute.jit
+def exp2_polynomial(x, y):
+    """2^x and 2^y for arguments of at most 127: the whole part into the exponent's bits, the rest by a polynomial.
+
+    The cubic is the best one in relative error on [0, 1) among those that are 1 at 0: within 8.8e-5, a fortieth of
+    bf16's and a fifth of fp16's rounding. Below -127 it gives about 2^-127, for which P and its sum have no room.
+    """
+    low = Float32(-127.0)
+    x, y = cute.arch.fmax(x, low), cute.arch.fmax(y, low)
+    magic = Float32(12582912.0)  # 1.5 2^23: adding it leaves the whole part in the low bits, rounded down
+    whole = cute.arch.add_packed_f32x2((x, y), (magic, magic), rnd="rm")
+    floor = cute.arch.sub_packed_f32x2(whole, (magic, magic))
+    rest = cute.arch.sub_packed_f32x2((x, y), floor)
+    c3, c2, c1 = (Float32(c) for c in (0.07711908966302872, 0.22756439447402954, 0.6951461434364319))
+    one = Float32(1.0)
+    power = cute.arch.fma_packed_f32x2((c3, c3), rest, (c2, c2))
+    power = cute.arch.fma_packed_f32x2(power, rest, (c1, c1))
+    power = cute.arch.fma_packed_f32x2(power, rest, (one, one))
+    return raise_exponent(power[0], whole[0]), raise_exponent(power[1], whole[1])
+
+
+@cute.jit
+def raise_exponent(power, whole):
+    """power times 2 to the number in the low bits of `whole`."""
+    return (power.bitcast(Int32) + (whole.bitcast(Int32) << 23)).bitcast(Float32)
+
+
+@cute.jit
+def add_pairs(sums, s):
+    """The sums of s's even and of its odd columns, added to `sums`, None for nothing yet. One chain, in order: the
+    compiler then takes the columns' exponentials in this order too, and each one's register is soon free.
+    """
+    for c in cutlass.range_constexpr(0, cute.size(s), 2):
+        if cutlass.const_expr(sums is None):
+            sums = s[c], s[c + 1]
+        else:
+            sums = cute.arch.add_packed_f32x2(sums, (s[c], s[c + 1]))
+    return sums
 
 
 def max3(a, b, c):
@@ -395,19 +620,6 @@ def row_max(s, m):
 
 
 @cute.jit
-def exponentiate(s, scale_log2, shift):
-    """s = exp2(s scale_log2 + shift) in place, in pairs; returns the sum."""
-    sums = [(Float32(0.0), Float32(0.0)), (Float32(0.0), Float32(0.0))]
-    for c in cutlass.range_constexpr(0, cute.size(s), 2):
-        x, y = cute.arch.fma_packed_f32x2((s[c], s[c + 1]), (scale_log2, scale_log2), (shift, shift))
-        s[c] = cute.math.exp2(x, fastmath=True)
-        s[c + 1] = cute.math.exp2(y, fastmath=True)
-        sums[c // 2 % 2] = cute.arch.add_packed_f32x2(sums[c // 2 % 2], (s[c], s[c + 1]))
-    even, odd = cute.arch.add_packed_f32x2(sums[0], sums[1])
-    return even + odd
-
-
-@cute.jit
 def scale_row(row, factor):
     for i in cutlass.range_constexpr(0, cute.size(row), 2):
         row[i], row[i + 1] = cute.arch.mul_packed_f32x2((row[i], row[i + 1]), (factor, factor))
@@ -415,7 +627,7 @@ def scale_row(row, factor):
 
 @cute.jit
 def rescale(o_tmem, factor):
-    """O times factor, row by row. Safe between O_FULL of one tile and P_FULL of the next: no PV is in flight."""
+    """O times factor, row by row. Safe between S_FULL and P_FULL of a tile: no PV of this query tile is in flight."""
     for c in cutlass.range_constexpr(0, o_tmem.shape[1], O_COLUMNS):
         part = columns_of(o_tmem, c, O_COLUMNS)
         row = read_row(part, O_COLUMNS)
@@ -424,31 +636,108 @@ def rescale(o_tmem, factor):
 
 
 @cute.jit
-def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
-    """O from TMEM through registers and this warp's slab of sO to global memory; TMA drops rows past Sq."""
-    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    q_tile, head, batch = block
-    slab = o_smem[None, None, warp]
-    rows = q_tile * SOFTMAX_WARPS + warp
-    tiles = cute.local_tile(mo[None, None, head, batch], (WARP_ROWS, O_CHUNK), (rows, None))
-    flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
-    source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
-    stage_o(o_tmem, slab, factor)
-    with cute.arch.elect_one():
-        cute.copy(tma_o, source, target[None, 0])
-        cute.arch.cp_async_bulk_commit_group()
+def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, call):
+    """Warps 8-11: O of both query tiles follows its rows' references, then leaves."""
+    factors, _, _ = row_stats
+    count0 = count1 = Int32(0)  # KV tiles that each query tile has seen so far
+    times0 = times1 = Int32(0)  # query tiles that have seen any
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        visits = visits_of(block, lengths)
+        (tiles0, tiles1), (seen0, seen1) = visits[1], visits[2]
+        for j in cutlass.range(visits[0], unroll=1):
+            if sees(seen0, j):
+                correct(o_tmem, factors, bars, 0, count0)
+                count0 += 1
+            if sees(seen1, j):
+                correct(o_tmem, factors, bars, 1, count1)
+                count1 += 1
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the stores of the turn before have read sO
+        times0 += 1 if tiles0 > 0 else 0
+        times1 += 1 if tiles1 > 0 else 0
+        sizes = call[0], tiles0
+        finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, 0, turn, times0, block, sizes)
+        sizes = call[0], tiles1
+        finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, 1, turn, times1, block, sizes)
     cute.arch.cp_async_bulk_wait_group(0)
 
 
 @cute.jit
+def correct(o_tmem, factors, bars, i: cutlass.Constexpr, count):
+    """O of query tile i to the reference of its next KV tile, `count` having been before. PV of the one before is
+    complete: S of this one came after it. All factors of the first are 1, and PV may overwrite O, which has left.
+    """
+    cute.arch.mbarrier_wait(bars + FACTOR_FULL + i, count & 1)
+    factor = factors[i, cute.arch.thread_idx()[0] % TILE_M]
+    if cute.arch.vote_any_sync(factor < 1.0):
+        cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
+        rescale(o_tmem[i], factor)
+        cute.arch.fence_view_async_tmem_store()
+    arrive_warp(bars + P_FULL + i)
+
+
+@cute.jit
+def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, i: cutlass.Constexpr, turn, times, block, sizes):
+    """O of query tile i out, by the sums and references that its softmax warps have left; nothing of a tile past Sq."""
+    pair, head, batch = block
+    q_tile = 2 * pair + i
+    seqlen_q, kv_tiles = sizes
+    row = cute.arch.thread_idx()[0] % TILE_M
+    _, sums, references = row_stats
+    cute.arch.mbarrier_wait(bars + SUM_FULL + i, turn & 1)
+    total, m = sums[i, row], references[i, row]
+    arrive_rows(bars + SUM_EMPTY + i)
+    if q_tile * TILE_M < seqlen_q:
+        place, full = (q_tile, head, batch), (bars + O_FULL + i, (times + 1) & 1)
+        store_outputs(o_tmem[i], o_smem[i], tma_o, mo, rows, scale, total, m, place, seqlen_q, kv_tiles, full)
+
+
+@cute.jit
+def store_outputs(o_tmem, o_smem, tma_o, mo, rows, scale, total, m, block, seqlen_q, kv_tiles, full):
+    """LSE while the last PV is under way; O once that is complete. full: its mbarrier and phase."""
+    q_tile, head, batch = block
+    (lse,) = rows
+    row = cute.arch.thread_idx()[0] % TILE_M
+    token = q_tile * TILE_M + row
+    if token < seqlen_q:
+        lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
+    wait_tmem(*full)
+    if kv_tiles == 0:
+        zero_o(o_tmem)
+    factor = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)  # a row that sees no key: O = 0
+    store_o(o_tmem, o_smem, tma_o, mo, factor, block)
+
+
+@cute.jit
+def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
+    """O from TMEM through registers and this warp's slab of sO to global memory; TMA drops rows past Sq."""
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx() % TILE_WARPS)
+    q_tile, head, batch = block
+    rows = q_tile * TILE_WARPS + warp
+    slab = o_smem[None, None, warp]
+    tiles = cute.local_tile(mo[None, None, head, batch], (WARP_ROWS, O_CHUNK), (rows, None))
+    flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
+    source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
+    for chunk in cutlass.range_constexpr(HEAD_DIM_V // O_CHUNK):
+        if cutlass.const_expr(chunk > 0):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has read the slab
+            cute.arch.sync_warp()
+        part = columns_of(o_tmem, chunk * O_CHUNK, O_CHUNK)
+        stage_o(part, slab, factor)
+        with cute.arch.elect_one():
+            cute.copy(tma_o, source, target[None, chunk])
+            cute.arch.cp_async_bulk_commit_group()
+
+
+@cute.jit
 def stage_o(o_tmem, slab, factor):
-    """O_CHUNK columns of O from TMEM to shared memory, O_COLUMNS of them in registers at a time."""
-    for i in cutlass.range_constexpr(O_CHUNK // O_COLUMNS):
-        row = read_row(columns_of(o_tmem, i * O_COLUMNS, O_COLUMNS), O_COLUMNS)
+    """O_CHUNK columns of O from TMEM to shared memory, STAGE_COLUMNS of them in registers at a time."""
+    for i in cutlass.range_constexpr(O_CHUNK // STAGE_COLUMNS):
+        row = read_row(columns_of(o_tmem, i * STAGE_COLUMNS, STAGE_COLUMNS), STAGE_COLUMNS)
         scale_row(row, factor)
-        out = cute.make_rmem_tensor(O_COLUMNS, OUT_DTYPE)
+        out = cute.make_rmem_tensor(STAGE_COLUMNS, OUT_DTYPE)
         out.store(row.load().to(OUT_DTYPE))
-        cute.autovec_copy(out, cute.local_tile(slab, (1, O_COLUMNS), (cute.arch.lane_idx(), i))[0, None])
+        cute.autovec_copy(out, cute.local_tile(slab, (1, STAGE_COLUMNS), (cute.arch.lane_idx(), i))[0, None])
     cute.arch.fence_view_async_shared()  # TMA reads the slab through the async proxy
     cute.arch.sync_warp()
 
@@ -464,29 +753,40 @@ def zero_o(o_tmem):
 
 
 @cute.jit
-def softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, block, lengths, span):
-    """Warps 0-3: the tiles that every row sees whole, then those that need a mask, then O out."""
-    q_tile, head, batch = block
-    seqlen_q, seqlen_k = lengths
-    (lse,) = rows
-    kv_tiles, whole_tiles = span
-    token = q_tile * TILE_M + cute.arch.thread_idx()[0]
-    end = end_key(token, seqlen_q, seqlen_k)
+def softmax_warps(s_tmem, p_tile, row_stats, bars, i: cutlass.Constexpr, scale, call):
+    """Four warps a query tile: the KV tiles that every row sees whole, then those that need a mask, then what the
+    correction warps need to finish O.
+    """
     scale_log2 = scale * LOG2_E
-    m, total = -Float32.inf, Float32(0.0)
-    for j in cutlass.range(whole_tiles, unroll=1):
-        m, total = softmax_tile(s_tmem, p_tile, o_tmem, bars, j, None, scale_log2, m, total)
-    for j in cutlass.range(whole_tiles, kv_tiles, unroll=1):
-        seen = end - j * TILE_N
-        m, total = softmax_tile(s_tmem, p_tile, o_tmem, bars, j, seen, scale_log2, m, total)
+    row = cute.arch.thread_idx()[0] % TILE_M
+    count = Int32(0)  # KV tiles of this query tile so far
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        q_tile = 2 * block[0] + i
+        seqlen_q, seqlen_k = lengths
+        kv_tiles, whole_tiles = tile_span(q_tile, lengths)
+        token = q_tile * TILE_M + row
+        end = end_key(token, seqlen_q, seqlen_k)
+        m, total = -Float32.inf, Float32(0.0)
+        for _ in cutlass.range(whole_tiles, unroll=1):
+            m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, None, scale_log2, m, total)
+            count += 1
+        for j in cutlass.range(whole_tiles, kv_tiles, unroll=1):
+            seen = end - j * TILE_N
+            m, total = softmax_tile(s_tmem, p_tile, row_stats, bars, i, count, seen, scale_log2, m, total)
+            count += 1
+        _, sums, references = row_stats
+        cute.arch.mbarrier_wait(bars + SUM_EMPTY + i, (turn + 1) & 1)  # passes at once in the first turn
+        sums[i, row], references[i, row] = total, m
+        arrive_rows(bars + SUM_FULL + i)
 
-    if kv_tiles == 0:
-        zero_o(o_tmem)
-    wait_tmem(bars + O_FULL, (kv_tiles + 1) & 1)  # the last PV
-    factor = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)  # a row that sees no key: O = 0
-    store_o(o_tmem, o_smem, tma_o, mo, factor, block)
-    if token < seqlen_q:
-        lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
+
+@cute.jit
+def arrive_rows(bar):
+    """One arrival for the whole warp, once every lane is done with shared memory."""
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive(bar)
 
 
 def smem_tile(smem, offset, layout, dtype):
@@ -514,13 +814,9 @@ def fmha_sm100_d128_causal(
     scale: Float32,
 ):
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    q_tile, head, batch = cute.arch.block_idx()
-    q_tile = cute.arch.grid_dim()[0] - 1 - q_tile  # the last tile sees the most keys: start it first
-    block = q_tile, head, batch
     seqlen_q = mq.shape[0]
-    seqlen_k = mk.shape[0]
-    span = kv_span(q_tile, seqlen_q, seqlen_k)
-    lengths = seqlen_q, seqlen_k
+    heads, batches, seqlen_k = mq.shape[2], mq.shape[3], mk.shape[0]
+    call = seqlen_q, heads, batches, seqlen_k
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)
     bars = cute.recast_ptr(smem + BARRIERS_OFFSET, dtype=Int64)
@@ -538,33 +834,50 @@ def fmha_sm100_d128_causal(
     tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_slot)
 
     qk, pv = qk_mma(), pv_mma()
-    q_smem = smem_tile(smem, SQ_OFFSET, q_layout(), DTYPE)
+    q_smem = tuple(smem_tile(smem, SQ_OFFSET + i * Q_TILE_BYTES, q_layout(), DTYPE) for i in range(2))
     k_smem = smem_tile(smem, SK_OFFSET, k_layout(), DTYPE)
     v_smem = smem_tile(smem, SV_OFFSET, v_layout(), DTYPE)
-    o_smem = smem_tile(smem, SO_OFFSET, o_layout(), OUT_DTYPE)
-    s_acc = qk.make_fragment_C(qk.partition_shape_C((TILE_M, TILE_N)))
-    o_acc = pv.make_fragment_C(pv.partition_shape_C((TILE_M, HEAD_DIM_V)))
-    s_acc = cute.make_tensor(tmem + S_COLUMN, s_acc.layout)
-    o_acc = cute.make_tensor(tmem + O_COLUMN, o_acc.layout)
-    s_tmem, o_tmem = s_acc[(None, None), 0, 0], o_acc[(None, None), 0, 0]
+    o_smem = tuple(smem_tile(smem, SO_OFFSET + i * O_TILE_BYTES, o_layout(), OUT_DTYPE) for i in range(2))
+    # By query tile and row: what O is multiplied with, the sum of exponentials, their reference.
+    row_stats = cute.recast_ptr(smem + ROWS_OFFSET, dtype=Float32)
+    row_stats = tuple(row_table(row_stats + i * 2 * TILE_M) for i in range(3))
+    s_layout = qk.make_fragment_C(qk.partition_shape_C((TILE_M, TILE_N))).layout
+    p_layout = pv.make_fragment_A(pv.partition_shape_A((TILE_M, TILE_N))).layout
+    o_acc_layout = pv.make_fragment_C(pv.partition_shape_C((TILE_M, HEAD_DIM_V))).layout
+    s_acc = tuple(cute.make_tensor(tmem + column, s_layout) for column in (S0_COLUMN, S1_COLUMN))
+    o_acc = tuple(cute.make_tensor(tmem + column, o_acc_layout) for column in (O0_COLUMN, O1_COLUMN))
+    s_tmem, o_tmem = (tuple(tile[(None, None), 0, 0] for tile in tiles) for tiles in (s_acc, o_acc))
     # P twice: as A of PV, 16-bit elements, and as the 32-bit columns that the softmax warps store.
-    p_operand = pv.make_fragment_A(pv.partition_shape_A((TILE_M, TILE_N)))
-    p_operand = cute.make_tensor(cute.recast_ptr(tmem + P_COLUMN, dtype=DTYPE), p_operand.layout)
-    p_tile = columns_of(cute.make_tensor(tmem + P_COLUMN, s_tmem.layout), 0, TILE_N // 2)
+    p_columns = (P0_COLUMN, P1_COLUMN)
+    p_operand = tuple(cute.make_tensor(cute.recast_ptr(tmem + c, dtype=DTYPE), p_layout) for c in p_columns)
+    p_tile = tuple(columns_of(cute.make_tensor(tmem + c, s_tmem[0].layout), 0, TILE_N // 2) for c in p_columns)
 
-    if warp == LOAD_WARP:
-        load_warp(tma_q, mq, q_smem, (tma_k, mk, tma_v, mv), k_smem, v_smem, bars, block, span)
-    if warp == MMA_WARP:
-        mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, span[0])
-    if warp < SOFTMAX_WARPS:
+    if warp >= MMA_WARP:
+        cute.arch.setmaxregister_decrease(ISSUER_REGISTERS)
+        if warp == LOAD_WARP:
+            load_warp(tma_q, mq, q_smem, ((tma_k, mk, tma_v, mv),), k_smem, v_smem, bars, call)
+        if warp == MMA_WARP:
+            mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, call)
+    elif warp >= CORRECTION_WARP:
+        cute.arch.setmaxregister_decrease(CORRECTION_REGISTERS)
         rows = (lse,)
-        softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, block, lengths, span)
+        correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, call)
+    else:
+        cute.arch.setmaxregister_increase(SOFTMAX_REGISTERS)
+        for i in cutlass.range_constexpr(2):
+            if warp // TILE_WARPS == i:
+                softmax_warps(s_tmem, p_tile, row_stats, bars, i, scale, call)
 
     cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
     cute.arch.sync_threads()  # every warp is done with TMEM
     if warp == MMA_WARP:
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
         cute.arch.dealloc_tmem(tmem, TMEM_COLUMNS)
+
+
+def row_table(pointer):
+    """A float32 of each row of each query tile."""
+    return cute.make_tensor(pointer, cute.make_layout((2, TILE_M), stride=(TILE_M, 1)))
 
 
 @cute.jit
@@ -575,12 +888,14 @@ def launch(
     o: cute.Tensor,
     lse: cute.Tensor,
     scale: Float32,
+    ctas: Int32,
     stream,
 ):
     """O of one attention call: q [B, Sq, Hq, HEAD_DIM], k and v [B, Skv, Hkv, ...], o [B, Sq, Hq, HEAD_DIM_V].
 
     lse is float32 [B, Hq, Sq], natural log.
     scale (positive) multiplies Q K^T. A row that sees no key gives O = 0 and LSE = -inf.
+    ctas: how many CTAs to launch at most, as many as run at once; each works on one query tile after another.
     """
     # TMA tensors put the MMA's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
     mq, mk, mo = (cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, o))
@@ -593,7 +908,8 @@ def launch(
     slab = cute.select(o_layout(), mode=[0, 1])
     tma_o, mo = cpasync.make_tiled_tma_atom(store, mo, slab, (WARP_ROWS, O_CHUNK))
 
-    grid = (cute.ceil_div(q.shape[1], TILE_M), q.shape[2], q.shape[0])
+    tiles = query_tiles(q.shape[1]) * q.shape[2] * q.shape[0]
+    grid = (cutlass.min(tiles, ctas), 1, 1)
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo)
     arguments = (*matrices, lse, scale)
     kernel = fmha_sm100_d128_causal(*arguments)

@@ -3,50 +3,65 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 5a3a482621c7b101e6ea38b893d4305eb99bc0ab94c07bf0a271b422106b787b
 #
-# Shared memory: 197632 of 232448 bytes
+# Shared memory: 232448 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    108       1  mbarriers and the slot of the TMEM base address
-#   sQ          1024  65536       1  128 x 256
-#   sK         66560  65536       2  64 x 256 a stage
-#   sV        132096  65536       2  64 x 256 a stage
-#   sO          1024  65536       1  128 x 256 of 2 bytes, in 1 step, over sQ once the last QK is done
+#   barriers       0    164       1  mbarriers and the slot of the TMEM base address
+#   rows        1024   2048       1  factors of 2 KV tiles, sum and reference of 128 rows
+#   sQ          3072  65536       1  128 x 256
+#   sK         68608  65536       2  64 x 256 a stage
+#   sV        134144  65536       2  128 x 128 a stage
+#   sO        199680  32768       1  128 x 128 of 2 bytes, in 2 steps
 #
-# TMEM: 352 of 512 columns, 512 allocated
+# TMEM: 512 of 512 columns, 512 allocated
 #   region  column  columns  holds
-#   S            0       64  128 x 64 float32
-#   P           64       32  128 x 64 of 16 bits, two a column
-#   O           96      256  128 x 256 float32
+#   S0           0      128  128 x 128 float32
+#   S1         128      128  128 x 128 float32
+#   P0           0       64  128 x 128 of 16 bits, two a column, over S0 once that is read
+#   P1         128       64  128 x 128 of 16 bits, two a column, over S1 once that is read
+#   O          256      256  128 x 256 float32
 #
 # mbarriers
-#   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       1         1  TMA: Q has landed
-#   k_full        8       2         1  TMA: a K tile has landed
-#   k_empty      24       2         1  commit: QK has read its K tile
-#   v_full       40       2         1  TMA: a V tile has landed
-#   v_empty      56       2         1  commit: PV has read its V tile
-#   s_full       72       1         1  commit: QK has written S
-#   s_empty      80       1         4  softmax, one lane a warp: S is in registers
-#   p_full       88       1         4  softmax, one lane a warp: P is written and O is rescaled
-#   o_full       96       1         1  commit: PV has written O and read P
+#   name         offset  stages  arrivals  a phase completes when
+#   q_full            0       1         2  TMA: Q of both CTAs has landed
+#   q_empty           8       1         1  commit, in both CTAs: the last QK has read Q
+#   k_full           16       2         2  TMA: a K tile, half of it in each CTA, has landed
+#   k_empty          32       2         1  commit, in both CTAs: QK has read its K tile
+#   v_full           48       2         2  TMA: a V tile, half of it in each CTA, has landed
+#   v_empty          64       2         1  commit, in both CTAs: PV has read its V tile
+#   s_full           80       2         1  commit, in both CTAs: QK has written S
+#   p_full           96       2        16  softmax and correction of both CTAs, one lane a warp: P and O are ready
+#   factor_full     112       2         4  softmax, one lane a warp: the factors of O are in shared memory
+#   o_full          128       2         1  commit, in both CTAs: PV has written O and read P
+#   sum_full        144       1         4  softmax, one lane a warp: sums and references are in shared memory
+#   sum_empty       152       1         4  correction, one lane a warp: they are in registers
 #
-# Warps: 192 threads, 27648 registers by estimate
-#   role     first warp  warps  registers  why
-#   softmax           0      4        144  estimate: a row of S (64) and P (32), 48 else
-#   mma               4      1         40  estimate: descriptors, coordinates, loop state
-#   tma               5      1         40  estimate: descriptors, coordinates, loop state
-"""Fused attention forward: one CTA a tile of 128 query rows, a query head and a batch entry.
+# Warps: 384 threads, 64512 of 64512 registers handed out
+#   role        first warp  warps  registers  why
+#   softmax              0      4        240  setmaxnreg: a row of S, part of P, what the exponentials need
+#   correction           4      4        152  setmaxnreg: part of a row of O, its factor
+#   mma                  8      1        112  setmaxnreg: descriptors, coordinates, loop state
+#   tma                  9      1        112  setmaxnreg: descriptors, coordinates, loop state
+#   idle                10      2        112  setmaxnreg counts whole warpgroups
+"""Fused attention forward: a CTA pair one query tile after another, 256 query rows of a query head each.
 
-Grid (ceil(Sq / 128), Hq, B), 192 threads:
+Grid (an even number of CTAs, as many as run at once or as there is work for), 384 threads a CTA.
 
-    warps 0-3  softmax, correction and epilogue, one thread a query row
-    warp  4    MMA: S = Q K^T and O += P V by tcgen05.mma, QK of a tile before PV of the one before it
-    warp  5    load: Q, K and V by TMA, K and V through rings of KV_STAGES tiles
+Each CTA of a cluster of 2 holds 128 rows of Q, S, P and O, and loads half of K (keys) and of V (columns); the tensor
+cores of the pair multiply with both halves. While S of one KV tile becomes P, they multiply for the next one, and while
+O of one query tile leaves, for the next query tile.
+
+    warps 0-3    softmax, one thread a query row
+    warps 4-7    correction of O, and epilogue
+    warp  8      MMA, of the even CTA for both: S = Q K^T and O += P V by tcgen05.mma with cta_group::2
+    warp  9      load: Q, K and V by TMA, K and V through rings of KV_STAGES tiles
+    warps 10-11  idle: registers are handed out by warpgroups
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8
 from cutlass._mlir.dialects import nvvm
+from cutlass._mlir.dialects.nvvm import MemScopeKind
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.cute.nvgpu.tcgen05 import CtaGroup, Field, OperandSource, Repetition, SmemLayoutAtomKind
 
@@ -55,71 +70,99 @@ DTYPE = BFloat16
 OUT_DTYPE = DTYPE
 HEAD_DIM = 256
 HEAD_DIM_V = 256
-TILE_M = 128
-TILE_N = 64
+TILE_M = 256
+TILE_N = 128
+CTA_ROWS = 128  # rows of Q, S, P and O that a CTA holds
 MMA_K = 16  # columns of A that one tcgen05.mma of 16-bit operands multiplies
 KV_STAGES = 2
-Q_TILE_BYTES = 65536
+K_ROWS = 64  # keys of a K tile that a CTA holds
+V_WIDTH = 256  # columns of O that one tcgen05.mma writes
+V_COLUMNS = 128  # columns of a V tile that a CTA holds
+Q_TILE_BYTES = 65536  # what this CTA loads
 K_TILE_BYTES = 32768
 V_TILE_BYTES = 32768
+BOTH_CTAS = 3  # mask of the pair's ranks
+TMEM_LANE = 65536  # from a lane's address to the next one's
 
-THREADS = 192
+TILE_WARPS = 4
+CORRECTION_WARP = 4
+SOFTMAX_REGISTERS = 240
+CORRECTION_REGISTERS = 152
+ISSUER_REGISTERS = 112
+
+SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see softmax_tile
+PAIR_PERIOD = 16
+POLYNOMIAL_PAIRS = (4, 9, 14)  # of each PAIR_PERIOD pairs of columns: exponentials by FMA
+
+THREADS = 384
 WARP_ROWS = 32
 SOFTMAX_WARPS = 4
-MMA_WARP = 4
-LOAD_WARP = 5
+MMA_WARP = 8
+LOAD_WARP = 9
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 197632
+SMEM_BYTES = 232448
 BARRIERS_OFFSET = 0
-SQ_OFFSET = 1024
-SK_OFFSET = 66560
-SV_OFFSET = 132096
-SO_OFFSET = 1024
-TMEM_SLOT_OFFSET = 104
+ROWS_OFFSET = 1024
+SQ_OFFSET = 3072
+SK_OFFSET = 68608
+SV_OFFSET = 134144
+SO_OFFSET = 199680
+TMEM_SLOT_OFFSET = 160
 
 # Tensor memory: 32-bit columns from the start of the allocation.
 TMEM_COLUMNS = 512
-S_COLUMN = 0
-P_COLUMN = 64
-O_COLUMN = 96
+S0_COLUMN = 0
+S1_COLUMN = 128
+P0_COLUMN = 0
+P1_COLUMN = 128
+O_COLUMN = 256
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-K_FULL = 1
-K_EMPTY = 3
-V_FULL = 5
-V_EMPTY = 7
-S_FULL = 9
-S_EMPTY = 10
-P_FULL = 11
-O_FULL = 12
+Q_EMPTY = 1
+K_FULL = 2
+K_EMPTY = 4
+V_FULL = 6
+V_EMPTY = 8
+S_FULL = 10
+P_FULL = 12
+FACTOR_FULL = 14
+O_FULL = 16
+SUM_FULL = 18
+SUM_EMPTY = 19
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 1, 1),
-    (K_FULL, 2, 1),
+    (Q_FULL, 1, 2),
+    (Q_EMPTY, 1, 1),
+    (K_FULL, 2, 2),
     (K_EMPTY, 2, 1),
-    (V_FULL, 2, 1),
+    (V_FULL, 2, 2),
     (V_EMPTY, 2, 1),
-    (S_FULL, 1, 1),
-    (S_EMPTY, 1, 4),
-    (P_FULL, 1, 4),
-    (O_FULL, 1, 1),
+    (S_FULL, 2, 1),
+    (P_FULL, 2, 16),
+    (FACTOR_FULL, 2, 4),
+    (O_FULL, 2, 1),
+    (SUM_FULL, 1, 4),
+    (SUM_EMPTY, 1, 4),
 )
 
 # Columns that one tcgen05.ld or tcgen05.st moves, and columns of O that one TMA store takes.
 S_COLUMNS = 32
-P_COLUMNS = 32
+P_COLUMNS = 16
 O_COLUMNS = 32
-O_CHUNK = 256
+O_CHUNK = 128
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
 
 def make_mma(columns, a_source, b_major):
-    """One tcgen05.mma: TILE_M x columns in float32 += A[TILE_M, MMA_K], K-major, times B[columns, MMA_K]."""
+    """One tcgen05.mma of the pair: TILE_M x columns in float32 += A[TILE_M, MMA_K], K-major, times B[columns, MMA_K].
+
+    Each CTA has half of A's rows, half of B's rows (columns, when B is MN-major), and its own rows of the product.
+    """
     shape = (TILE_M, columns, MMA_K)
-    op = tcgen05.MmaF16BF16Op(DTYPE, Float32, shape, CtaGroup.ONE, a_source, OperandMajorMode.K, b_major)
+    op = tcgen05.MmaF16BF16Op(DTYPE, Float32, shape, CtaGroup.TWO, a_source, OperandMajorMode.K, b_major)
     return cute.make_tiled_mma(op)
 
 
@@ -130,7 +173,7 @@ def qk_mma():
 
 def pv_mma():
     """O += P V, P from TMEM. V's head_dim is contiguous, which makes B MN-major."""
-    return make_mma(HEAD_DIM_V, OperandSource.TMEM, OperandMajorMode.MN)
+    return make_mma(V_WIDTH, OperandSource.TMEM, OperandMajorMode.MN)
 
 
 def operand_layout(kind, shape, order):
@@ -139,24 +182,24 @@ def operand_layout(kind, shape, order):
 
 
 def q_layout():
-    shape = ((TILE_M, MMA_K), 1, HEAD_DIM // MMA_K)
+    shape = ((CTA_ROWS, MMA_K), 1, HEAD_DIM // MMA_K)
     return operand_layout(SmemLayoutAtomKind.K_SW128, shape, (1, 2))
 
 
 def k_layout():
-    shape = ((TILE_N, MMA_K), 1, HEAD_DIM // MMA_K, KV_STAGES)
+    shape = ((K_ROWS, MMA_K), 1, HEAD_DIM // MMA_K, KV_STAGES)
     return operand_layout(SmemLayoutAtomKind.K_SW128, shape, (1, 2, 3))
 
 
 def v_layout():
-    shape = ((HEAD_DIM_V, MMA_K), 1, TILE_N // MMA_K, KV_STAGES)
+    shape = ((V_COLUMNS, MMA_K), 1, TILE_N // MMA_K, KV_STAGES)
     return operand_layout(SmemLayoutAtomKind.MN_SW128, shape, (2, 1, 3))
 
 
 def o_layout():
-    """sO: a slab of its own for each softmax warp, so that the epilogue needs no barrier between warps."""
+    """sO: a slab of its own for each correction warp, so that the epilogue needs no barrier between warps."""
     atom = tcgen05.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, OUT_DTYPE)
-    return cute.tile_to_shape(atom, (WARP_ROWS, O_CHUNK, SOFTMAX_WARPS), order=(0, 1, 2))
+    return cute.tile_to_shape(atom, (WARP_ROWS, O_CHUNK, TILE_WARPS), order=(0, 1, 2))
 
 
 def one_stage(layout):
@@ -180,112 +223,198 @@ def hide_columns(s, end):
         s[c] = s[c] if c < end else -Float32.inf
 
 
+@cute.jit
+def place_in_turn(turn):
+    """This pair's place among the pairs, the same in every turn."""
+    return cute.arch.block_idx()[0] // 2
+
+
+def query_tiles(seqlen_q):
+    return (seqlen_q + TILE_M - 1) // (TILE_M)
+
+
+@cute.jit
+def turns(call):
+    """How many query tiles this pair works on."""
+    seqlen_q, heads, batches = call[:3]
+    workers, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
+    whole = tiles // workers
+    rest = tiles - whole * workers
+    return whole + (1 if place_in_turn(whole) < rest else 0)
+
+
+@cute.jit
+def work(turn, call):
+    """(query tile, head, batch entry) of this pair's turn, and lengths."""
+    seqlen_q, heads, batches, seqlen_k = call
+    q_tiles = query_tiles(seqlen_q)
+    i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
+    # The query tiles of a head one after another: pairs that work at the same time read the same K and V.
+    block = i % q_tiles, i // q_tiles % heads, i // (q_tiles * heads)
+    return block, (seqlen_q, seqlen_k)
+
+
+@cute.jit
+def visits_of(block, lengths):
+    """KV tiles of a query tile: how many, and their span."""
+    seqlen_q, seqlen_k = lengths
+    span = kv_span(seqlen_k)
+    return span[0], span
+
+
 def tma_views(atom, smem, gmem):
     """Both sides of a TMA load: mode 0 is what one load brings, the others count stages, and tiles or chunks."""
     flat = [cute.group_modes(tensor, 0, 3) for tensor in (smem, gmem)]
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 
 
-def source_views(source, k_smem, v_smem, kv_head, batch):
-    """K and V of a KV source, each with its TMA atom: what load_k and load_v take."""
+@cute.jit
+def load_warp(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, rank, call):
+    """Warp 9 of each CTA: its rows of Q, and its half of K and V in the order in which the MMA warp consumes them.
+
+    What they load counts on the even CTA's mbarriers: its MMA warp multiplies for the pair.
+    """
+    n = q_loads = Int32(0)  # KV tiles and query tiles so far
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        kv_tiles, span = visits_of(block, lengths)
+        load_tiles(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, rank, block, span, kv_tiles, n, q_loads)
+        q_loads += 1
+        n += kv_tiles
+
+
+@cute.jit
+def load_tiles(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, rank, block, span, kv_tiles, n, q_loads):
+    """Q of a query tile, and the KV tiles that it sees, the first of them the n-th through the rings."""
+    q_tile, head, batch = block
+    kv_head = head
+    gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
+    q_smem, q_gmem = tma_views(tma_q, q_smem, qk_mma().get_slice(rank).partition_A(gq))
+    k, v = source_views(sources[0], k_smem, v_smem, rank, kv_head, batch)
+
+    load_k(k, bars, n, 0, span)
+    cute.arch.mbarrier_wait(bars + Q_EMPTY, (q_loads + 1) & 1)  # passes at once for the first query tile
+    expect(bars + Q_FULL, Q_TILE_BYTES)
+    cute.copy(tma_q, q_gmem, q_smem, tma_bar_ptr=bars + Q_FULL)
+    for j in cutlass.range(1, kv_tiles, unroll=1):
+        load_k(k, bars, n + j, j, span)
+        load_v(v, bars, n + j - 1, j - 1, span)
+    load_v(v, bars, n + kv_tiles - 1, kv_tiles - 1, span)
+
+
+def source_views(source, k_smem, v_smem, rank, kv_head, batch):
+    """This CTA's half of K and V of a KV source, each with its TMA atom: what load_k and load_v take."""
     tma_k, mk, tma_v, mv = source
     gk = cute.local_tile(mk[None, None, kv_head, batch], (TILE_N, HEAD_DIM), (None, 0))
-    gv = cute.local_tile(mv[None, None, kv_head, batch], (HEAD_DIM_V, TILE_N), (0, None))
-    k = tma_views(tma_k, k_smem, qk_mma().get_slice(0).partition_B(gk))
-    v = tma_views(tma_v, v_smem, pv_mma().get_slice(0).partition_B(gv))
+    gv = cute.local_tile(mv[None, None, kv_head, batch], (V_WIDTH, TILE_N), (0, None))
+    k = tma_views(tma_k, k_smem, qk_mma().get_slice(rank).partition_B(gk))
+    v = tma_views(tma_v, v_smem, pv_mma().get_slice(rank).partition_B(gv))
     return (tma_k, *k), (tma_v, *v)
 
 
 @cute.jit
-def load_warp(tma_q, mq, q_smem, source, k_smem, v_smem, bars, block, span):
-    """Warp 5: Q once, then K and V in the order in which the MMA warp consumes them, K a tile ahead."""
-    q_tile, head, batch = block
-    kv_head = head
-    gq = cute.local_tile(mq[None, None, head, batch], (TILE_M, HEAD_DIM), (q_tile, 0))
-    q_smem, q_gmem = tma_views(tma_q, q_smem, qk_mma().get_slice(0).partition_A(gq))
-    k, v = source_views(source, k_smem, v_smem, kv_head, batch)
-
-    kv_tiles = span[0]
-    load_q(tma_q, q_smem, q_gmem, bars)
-    load_k(k, bars, 0, span)
-    for j in cutlass.range(1, kv_tiles, unroll=1):
-        load_k(k, bars, j, span)
-        load_v(v, bars, j - 1, span)
-    load_v(v, bars, kv_tiles - 1, span)
+def load_k(k, bars, n, j, span):
+    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, n, j, span)
 
 
 @cute.jit
-def load_q(tma, smem, gmem, bars):
-    with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(bars + Q_FULL, Q_TILE_BYTES)
-    cute.copy(tma, gmem, smem, tma_bar_ptr=bars + Q_FULL)
+def load_v(v, bars, n, j, span):
+    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, n, j, span)
 
 
 @cute.jit
-def load_k(k, bars, j, span):
-    load_kv_tile(k, bars + K_FULL, bars + K_EMPTY, K_TILE_BYTES, j, span)
-
-
-@cute.jit
-def load_v(v, bars, j, span):
-    load_kv_tile(v, bars + V_FULL, bars + V_EMPTY, V_TILE_BYTES, j, span)
-
-
-@cute.jit
-def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, j, span):
-    """The j-th K or V tile into its stage. Rows past the sequence arrive as zeros and count in tile_bytes."""
-    stage, phase = ring(j)
+def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, n, j, span):
+    """The j-th K or V tile of a query tile, the n-th through its ring. What lies past the tensor arrives as zeros and
+    counts in tile_bytes.
+    """
+    stage, phase = ring(n)
     cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
-    with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, tile_bytes)
+    expect(full + stage, tile_bytes)
     tma, smem, gmem = views
     cute.copy(tma, gmem[None, j], smem[None, stage], tma_bar_ptr=full + stage)
 
 
 @cute.jit
-def mma_warp(s_tmem, p, o_tmem, q_smem, k_smem, v_smem, bars, kv_tiles):
-    """Warp 4: QK of tile j + 1 goes out before PV of tile j, so that it runs while the softmax warps turn S into P."""
+def expect(bar, tile_bytes: cutlass.Constexpr):
+    """This CTA announces what it is going to load, at the even CTA's mbarrier."""
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive_and_expect_tx(bar, tile_bytes, 0)
+
+
+@cute.jit
+def mma_warp(s, p, o, q_smem, k_smem, v_smem, bars, call):
+    """Warp 8 of the even CTA: QK of a KV tile goes out before PV of the one before it, so that it runs while that one's
+    S becomes P, also from a query tile to the next.
+    """
     qk, pv = qk_mma(), pv_mma()
     q, k = qk.make_fragment_A(q_smem), qk.make_fragment_B(k_smem)
     v = pv.make_fragment_B(v_smem)
-    cute.arch.mbarrier_wait(bars + Q_FULL, 0)
-    issue_qk(s_tmem, q, k, bars, 0)
-    for j in cutlass.range(1, kv_tiles, unroll=1):
-        issue_qk(s_tmem, q, k, bars, j)
-        issue_pv(o_tmem, p, v, bars, j - 1)
-    issue_pv(o_tmem, p, v, bars, kv_tiles - 1)
+    n = q_loads = Int32(0)  # KV tiles and query tiles so far
+    adds = cutlass.Boolean(False)  # PV of tile n - 1 adds to O: its query tile has an earlier one
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        kv_tiles, _ = visits_of(block, lengths)
+        cute.arch.mbarrier_wait(bars + Q_FULL, q_loads & 1)
+        q_loads += 1
+        for j in cutlass.range(kv_tiles, unroll=1):
+            issue_qk(s, q, k, bars, n + j)
+            if j == kv_tiles - 1:
+                signal(bars + Q_EMPTY)
+            if n + j > 0:
+                issue_pv(o, p, v, bars, n + j - 1, adds)
+            adds = j > 0
+        n += kv_tiles
+    if n > 0:
+        issue_pv(o, p, v, bars, n - 1, adds)
 
 
 @cute.jit
-def issue_qk(s_tmem, q, k, bars, j):
-    """S = Q K_j^T over all of head_dim, once K_j has landed and S of tile j - 1 is in registers."""
-    stage, phase = ring(j)
+def issue_qk(s, q, k, bars, n):
+    """S = Q K^T of KV tile n, over all of head_dim, once K has landed.
+
+    MMAs of one thread run in order, so it overwrites P of tile n - 2, which lies over S, only when PV has read it.
+    """
+    stage, phase = ring(n)
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    wait_tmem(bars + S_EMPTY, (j + 1) & 1)  # passes at once for tile 0
+    slot = n & 1
+    target = score_tile(s, slot)
     mma = qk_mma()
     mma.set(Field.ACCUMULATE, False)
-    for i in cutlass.range_constexpr(HEAD_DIM // MMA_K):
-        cute.gemm(mma, s_tmem, q[None, None, i], k[None, None, i, stage], s_tmem)
+    for c in cutlass.range_constexpr(HEAD_DIM // MMA_K):
+        cute.gemm(mma, target, q[None, None, c], k[None, None, c, stage], target)
         mma.set(Field.ACCUMULATE, True)
-    with cute.arch.elect_one():
-        tcgen05.commit(bars + K_EMPTY + stage)
-        tcgen05.commit(bars + S_FULL)
+    signal(bars + K_EMPTY + stage)
+    signal(bars + S_FULL + slot)
 
 
 @cute.jit
-def issue_pv(o_tmem, p, v, bars, j):
-    """O += P_j V_j, once V_j has landed, P_j is written and O is rescaled to P_j's reference."""
-    stage, phase = ring(j)
+def issue_pv(o, p, v, bars, n, adds):
+    """O += P V of KV tile n, once V has landed, P is written and O is rescaled to P's reference."""
+    stage, phase = ring(n)
     cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
-    wait_tmem(bars + P_FULL, j & 1)
+    slot, phase = n & 1, (n >> 1) & 1
+    wait_tmem(bars + P_FULL + slot, phase)
+    source = cute.make_tensor(p.iterator + slot * 2 * TILE_N, p.layout)  # in 16-bit elements
     mma = pv_mma()
-    mma.set(Field.ACCUMULATE, j > 0)  # tile 0 overwrites what TMEM held before
-    for i in cutlass.range_constexpr(TILE_N // MMA_K):
-        cute.gemm(mma, o_tmem, p[None, None, i], v[None, None, i, stage], o_tmem)
+    mma.set(Field.ACCUMULATE, adds)  # a query tile's first PV overwrites what TMEM held before
+    for c in cutlass.range_constexpr(TILE_N // MMA_K):
+        cute.gemm(mma, o, source[None, None, c], v[None, None, c, stage], o)
         mma.set(Field.ACCUMULATE, True)
+    signal(bars + V_EMPTY + stage)
+    signal(bars + O_FULL + slot)
+
+
+@cute.jit
+def score_tile(tile, slot):
+    """Of the two S (or P) side by side, the one of this slot."""
+    return cute.make_tensor(tile.iterator + slot * TILE_N, tile.layout)
+
+
+@cute.jit
+def signal(bar):
+    """One arrival in each CTA of the pair once every MMA issued so far is complete."""
     with cute.arch.elect_one():
-        tcgen05.commit(bars + V_EMPTY + stage)
-        tcgen05.commit(bars + O_FULL)
+        tcgen05.commit(bar, BOTH_CTAS, CtaGroup.TWO)
 
 
 @cute.jit
@@ -306,7 +435,7 @@ def arrive_warp(bar):
 
 def columns_of(tile, first, count):
     """Columns first to first + count of a float32 TMEM tile."""
-    return cute.make_tensor(tile.iterator + first, cute.composition(tile.layout, cute.make_layout((TILE_M, count))))
+    return cute.make_tensor(tile.iterator + first, cute.composition(tile.layout, cute.make_layout((CTA_ROWS, count))))
 
 
 def row_view(row, shape):
@@ -318,7 +447,7 @@ def row_view(row, shape):
 def read_row(tile, step: cutlass.Constexpr):
     """This thread's row of a float32 TMEM tile in registers, step columns a tcgen05.ld."""
     atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(Repetition(step)), Float32)
-    copy = tcgen05.make_tmem_copy(atom, tile).get_slice(cute.arch.thread_idx()[0])
+    copy = tcgen05.make_tmem_copy(atom, tile).get_slice(cute.arch.thread_idx()[0] % CTA_ROWS)
     row = cute.make_rmem_tensor(tile.shape[1], Float32)
     shape = copy.partition_D(cute.make_identity_tensor(tile.shape)).shape
     cute.copy(copy, copy.partition_S(tile), row_view(row, shape))
@@ -330,38 +459,112 @@ def read_row(tile, step: cutlass.Constexpr):
 def write_row(tile, row, step: cutlass.Constexpr):
     """Store this thread's row of registers; the caller waits for it with fence_view_async_tmem_store."""
     atom = cute.make_copy_atom(tcgen05.St32x32bOp(Repetition(step)), Float32)
-    copy = tcgen05.make_tmem_copy(atom, tile).get_slice(cute.arch.thread_idx()[0])
+    copy = tcgen05.make_tmem_copy(atom, tile).get_slice(cute.arch.thread_idx()[0] % CTA_ROWS)
     shape = copy.partition_S(cute.make_identity_tensor(tile.shape)).shape
     cute.copy(copy, row_view(row, shape), copy.partition_D(tile))
 
 
 @cute.jit
-def softmax_tile(s_tmem, p_tile, o_tmem, bars, j, seen, scale_log2, m, total):
-    """The j-th KV tile for this thread's row: S becomes P = exp2((S - m) scale_log2), and O follows m when m moves.
+def softmax_tile(s_tmem, p_tmem, row_stats, bars, n, seen, scale_log2, m, total):
+    """KV tile n for this thread's row: S becomes P = exp2((S - m) scale_log2).
 
-    seen: columns of the tile that the row sees, None for all. m is the row's maximum of S so far, total its sum of
-    exponentials against m; returns both, updated.
+    seen: columns of the tile that the row sees, None for all. m is the reference of the row's exponentials, total their
+    sum; returns both, updated. m is at most the row's maximum so far, and at least that less SKIP_LOG2 / scale_log2: so
+    P is at most 2^SKIP_LOG2 = 256, which 16 bits hold with the same relative error as 1, and as long as m stays neither
+    O nor total is rescaled.
     """
-    wait_tmem(bars + S_FULL, j & 1)
-    s = read_row(s_tmem, S_COLUMNS)
-    arrive_warp(bars + S_EMPTY)  # QK of tile j + 1 may overwrite S
+    factors, _, _ = row_stats
+    slot, phase = n & 1, (n >> 1) & 1
+    wait_tmem(bars + S_FULL + slot, phase)
+    s = read_row(score_tile(s_tmem, slot), S_COLUMNS)
     if cutlass.const_expr(seen is not None):
         hide_columns(s, seen)
 
     m_new = row_max(s, m)
-    factor = cute.math.exp2((m - m_new) * scale_log2, fastmath=True)  # exactly 1 where m stays
-    total = total * factor + exponentiate(s, scale_log2, -m_new * scale_log2)
-    p = cute.make_rmem_tensor(TILE_N, DTYPE)
-    p.store(s.load().to(DTYPE))
+    if (m_new - m) * scale_log2 <= SKIP_LOG2:
+        m_new = m
+    reference = m_new
+    factor = cute.math.exp2((m - reference) * scale_log2, fastmath=True)  # exactly 1 where m stays
+    seen_before = m > -Float32.inf  # else there is no O to rescale
+    factors[slot, cute.arch.thread_idx()[0] % CTA_ROWS] = factor if seen_before else Float32(1.0)
+    arrive_warp(bars + FACTOR_FULL + slot)
 
-    wait_tmem(bars + O_FULL, (j + 1) & 1)  # PV of tile j - 1 has written O and read P; passes at once for tile 0
-    moved = (m_new > m) & (m > -Float32.inf)  # a row that has seen nothing has nothing to rescale
-    if cute.arch.vote_any_sync(moved):
-        rescale(o_tmem, factor)
-    write_row(p_tile, cute.recast_tensor(p, Float32), P_COLUMNS)
+    shift = -reference * scale_log2
+    p_tile = columns_of(score_tile(p_tmem, slot), 0, TILE_N // 2)
+    sums = None
+    for c in cutlass.range_constexpr(0, TILE_N, 2 * P_COLUMNS):
+        part = cute.make_tensor(s.iterator + c, cute.make_layout(2 * P_COLUMNS))
+        exponentiate(part, scale_log2, shift)
+        p = cute.make_rmem_tensor(2 * P_COLUMNS, DTYPE)
+        p.store(part.load().to(DTYPE))
+        write_row(columns_of(p_tile, c // 2, P_COLUMNS), cute.recast_tensor(p, Float32), P_COLUMNS)
+        if cutlass.const_expr(c + 2 * P_COLUMNS < TILE_N):
+            sums = add_pairs(sums, part)
     cute.arch.fence_view_async_tmem_store()
-    arrive_warp(bars + P_FULL)
-    return m_new, total
+    arrive_even(bars + P_FULL + slot)
+    even, odd = add_pairs(sums, part)
+    return m_new, total * factor + (even + odd)
+
+
+@cute.jit
+def exponentiate(s, scale_log2, shift):
+    """s = exp2(s scale_log2 + shift) in place, in pairs; some of them on the FMA units, which are less busy."""
+    for c in cutlass.range_constexpr(0, cute.size(s), 2):
+        x, y = cute.arch.fma_packed_f32x2((s[c], s[c + 1]), (scale_log2, scale_log2), (shift, shift))
+        if cutlass.const_expr(c // 2 % PAIR_PERIOD in POLYNOMIAL_PAIRS):
+            s[c], s[c + 1] = exp2_polynomial(x, y)
+        else:
+            s[c] = cute.math.exp2(x, fastmath=True)
+            s[c + 1] = cute.math.exp2(y, fastmath=True)
+
+
+@cute.jit
+def exp2_polynomial(x, y):
+    """2^x and 2^y for arguments of at most 127: the whole part into the exponent's bits, the rest by a polynomial.
+
+    The cubic is the best one in relative error on [0, 1) among those that are 1 at 0: within 8.8e-5, a fortieth of
+    bf16's and a fifth of fp16's rounding. Below -127 it gives about 2^-127, for which P and its sum have no room.
+    """
+    low = Float32(-127.0)
+    x, y = cute.arch.fmax(x, low), cute.arch.fmax(y, low)
+    magic = Float32(12582912.0)  # 1.5 2^23: adding it leaves the whole part in the low bits, rounded down
+    whole = cute.arch.add_packed_f32x2((x, y), (magic, magic), rnd="rm")
+    floor = cute.arch.sub_packed_f32x2(whole, (magic, magic))
+    rest = cute.arch.sub_packed_f32x2((x, y), floor)
+    c3, c2, c1 = (Float32(c) for c in (0.07711908966302872, 0.22756439447402954, 0.6951461434364319))
+    one = Float32(1.0)
+    power = cute.arch.fma_packed_f32x2((c3, c3), rest, (c2, c2))
+    power = cute.arch.fma_packed_f32x2(power, rest, (c1, c1))
+    power = cute.arch.fma_packed_f32x2(power, rest, (one, one))
+    return raise_exponent(power[0], whole[0]), raise_exponent(power[1], whole[1])
+
+
+@cute.jit
+def raise_exponent(power, whole):
+    """power times 2 to the number in the low bits of `whole`."""
+    return (power.bitcast(Int32) + (whole.bitcast(Int32) << 23)).bitcast(Float32)
+
+
+@cute.jit
+def add_pairs(sums, s):
+    """The sums of s's even and of its odd columns, added to `sums`, None for nothing yet. One chain, in order: the
+    compiler then takes the columns' exponentials in this order too, and each one's register is soon free.
+    """
+    for c in cutlass.range_constexpr(0, cute.size(s), 2):
+        if cutlass.const_expr(sums is None):
+            sums = s[c], s[c + 1]
+        else:
+            sums = cute.arch.add_packed_f32x2(sums, (s[c], s[c + 1]))
+    return sums
+
+
+@cute.jit
+def arrive_even(bar):
+    """One arrival for the whole warp on the even CTA's mbarrier, once every lane is done with tensor memory."""
+    cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive(bar, 0, scope=MemScopeKind.CLUSTER)
 
 
 def max3(a, b, c):
@@ -376,19 +579,6 @@ def row_max(s, m):
     for c in cutlass.range_constexpr(3, cute.size(s) - 1, 2):
         best[c // 2 % 4] = max3(best[c // 2 % 4], s[c], s[c + 1])
     return max3(best[0], best[1], max3(best[2], best[3], s[cute.size(s) - 1]))
-
-
-@cute.jit
-def exponentiate(s, scale_log2, shift):
-    """s = exp2(s scale_log2 + shift) in place, in pairs; returns the sum."""
-    sums = [(Float32(0.0), Float32(0.0)), (Float32(0.0), Float32(0.0))]
-    for c in cutlass.range_constexpr(0, cute.size(s), 2):
-        x, y = cute.arch.fma_packed_f32x2((s[c], s[c + 1]), (scale_log2, scale_log2), (shift, shift))
-        s[c] = cute.math.exp2(x, fastmath=True)
-        s[c + 1] = cute.math.exp2(y, fastmath=True)
-        sums[c // 2 % 2] = cute.arch.add_packed_f32x2(sums[c // 2 % 2], (s[c], s[c + 1]))
-    even, odd = cute.arch.add_packed_f32x2(sums[0], sums[1])
-    return even + odd
 
 
 @cute.jit
@@ -408,20 +598,80 @@ def rescale(o_tmem, factor):
 
 
 @cute.jit
+def correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, rank, call):
+    """Warps 4-7: O follows its rows' references, then leaves."""
+    n = Int32(0)  # KV tiles so far
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        kv_tiles, _ = visits_of(block, lengths)
+        for j in cutlass.range(kv_tiles, unroll=1):
+            correct(o_tmem, row_stats[0], bars, n + j)
+        n += kv_tiles
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the stores of the turn before have read sO
+        place = block[0], rank, block[1], block[2]
+        finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, turn, n, place, call[0], kv_tiles)
+    cute.arch.cp_async_bulk_wait_group(0)
+
+
+@cute.jit
+def correct(o_tmem, factors, bars, n):
+    """O to the reference of KV tile n. The factors of a query tile's first are 1: PV may overwrite O, which has left.
+
+    Where nothing is to be done PV of tile n - 1 may be under way; that of tile n - 2 is complete: S of n came later.
+    """
+    slot, phase = n & 1, (n >> 1) & 1
+    cute.arch.mbarrier_wait(bars + FACTOR_FULL + slot, phase)
+    factor = factors[slot, cute.arch.thread_idx()[0] % CTA_ROWS]
+    if cute.arch.vote_any_sync(factor < 1.0):
+        wait_pv(bars, n - 1)
+        rescale(o_tmem, factor)
+        cute.arch.fence_view_async_tmem_store()
+    arrive_even(bars + P_FULL + slot)
+
+
+@cute.jit
+def wait_pv(bars, n):
+    """Wait until PV of KV tile n is complete; passes at once for tile -1."""
+    wait_tmem(bars + O_FULL + (n & 1), (n >> 1) & 1)
+
+
+@cute.jit
+def finish(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, turn, n, block, seqlen_q, kv_tiles):
+    """O out, by the sums and references that the softmax warps have left. n: KV tiles up to the last of these rows."""
+    q_tile, rank, head, batch = block
+    row = rank * CTA_ROWS + cute.arch.thread_idx()[0] % CTA_ROWS
+    (lse,) = rows
+    token = q_tile * TILE_M + row
+    _, sums, references = row_stats
+    cute.arch.mbarrier_wait(bars + SUM_FULL, turn & 1)
+    total = sums[cute.arch.thread_idx()[0] % CTA_ROWS]
+    m = references[cute.arch.thread_idx()[0] % CTA_ROWS]
+    arrive_rows(bars + SUM_EMPTY)
+    if token < seqlen_q:
+        lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
+    wait_pv(bars, n - 1)
+    store_o(o_tmem, o_smem, tma_o, mo, cute.arch.rcp_approx(total), block)
+
+
+@cute.jit
 def store_o(o_tmem, o_smem, tma_o, mo, factor, block):
     """O from TMEM through registers and this warp's slab of sO to global memory; TMA drops rows past Sq."""
-    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    q_tile, head, batch = block
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx() % TILE_WARPS)
+    q_tile, rank, head, batch = block
+    rows = (q_tile * TILE_M + rank * CTA_ROWS) // WARP_ROWS + warp
     slab = o_smem[None, None, warp]
-    rows = q_tile * SOFTMAX_WARPS + warp
     tiles = cute.local_tile(mo[None, None, head, batch], (WARP_ROWS, O_CHUNK), (rows, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
-    stage_o(o_tmem, slab, factor)
-    with cute.arch.elect_one():
-        cute.copy(tma_o, source, target[None, 0])
-        cute.arch.cp_async_bulk_commit_group()
-    cute.arch.cp_async_bulk_wait_group(0)
+    for chunk in cutlass.range_constexpr(HEAD_DIM_V // O_CHUNK):
+        if cutlass.const_expr(chunk > 0):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has read the slab
+            cute.arch.sync_warp()
+        part = columns_of(o_tmem, chunk * O_CHUNK, O_CHUNK)
+        stage_o(part, slab, factor)
+        with cute.arch.elect_one():
+            cute.copy(tma_o, source, target[None, chunk])
+            cute.arch.cp_async_bulk_commit_group()
 
 
 @cute.jit
@@ -438,26 +688,37 @@ def stage_o(o_tmem, slab, factor):
 
 
 @cute.jit
-def softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, block, lengths, span):
-    """Warps 0-3: the tiles that every row sees whole, then those that need a mask, then O out."""
-    q_tile, head, batch = block
-    seqlen_q, seqlen_k = lengths
-    (lse,) = rows
-    kv_tiles, whole_tiles = span
-    token = q_tile * TILE_M + cute.arch.thread_idx()[0]
-    end = seqlen_k
+def softmax_warps(s_tmem, p_tmem, row_stats, bars, scale, rank, call):
+    """Warps 0-3: of each query tile the KV tiles that every row sees whole, then those that need a mask, then what the
+    correction warps need to finish O.
+    """
     scale_log2 = scale * LOG2_E
-    m, total = -Float32.inf, Float32(0.0)
-    for j in cutlass.range(whole_tiles, unroll=1):
-        m, total = softmax_tile(s_tmem, p_tile, o_tmem, bars, j, None, scale_log2, m, total)
-    for j in cutlass.range(whole_tiles, kv_tiles, unroll=1):
-        seen = end - j * TILE_N
-        m, total = softmax_tile(s_tmem, p_tile, o_tmem, bars, j, seen, scale_log2, m, total)
+    n = Int32(0)  # KV tiles so far
+    for turn in cutlass.range(turns(call), unroll=1):
+        block, lengths = work(turn, call)
+        seqlen_q, seqlen_k = lengths
+        kv_tiles, span = visits_of(block, lengths)
+        whole_tiles = span[1]
+        end = seqlen_k
+        m, total = -Float32.inf, Float32(0.0)
+        for j in cutlass.range(whole_tiles, unroll=1):
+            m, total = softmax_tile(s_tmem, p_tmem, row_stats, bars, n + j, None, scale_log2, m, total)
+        for j in cutlass.range(whole_tiles, kv_tiles, unroll=1):
+            seen = end - j * TILE_N
+            m, total = softmax_tile(s_tmem, p_tmem, row_stats, bars, n + j, seen, scale_log2, m, total)
+        n += kv_tiles
+        _, sums, references = row_stats
+        cute.arch.mbarrier_wait(bars + SUM_EMPTY, (turn + 1) & 1)  # passes at once for the first query tile
+        sums[cute.arch.thread_idx()[0] % CTA_ROWS], references[cute.arch.thread_idx()[0] % CTA_ROWS] = total, m
+        arrive_rows(bars + SUM_FULL)
 
-    wait_tmem(bars + O_FULL, (kv_tiles + 1) & 1)  # the last PV
-    store_o(o_tmem, o_smem, tma_o, mo, cute.arch.rcp_approx(total), block)
-    if token < seqlen_q:
-        lse[batch, head, token] = m * scale + cute.math.log2(total, fastmath=True) * LN_2
+
+@cute.jit
+def arrive_rows(bar):
+    """One arrival for the whole warp, once every lane is done with shared memory."""
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive(bar)
 
 
 def smem_tile(smem, offset, layout, dtype):
@@ -485,26 +746,25 @@ def fmha_sm100_d256(
     scale: Float32,
 ):
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    q_tile, head, batch = cute.arch.block_idx()
-    block = q_tile, head, batch
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     seqlen_q = mq.shape[0]
-    seqlen_k = mk.shape[0]
-    span = kv_span(seqlen_k)
-    lengths = seqlen_q, seqlen_k
+    heads, batches, seqlen_k = mq.shape[2], mq.shape[3], mk.shape[0]
+    call = seqlen_q, heads, batches, seqlen_k
 
     smem = cute.arch.get_dyn_smem(Uint8, alignment=1024)
     bars = cute.recast_ptr(smem + BARRIERS_OFFSET, dtype=Int64)
     tmem_slot = cute.recast_ptr(smem + TMEM_SLOT_OFFSET, dtype=Int32)
     if warp == MMA_WARP:
-        cute.arch.alloc_tmem(TMEM_COLUMNS, tmem_slot)
-        cute.arch.relinquish_tmem_alloc_permit()
+        cute.arch.alloc_tmem(TMEM_COLUMNS, tmem_slot, is_two_cta=True)
+        cute.arch.relinquish_tmem_alloc_permit(is_two_cta=True)
     if warp == LOAD_WARP:
         with cute.arch.elect_one():
             init_mbarriers(bars)
         cute.arch.mbarrier_init_fence()
         for tma in (tma_q, tma_k, tma_v, tma_o):
             cpasync.prefetch_descriptor(tma)
-    cute.arch.sync_threads()
+    cute.arch.cluster_arrive()  # each CTA signals the other's mbarriers, so both must have initialized theirs
+    cute.arch.cluster_wait()
     tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_slot)
 
     qk, pv = qk_mma(), pv_mma()
@@ -512,29 +772,44 @@ def fmha_sm100_d256(
     k_smem = smem_tile(smem, SK_OFFSET, k_layout(), DTYPE)
     v_smem = smem_tile(smem, SV_OFFSET, v_layout(), DTYPE)
     o_smem = smem_tile(smem, SO_OFFSET, o_layout(), OUT_DTYPE)
+    # By row: what O is multiplied with, of two KV tiles; the sum of exponentials; their reference.
+    stats = cute.recast_ptr(smem + ROWS_OFFSET, dtype=Float32)
+    factors = cute.make_tensor(stats, cute.make_layout((2, CTA_ROWS), stride=(CTA_ROWS, 1)))
+    sums, references = (cute.make_tensor(stats + i * CTA_ROWS, cute.make_layout(CTA_ROWS)) for i in (2, 3))
+    row_stats = factors, sums, references
     s_acc = qk.make_fragment_C(qk.partition_shape_C((TILE_M, TILE_N)))
-    o_acc = pv.make_fragment_C(pv.partition_shape_C((TILE_M, HEAD_DIM_V)))
-    s_acc = cute.make_tensor(tmem + S_COLUMN, s_acc.layout)
+    o_acc = pv.make_fragment_C(pv.partition_shape_C((TILE_M, V_WIDTH)))
+    s_acc = cute.make_tensor(tmem + S0_COLUMN, s_acc.layout)
     o_acc = cute.make_tensor(tmem + O_COLUMN, o_acc.layout)
-    s_tmem, o_tmem = s_acc[(None, None), 0, 0], o_acc[(None, None), 0, 0]
+    # S and O as the warps of their rows see them: a lane a thread, all columns side by side.
+    s_tmem = cute.make_tensor(tmem + S0_COLUMN, cute.make_layout((CTA_ROWS, TILE_N), stride=(TMEM_LANE, 1)))
+    o_tmem = cute.make_tensor(tmem + O_COLUMN, cute.make_layout((CTA_ROWS, HEAD_DIM_V), stride=(TMEM_LANE, 1)))
     # P twice: as A of PV, 16-bit elements, and as the 32-bit columns that the softmax warps store.
     p_operand = pv.make_fragment_A(pv.partition_shape_A((TILE_M, TILE_N)))
-    p_operand = cute.make_tensor(cute.recast_ptr(tmem + P_COLUMN, dtype=DTYPE), p_operand.layout)
-    p_tile = columns_of(cute.make_tensor(tmem + P_COLUMN, s_tmem.layout), 0, TILE_N // 2)
+    p_operand = cute.make_tensor(cute.recast_ptr(tmem + P0_COLUMN, dtype=DTYPE), p_operand.layout)
+    p_tmem = cute.make_tensor(tmem + P0_COLUMN, s_tmem.layout)
 
-    if warp == LOAD_WARP:
-        load_warp(tma_q, mq, q_smem, (tma_k, mk, tma_v, mv), k_smem, v_smem, bars, block, span)
-    if warp == MMA_WARP:
-        mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, span[0])
-    if warp < SOFTMAX_WARPS:
+    if warp >= MMA_WARP:
+        cute.arch.setmaxregister_decrease(ISSUER_REGISTERS)
+        if warp == LOAD_WARP:
+            sources = ((tma_k, mk, tma_v, mv),)
+            load_warp(tma_q, mq, q_smem, sources, k_smem, v_smem, bars, rank, call)
+        if warp == MMA_WARP and rank == 0:
+            mma_warp(s_acc, p_operand, o_acc, q_smem, k_smem, v_smem, bars, call)
+    elif warp >= CORRECTION_WARP:
+        cute.arch.setmaxregister_decrease(CORRECTION_REGISTERS)
         rows = (lse,)
-        softmax_warps(s_tmem, p_tile, o_tmem, o_smem, tma_o, mo, rows, bars, scale, block, lengths, span)
+        correction_warps(o_tmem, o_smem, tma_o, mo, rows, row_stats, bars, scale, rank, call)
+    else:
+        cute.arch.setmaxregister_increase(SOFTMAX_REGISTERS)
+        softmax_warps(s_tmem, p_tmem, row_stats, bars, scale, rank, call)
 
     cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
-    cute.arch.sync_threads()  # every warp is done with TMEM
+    cute.arch.cluster_arrive()  # every warp of the pair is done with TMEM and with the other CTA's mbarriers
+    cute.arch.cluster_wait()
     if warp == MMA_WARP:
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
-        cute.arch.dealloc_tmem(tmem, TMEM_COLUMNS)
+        cute.arch.dealloc_tmem(tmem, TMEM_COLUMNS, is_two_cta=True)
 
 
 @cute.jit
@@ -545,27 +820,31 @@ def launch(
     o: cute.Tensor,
     lse: cute.Tensor,
     scale: Float32,
+    ctas: Int32,
     stream,
 ):
     """O of one attention call: q [B, Sq, Hq, HEAD_DIM], k and v [B, Skv, Hkv, ...], o [B, Sq, Hq, HEAD_DIM_V].
 
     lse is float32 [B, Hq, Sq], natural log.
     scale (positive) multiplies Q K^T.
+    ctas: how many CTAs to launch at most, as many as run at once; each works on one query tile after another.
     """
     # TMA tensors put the MMA's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
     mq, mk, mo = (cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, o))
     mv = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[3, 1, 2, 0]))
-    load, store = cpasync.CopyBulkTensorTileG2SOp(CtaGroup.ONE), cpasync.CopyBulkTensorTileS2GOp()
-    qk_tile, pv_tile = (TILE_M, TILE_N, HEAD_DIM), (TILE_M, HEAD_DIM_V, TILE_N)
+    load, store = cpasync.CopyBulkTensorTileG2SOp(CtaGroup.TWO), cpasync.CopyBulkTensorTileS2GOp()
+    qk_tile, pv_tile = (TILE_M, TILE_N, HEAD_DIM), (TILE_M, V_WIDTH, TILE_N)
     tma_q, mq = cute.nvgpu.make_tiled_tma_atom_A(load, mq, q_layout(), qk_tile, qk_mma())
     tma_k, mk = cute.nvgpu.make_tiled_tma_atom_B(load, mk, one_stage(k_layout()), qk_tile, qk_mma())
     tma_v, mv = cute.nvgpu.make_tiled_tma_atom_B(load, mv, one_stage(v_layout()), pv_tile, pv_mma())
     slab = cute.select(o_layout(), mode=[0, 1])
     tma_o, mo = cpasync.make_tiled_tma_atom(store, mo, slab, (WARP_ROWS, O_CHUNK))
 
-    grid = (cute.ceil_div(q.shape[1], TILE_M), q.shape[2], q.shape[0])
+    tiles = query_tiles(q.shape[1]) * q.shape[2] * q.shape[0]
+    grid = (2 * cutlass.min(tiles, cutlass.max(ctas // 2, 1)), 1, 1)
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo)
     arguments = (*matrices, lse, scale)
     kernel = fmha_sm100_d256(*arguments)
     # One CTA an SM is enough: without the hint ptxas trades spills for residency that TMEM may not allow.
-    kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)
+    size = {"grid": grid, "block": (THREADS, 1, 1), "cluster": (2, 1, 1)}
+    kernel.launch(**size, smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

@@ -14,7 +14,7 @@ from .budget import ELEMENT_BYTES, Tiling
 from .chunks import geometry
 from .columns import CHUNK, OUTPUT_GROUPS, chunks_apart, o_parts
 from .spec import HEAD_DIM_STEP, KernelSpec
-from .two_ctas import CTAS, polynomial_pairs
+from .two_ctas import CTAS, polynomial_pairs, v_width
 from .two_tiles import PAIR_PERIOD, POLYNOMIAL_PAIRS, QUERY_TILES
 from .warpgroups import consumers
 
@@ -76,7 +76,8 @@ def cost_of(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     one_load, qk_columns = spec.kv_shared and tiling.strategy in ("tiles", "two_tiles", "chunks"), spec.head_dim
     if tiling.strategy in ("tiles", "two_tiles", "two_ctas"):
         ctas, groups = CTAS if tiling.strategy == "two_ctas" else 1, -(-spec.v_dim // arch.mma_n_max)
-        width, k_columns = spec.v_dim // groups, spec.head_dim
+        width = v_width(spec) if tiling.strategy == "two_ctas" else spec.v_dim // groups
+        k_columns = spec.head_dim
         v_columns = 0 if one_load else spec.v_dim // ctas
     else:
         shape = geometry(spec, arch, tiling)

@@ -22,7 +22,6 @@ from .plan import (
     check_implemented,
     plan_kernel,
     ranking,
-    strategies,
 )
 from .spec import KernelSpec
 
@@ -120,6 +119,4 @@ def _explained(spec: KernelSpec, arch: Arch, name: str, chosen: Tiling | None, b
     if tiling == chosen:
         return Explained(name, only, tiling, budget, cost, "chosen", "")
     status = f"costs {cost.score / best.score:.2f} times as much" if best else "fits"
-    if best and cost.score <= best.score and strategies(spec) == ("tiles",):
-        status += ", but whole tiles are taken where one MMA writes all of O"
     return Explained(name, only, tiling, budget, cost, status, f"strategy = {name} asks for it")

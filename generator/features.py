@@ -123,7 +123,7 @@ def specification(row: Row) -> KernelSpec | None:
         spec = load_spec(fields)
         if features(spec) != row:
             return None
-        auto = spec.model_copy(update={"strategy": "auto"})  # the planner takes whole tiles by itself
+        auto = spec.model_copy(update={"strategy": "auto"})  # where the planner takes it by itself
         return auto if plan_kernel(auto).tiling == plan_kernel(spec).tiling else spec
     except SpecError:
         return None

@@ -113,7 +113,8 @@ class Plan(Spelling):
     @property
     def o_steps(self) -> int:
         """Steps of the epilogue: o_chunk columns of O each."""
-        return self.o_tmem_columns // self.tiling.o_chunk
+        columns = self.part.v_dim if self.two_ctas else self.o_tmem_columns  # a pair's products may be wider than O
+        return columns // self.tiling.o_chunk
 
     @property
     def pair(self) -> bool:
@@ -329,6 +330,11 @@ class Plan(Spelling):
     def rotated(self) -> bool:
         """Tiles of some source are not visited from the left; two query tiles, which share them, visit all in order."""
         return self.query_tiles == 1 and (self.mask.left is not None or self.mask.sources == 2)
+
+    @property
+    def own_spans(self) -> bool:
+        """Warpgroups of a CTA visit KV tiles of their own."""
+        return False
 
     @property
     def spans_differ(self) -> bool:

@@ -1,14 +1,16 @@
 """KernelSpec -> Plan: the candidates, why each was rejected, and the choice. Pure Python, no DSL import.
 
-The rules of choice. Where one MMA writes all of O (head_dim and head_dim_v at most 256), K and V come in whole tiles;
-strategy = two_tiles asks for two query tiles in flight. Of the candidates that fit the
-architecture, take the first by
+The rules of choice. Where one MMA writes all of O (head_dim and head_dim_v at most 256), K and V come in whole tiles,
+with one query tile (tiles), with two in flight (two_tiles) or with two CTAs that multiply as one (two_ctas). Of the
+candidates of each that fit the architecture, take the first by
   1. at least two kv stages, so that the next K and V tiles are loaded while these are multiplied;
   2. the largest tile_n: fewer barriers and fewer rescales a key;
   3. P in TMEM rather than in shared memory: it leaves the shared-memory pipe to K and V;
   4. the most kv stages, up to three; a deeper ring must be asked for;
   5. the widest o_chunk: fewer steps of the epilogue;
-  6. the least reuse: sO of its own rather than over sQ.
+  6. the least reuse: sO of its own rather than over sQ;
+of these the one with at least two kv stages that costs the fewest SM cycles a block of 128 x 128 scores (cost.py), and
+of equals that with two query tiles in a CTA, which needs no other CTA.
 Beyond, K and V stream in chunks, and of the strategies (chunks.py) take the candidate that costs
   1. the fewest SM cycles a block of 128 x 128 scores, by the counts and rates of cost.py;
   2. then the fewest bytes from L2;
@@ -23,12 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from .arch import ARCHS, Arch
 from .budget import Tiling
 from .chunks import PASSES, budget_of, chunked_tilings, geometry, shared_chunks
 from .columns import check_columns, column_preference, column_tilings
-from .cost import cost_of
+from .cost import Cost, cost_of
 from .hopper import ColumnsPlan, HopperPlan
 from .layout import WHOLE_TILES, Plan, Rejected
 from .spec import HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
@@ -50,6 +53,7 @@ SHARED_TILE_NS = tuple(range(128, 0, -16))  # two K tiles must fit where K in ch
 TILE_N_MAX = 128
 PAIR_N_STEP = 32  # keys: N of a tcgen05.mma of two CTAs [PTX 9.7.16.2]
 CHUNKED = ("chunks", "passes", "pair")
+BY_SIMPLICITY = ("two_tiles", "two_ctas", "tiles")  # of strategies with whole tiles at one cost the first is taken
 KV_STAGES_AUTO = 3
 O_CHUNK_STEP = 16  # columns: 32 bytes of 16 bits, the narrowest swizzle span
 
@@ -111,7 +115,8 @@ def strategies(spec: KernelSpec) -> tuple[str, ...]:
     if spec.arch == "sm_90a":
         return ("columns",) if spec.p_staging == "smem" or not fits_tiles(spec) else ("warpgroups",)
     if fits_tiles(spec):
-        return ("tiles",)
+        able = (name for name in BY_SIMPLICITY if not any(_later(spec.model_copy(update={"strategy": name}))))
+        return tuple(able) or ("tiles",)
     rows = ARCHS[spec.arch].mma_m  # of one CTA: all of them ask for one CTA with whole rows of O in it, half for a pair
     return {rows // 2: ("pair",), rows: ("chunks",)}.get(spec.tile_m, CHUNKED)
 
@@ -175,7 +180,8 @@ def ranking(spec: KernelSpec, arch: Arch) -> Callable[[Tiling], tuple]:
     if strategies(spec) == ("columns",):
         return lambda tiling: column_preference(spec, arch, tiling)
     if strategies(spec)[0] in WHOLE_TILES:
-        return preference
+        places = {name: place for place, (name, _) in enumerate(_whole_strategies(spec, arch))}
+        return lambda tiling: (places.get(tiling.strategy, len(places)), *preference(tiling))
 
     def by_cost(tiling: Tiling) -> tuple:
         cost, shape = cost_of(spec, arch, tiling), geometry(spec, arch, tiling)
@@ -186,8 +192,22 @@ def ranking(spec: KernelSpec, arch: Arch) -> Callable[[Tiling], tuple]:
     return by_cost
 
 
+@lru_cache(maxsize=64)
+def _whole_strategies(spec: KernelSpec, arch: Arch) -> list[tuple[str, Cost]]:
+    """The strategies with whole tiles that fit, the one to take first, and what the best candidate of each costs."""
+    best = {}
+    for name in strategies(spec):
+        tried = candidates(spec.model_copy(update={"strategy": name}), arch)
+        fitting = [tiling for tiling in tried if budget_of(spec, arch, tiling).fits]
+        if fitting:
+            best[name] = min(fitting, key=preference)
+    costs = {name: cost_of(spec, arch, tiling) for name, tiling in best.items()}
+    order = sorted(best, key=lambda name: (best[name].kv_stages < 2, costs[name].score, BY_SIMPLICITY.index(name)))
+    return [(name, costs[name]) for name in order]
+
+
 def preference(tiling: Tiling) -> tuple:
-    """Sort key for whole tiles."""
+    """Sort key for whole tiles of one strategy."""
     return (
         tiling.kv_stages < 2,
         -tiling.tile_n,
@@ -228,12 +248,24 @@ def _second(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rej
                 name = "passes" if tiling.passes > 1 else tiling.strategy
                 return Rejected(tiling, reason.format(round(worse), round(better)), f"strategy = {name} asks for it")
         return Rejected(tiling, "fits, and is as good", "none needed")
+    if tiling.strategy != chosen.strategy:
+        return _other_strategy(spec, arch, chosen, tiling)
     values = {"kv_stage": tiling.kv_stages, "tile_n": tiling.tile_n, "p_staging": tiling.p_staging}
     for (reason, field), better, worse in zip(_RULES, preference(chosen), preference(tiling), strict=True):
         if better != worse:
             remedy = f"{field} = {values[field]} asks for it" if field else "none needed"
             return Rejected(tiling, reason, remedy)
     raise AssertionError(f"{chosen} and {tiling} are the same candidate")
+
+
+def _other_strategy(spec: KernelSpec, arch: Arch, chosen: Tiling, tiling: Tiling) -> Rejected:
+    """A candidate with whole tiles of a strategy that was not taken: by what the strategies cost at their best."""
+    costs = dict(_whole_strategies(spec, arch))
+    better, worse = costs[chosen.strategy].score, costs[tiling.strategy].score
+    reason = "fits, but has fewer than two kv stages" if better > worse else "fits at the same cost, but is less simple"
+    if worse > better:
+        reason = _COSTS[0].format(round(worse), round(better))
+    return Rejected(tiling, reason, f"strategy = {tiling.strategy} asks for it")
 
 
 _HOPPER_RULES = (  # one a component of `warpgroup_preference`, and the fields that force the worse candidate
@@ -404,7 +436,7 @@ def _cures(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str]]:
             if _any_fits(spec.model_copy(update={"strategy": strategy, "tile_m": "auto"}), arch):
                 yield "tile_m", f"leave it out: strategy = {strategy} fits"
                 break
-    others = (*(("tiles",) if fits_tiles(spec) else ()), *CHUNKED)
+    others = (*(WHOLE_TILES if fits_tiles(spec) else ()), *CHUNKED)
     choices = {"strategy": others, "p_staging": arch.p_stagings, "tile_n": TILE_NS}
     if spec.arch == "sm_90a":
         choices = {"tile_n": range(TILE_NS[0], 0, -HEAD_DIM_STEP), "tile_m": (arch.mma_m * 2, arch.mma_m)}

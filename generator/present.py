@@ -100,13 +100,13 @@ def _table(*columns: str, title: str | None = None, left: tuple[str, ...] = ()) 
 
 
 def budget_table(rows: Iterable[Row]) -> Table:
-    """One line a head_dim, P staging and kv_stage of one architecture: bytes of shared memory, columns of TMEM or
-    registers of a consumer thread, status.
+    """One line a head_dim, strategy, P staging and kv_stage of one architecture: bytes of shared memory, columns of
+    TMEM or registers of a consumer thread, status.
     """
     rows = list(rows)
     smem = (*SMEM_BUFFERS, "total", "limit")
-    heads = ("head_dim", "P in", "kv_stage", "tile", *smem, *_held_heads(rows), "status")
-    table = _table(*heads, left=("P in", "status"))
+    heads = ("head_dim", "strategy", "P in", "kv_stage", "tile", *smem, *_held_heads(rows), "status")
+    table = _table(*heads, left=("strategy", "P in", "status"))
     for row in rows:
         budget = row.budget
         color = "red" if row.overflows else "yellow" if row.missing else "green"
@@ -124,7 +124,7 @@ def budget_table(rows: Iterable[Row]) -> Table:
 def _head_cells(row: Row) -> tuple[str, ...]:
     spec, tiling = row.spec, row.tiling
     dims = str(spec.head_dim) if spec.v_dim == spec.head_dim else f"{spec.head_dim}/{spec.v_dim}"
-    return (dims, tiling.p_staging.upper(), str(tiling.kv_stages), f"{tiling.tile_m}x{tiling.tile_n}")
+    return (dims, tiling.strategy, tiling.p_staging.upper(), str(tiling.kv_stages), f"{tiling.tile_m}x{tiling.tile_n}")
 
 
 def _smem_cell(row: Row, name: str) -> str:
@@ -145,10 +145,10 @@ def _held_cells(held: Accumulators) -> list[str]:
 
 
 def overflow_notes(rows: Iterable[Row]) -> list[str]:
-    """What overflows and what would fit, once a head_dim and P staging: for its shallowest row."""
+    """What overflows and what would fit, once a head_dim, strategy and P staging: for its shallowest row."""
     notes, seen = [], set()
     for row in rows:
-        key = (row.spec.head_dim, row.spec.v_dim, row.tiling.p_staging)
+        key = (row.spec.head_dim, row.spec.v_dim, row.tiling.strategy, row.tiling.p_staging)
         if not row.overflows or key in seen:
             continue
         seen.add(key)

@@ -1,4 +1,5 @@
-"""The budget table: what every kv_stage and P staging would need at a head_dim, and what overflows where nothing fits.
+"""The budget table: what every strategy with whole K and V tiles, P staging and kv_stage would need at a head_dim, and
+what overflows where nothing fits.
 
 `bespoke budget` prints it, and for head dims that whole tiles do not reach what each strategy needs (explain.py).
 """
@@ -22,11 +23,15 @@ from .plan import (
 from .spec import KernelSpec
 from .warpgroups import KV_STAGES_AUTO as WARPGROUP_STAGES_AUTO
 
-# By architecture: the strategy of which the table is, where it can keep P, and how deep its rings are searched.
-TABLES = {
-    "sm_100a": ("tiles", ("tmem", "smem"), KV_STAGES_AUTO),
-    "sm_90a": ("warpgroups", ("register",), WARPGROUP_STAGES_AUTO),
+# By strategy: where it can keep P. By architecture: the strategy of a table whose specification has none of these, and
+# how deep rings are searched.
+STAGINGS = {
+    "tiles": ("tmem", "smem"),
+    "two_tiles": ("tmem",),
+    "two_ctas": ("tmem",),
+    "warpgroups": ("register",),
 }
+TABLES = {"sm_100a": ("tiles", KV_STAGES_AUTO), "sm_90a": ("warpgroups", WARPGROUP_STAGES_AUTO)}
 
 
 @dataclass(frozen=True)
@@ -52,31 +57,31 @@ class Row:
 
 
 def has_table(spec: KernelSpec) -> bool:
-    """Whether its candidates are those of one strategy, which survey_kernel tells apart by P staging and kv_stage."""
-    return strategies(spec) == (TABLES[spec.arch][0],)
+    """Whether its candidates are whole K and V tiles, which survey_kernel tells apart by strategy, P staging and
+    kv_stage.
+    """
+    return set(strategies(spec)) <= set(STAGINGS)
 
 
 def survey_kernel(spec: KernelSpec) -> list[Row]:
-    """A Row of whole tiles for every P staging and kv_stage that the specification leaves open, in that order.
+    """A Row of whole tiles for every strategy, P staging and kv_stage that the specification leaves open, so ordered.
 
     Raises NotImplementedYet for a P staging that is another architecture's.
     """
     arch = ARCHS[spec.arch]
     missing = _missing(spec)
-    strategy, stagings, most = TABLES[spec.arch]
-    asked, spec = spec, spec.model_copy(update={"strategy": strategy})
-    stagings = stagings if spec.p_staging == "auto" else (spec.p_staging,)
-    depths = range(1, most + 1) if spec.kv_stage == "auto" else (spec.kv_stage,)
+    usual, most = TABLES[spec.arch]
     open_rows = [
-        _row(spec.model_copy(update={"p_staging": staging, "kv_stage": depth}), arch, missing)
-        for staging in stagings
-        for depth in depths
+        _row(spec.model_copy(update={"strategy": name, "p_staging": staging, "kv_stage": depth}), arch, missing)
+        for name in ([name for name in STAGINGS if name in strategies(spec)] or [usual])
+        for staging in (STAGINGS[name] if spec.p_staging == "auto" else (spec.p_staging,))
+        for depth in (range(1, most + 1) if spec.kv_stage == "auto" else (spec.kv_stage,))
     ]
+    rank = ranking(spec if has_table(spec) else spec.model_copy(update={"strategy": usual}), arch)
     fitting = [row for row in open_rows if not row.overflows]
-    rank = ranking(spec, arch)
     best = min(fitting, key=lambda row: rank(row.tiling), default=None)
-    taken = strategies(asked) == (strategy,) and not missing
-    return [replace(row, spec=asked, chosen=row is best and taken) for row in open_rows]
+    taken = has_table(spec) and not missing
+    return [replace(row, spec=spec, chosen=row is best and taken) for row in open_rows]
 
 
 def _missing(spec: KernelSpec) -> str:
@@ -106,7 +111,7 @@ def _plain(spec: KernelSpec, arch: Arch, tried: list[Tiling]) -> Tiling:
     if spec.strategy == "warpgroups":
         return min(tried, key=lambda tiling: sum(over.over for over in budget_of(spec, arch, tiling).overflows))
     tile_n = TILE_NS[0] if spec.tile_n == "auto" else spec.tile_n
-    return Tiling(arch.mma_m, tile_n, spec.kv_stage, spec.p_staging, False, spec.v_dim)
+    return Tiling(arch.mma_m, tile_n, spec.kv_stage, spec.p_staging, False, spec.v_dim, spec.strategy)
 
 
 def _with_remedy(over: Overflow, spec: KernelSpec, arch: Arch, tried: list[Tiling]) -> Overflow:

@@ -26,7 +26,8 @@ def strategies(fields):
     if given != "auto":
         return (given,)
     if max(widths(fields)) <= MMA_COLUMNS:
-        return ("tiles",)
+        others = () if fields.get("p_staging") == "smem" else TILES[1:2] if fields.get("kv_shared") else TILES[1:]
+        return ("tiles", *others)
     return {64: ("pair",), 128: ("chunks",)}.get(fields.get("tile_m"), WIDE)
 
 

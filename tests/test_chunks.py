@@ -12,7 +12,7 @@ from generator.chunks import budget_of, geometry
 from generator.compile import compile_kernel
 from generator.cost import cost_of
 from generator.explain import STRATEGIES, explain_kernel
-from generator.plan import DoesNotFit, candidates, plan_kernel, ranking
+from generator.plan import WHOLE_TILES, DoesNotFit, candidates, plan_kernel, ranking
 from generator.spec import load_spec
 from generator.verify import verify_kernel
 
@@ -131,7 +131,9 @@ def test_choice_follows_the_counted_cost(fields, tiling):
 
 @pytest.mark.parametrize("head_dim, head_dim_v", [(256, 256), (192, 128), (64, 256)])
 def test_whole_tiles_where_one_mma_writes_all_of_o(head_dim, head_dim_v):
-    assert plan_of(head_dim=head_dim, head_dim_v=head_dim_v).tiling.strategy == "tiles"
+    spec = load_spec(head_dim=head_dim, head_dim_v=head_dim_v)
+    assert {tiling.strategy for tiling in candidates(spec, SM100A)} == set(WHOLE_TILES)
+    assert plan_kernel(spec).tiling.strategy == "two_ctas"
 
 
 def test_512_on_one_cta_of_128_rows_says_tmem_with_the_columns():

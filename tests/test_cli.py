@@ -38,9 +38,12 @@ def test_budget_prints_every_row_of_the_table():
     for heading in ("head_dim", "P in", "kv_stage", "sQ", "sK", "sV", "sP", "sO", "barriers", "total", "limit"):
         assert heading in text
     rows = [line.split() for line in text.splitlines() if "232448" in line]
-    assert len(rows) == 12 and {row[0] for row in rows} == {"64", "128"}
-    assert {(row[1], row[2]) for row in rows} == {(p, k) for p in ("TMEM", "SMEM") for k in "123"}
-    assert ["128", "TMEM", "2", "128x128", "32768", "65536", "65536", "0", "32768"] in [row[:9] for row in rows]
+    assert len(rows) == 24 and {row[0] for row in rows} == {"64", "128"}
+    places = (("tiles", "TMEM"), ("tiles", "SMEM"), ("two_tiles", "TMEM"), ("two_ctas", "TMEM"))
+    assert {(row[1], row[2], row[3]) for row in rows} == {(*place, k) for place in places for k in "123"}
+    shown = [row[:10] for row in rows]
+    assert ["128", "tiles", "TMEM", "2", "128x128", "32768", "65536", "65536", "0", "32768"] in shown
+    assert ["128", "two_tiles", "TMEM", "2", "128x128", "65536", "65536", "65536", "0", "16384"] in shown
 
 
 def test_budget_of_sm_90a_shows_registers_in_the_place_of_tensor_memory():
@@ -50,7 +53,8 @@ def test_budget_of_sm_90a_shows_registers_in_the_place_of_tensor_memory():
         assert heading in heads
     assert "TMEM" not in text
     rows = [line.split() for line in text.splitlines() if "232448" in line]
-    assert len(rows) == 8 and {(row[1], row[2]) for row in rows} == {("REGISTER", k) for k in "1234"}
+    assert len(rows) == 8 and {row[1:4] == ["warpgroups", "REGISTER", row[3]] for row in rows} == {True}
+    assert {row[3] for row in rows} == set("1234")
     numbers = {row[0]: row for row in rows if row[-1] == "chosen"}
     assert numbers["64"][-8:] == ["64", "32", "32", "28", "156", "160", "fits,", "chosen"]
     assert numbers["256"][-8:] == ["32", "16", "128", "28", "204", "240", "fits,", "chosen"]
@@ -85,7 +89,10 @@ def test_budget_of_head_dim_512_says_what_overflows():
 
 def test_budget_document():
     rows = json.loads(bespoke("budget", "--head-dim", "256", "--kv-stage", "2", "--json").stdout)
-    assert [(row["p_staging"], row["chosen"]) for row in rows] == [("tmem", True), ("smem", False)]
+    assert [(row["strategy"], row["p_staging"], row["chosen"]) for row in rows] == [
+        *(("tiles", "tmem", False), ("tiles", "smem", False)),
+        *(("two_tiles", "tmem", False), ("two_ctas", "tmem", True)),
+    ]
     row = rows[0]
     assert row["smem"] == {"sQ": 65536, "sK": 65536, "sV": 65536, "sP": 0, "sO": 0, "barriers": 108}
     assert row["tmem"] == {"S": 64, "P": 32, "O": 256} and row["tmem_columns"] == 512
@@ -93,7 +100,7 @@ def test_budget_document():
 
 
 def test_plan_shows_the_choice_and_the_rejected():
-    text = bespoke("plan", "fmha_sm100_d256").stdout
+    text = bespoke("plan", "fmha_sm100_d256_tiles").stdout
     assert "tile 128x64, kv_stage 2, P in TMEM, sO over sQ by 256 columns" in text
     assert "shared memory: 197632 of 232448 bytes" in text and "not taken: " in text
     assert "over by 96256" in text
@@ -176,7 +183,7 @@ def test_generate_writes_and_check_compares(tmp_path):
         (["--head-dim", "64", "--p-staging", "register"], "is for Hopper (sm_90a) only"),
         (["--head-dim", "64", "--dtype", "{{ x }}"], 'dtype = \'{{ x }}\': must be "bf16" or "fp16"'),
         (["--head-dim", "64", "--causal", "--no-lse", "--output", "unnormalized"], "lse = False: "),
-        (["--head-dim", "128", "--tile-n", "128", "--kv-stage", "9"], "the deepest that fits is 3"),
+        (["--head-dim", "128", "--tile-n", "128", "--kv-stage", "9"], "the deepest that fits is 5"),
         (["fmha_sm100_d69"], "did you mean fmha_sm100_d96?"),
         (["../specs/fmha_sm100_d96"], "a kernel is a name (a-z, 0-9, _) in specs/ or a path to an existing .toml file"),
     ],

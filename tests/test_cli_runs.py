@@ -15,7 +15,7 @@ from generator.matrix import shapes_of
 from generator.resources import checkout_root
 from generator.spec import load_spec
 
-KERNEL = "fmha_sm100_d16_unnorm"
+KERNEL = "fmha_sm100_d16_unnorm_tiles"
 ROW = ["kernel", "shape", "backend", "cos", "rel_err", "max_abs_err", "lse_max_abs_err", "hazards", "seconds", "passed"]
 
 

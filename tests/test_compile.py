@@ -49,7 +49,7 @@ def edited(plan, tmp_path):
 
 @pytest.mark.parametrize("staging", ["tmem", "smem"])
 def test_compiled_kernel_is_what_was_planned(staging):
-    plan = plan_kernel(load_spec(head_dim=32, p_staging=staging, tile_n=32))
+    plan = plan_kernel(load_spec(head_dim=32, strategy="tiles", p_staging=staging, tile_n=32))
     binary = compile_kernel(plan)
     assert binary.smem_bytes == plan.budget.smem_total
     assert binary.tmem_columns == plan.budget.tmem_columns

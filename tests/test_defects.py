@@ -78,7 +78,7 @@ DEFECTS = {
 
 @pytest.fixture(scope="module")
 def plan():
-    return plan_kernel(load_spec("fmha_sm100_d128_causal"))
+    return plan_kernel(load_spec("fmha_sm100_d128_causal_tiles"))
 
 
 def test_the_kernel_without_a_defect_passes(plan):

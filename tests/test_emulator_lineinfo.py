@@ -201,7 +201,7 @@ def own_cache(monkeypatch, tmp_path):
 
 
 def test_compiled_kernels_with_and_without_are_entries_of_their_own(own_cache, tmp_path):
-    plan = plan_kernel(load_spec("fmha_sm100_d16_unnorm"))
+    plan = plan_kernel(load_spec("fmha_sm100_d16_unnorm_tiles"))
     plain, told, again = (compile_kernel(plan, lineinfo=lineinfo) for lineinfo in (False, True, True))
     assert (plain.cached, told.cached, again.cached) == (False, False, True)
     assert ".loc" not in plain.ptx and f'.file	1 "{told.source_path}"' in told.ptx
@@ -214,7 +214,7 @@ def test_compiled_kernels_with_and_without_are_entries_of_their_own(own_cache, t
 
 
 def test_verify_names_the_line_of_the_generated_kernel(tmp_path):
-    plan = plan_kernel(load_spec("fmha_sm100_d16_unnorm"))
+    plan = plan_kernel(load_spec("fmha_sm100_d16_unnorm_tiles"))
     sound = "    wait_tmem(bars + S_EMPTY, (j + 1) & 1)"
     path = tmp_path / f"{plan.kernel_name}.py"
     path.write_text(emit_kernel(plan).replace(sound, "    # no wait"))

@@ -15,7 +15,7 @@ from generator.verify import random_inputs
 
 @pytest.fixture(scope="module")
 def kernel():
-    return generator.build(head_dim=16)
+    return generator.build(head_dim=16, strategy="tiles")  # a CTA a query tile
 
 
 def test_a_launch_in_two_processes_is_the_launch_in_one(kernel, monkeypatch):

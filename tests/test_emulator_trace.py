@@ -38,7 +38,7 @@ KEYS = {  # by phase of an event: what it must have
 
 @pytest.fixture(scope="module")
 def binary():
-    plan = plan_kernel(load_spec(None, head_dim=128, causal=True, p_staging="tmem", kv_stage=2))
+    plan = plan_kernel(load_spec(None, head_dim=128, causal=True, strategy="tiles", p_staging="tmem", kv_stage=2))
     return compile_kernel(plan, lineinfo=True)
 
 
@@ -384,7 +384,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(tmp_path):
 
 
 def test_only_the_emulator_is_traced(tmp_path):
-    words = ["verify", "fmha_sm100_d16_unnorm", "--backend", "cuda", "--trace", str(tmp_path / "t.json")]
+    words = ["verify", "fmha_sm100_d16_unnorm_tiles", "--backend", "cuda", "--trace", str(tmp_path / "t.json")]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 2 and "only the emulator is traced" in result.stderr
 

@@ -242,7 +242,7 @@ def test_reduction_agrees_on_broken_pairs(given):
 
 
 def extracted(p_staging):
-    fields = {"head_dim": 16, "p_staging": p_staging, "kv_stage": 2, "tile_n": 16}
+    fields = {"head_dim": 16, "strategy": "tiles", "p_staging": p_staging, "kv_stage": 2, "tile_n": 16}
     binary = compile_kernel(plan_kernel(load_spec(None, **fields)))
     found = []
 

@@ -46,7 +46,7 @@ def runtime():
 
 @pytest.fixture(scope="module")
 def binary():
-    return compile_kernel(plan_kernel(load_spec(head_dim=16)))
+    return compile_kernel(plan_kernel(load_spec(head_dim=16, strategy="tiles")))
 
 
 def call(runtime, name, *arguments):

@@ -94,7 +94,7 @@ def test_matrix(tmp_path, whole):
 @pytest.mark.parametrize("whole", [True, False])
 def test_verify(tmp_path, whole):
     """While the CTAs of a launch run in two processes."""
-    words = ["verify", "--head-dim", 128, "--shape", "1,8,8,2048,1024", "--json"]
+    words = ["verify", "--head-dim", 128, "--strategy", "tiles", "--shape", "1,8,8,2048,1024", "--json"]
     process = started(words, BESPOKE_PROCESSES="2")
     until(lambda: len(members(process.pid)) == 2)
     time.sleep(0.3)

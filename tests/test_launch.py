@@ -73,7 +73,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def kernel():
-    return generator.build(head_dim=32, q_heads_per_kv=2, causal=True)
+    return generator.build(head_dim=32, q_heads_per_kv=2, causal=True, strategy="tiles")
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ SHAPES = [(2, 4, 2, 70, 150), (1, 2, 1, 1, 33)]
 # --- what a repeated call computes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{"arch": "sm_100a"}, {"arch": "sm_90a"}, {"strategy": "two_tiles"}], ids=str)
+@pytest.mark.parametrize("fields", [{"strategy": "tiles"}, {"arch": "sm_90a"}, {"strategy": "two_tiles"}], ids=str)
 def test_repeated_calls_compute_attention_of_their_own_arrays(emulated, fields):
     """New memory and values, another scale, another kind of call and the first again; persistent kernels too."""
     binary = generator.build(head_dim=32, q_heads_per_kv=2, causal=True, **fields).binary
@@ -274,9 +274,8 @@ def test_a_device_that_cannot_run_it_is_refused_each_time(recorded, monkeypatch)
 def test_a_failed_launch_says_which_error(recorded):
     launcher, recorder = recorded
     recorder.status = 719
-    with pytest.raises(
-        RunError, match="fmha_sm100_d32_gqa2_causal: the launch failed with CUDA error cudaErrorLaunchF"
-    ):
+    message = "fmha_sm100_d32_gqa2_causal_tiles: the launch failed with CUDA error cudaErrorLaunchF"
+    with pytest.raises(RunError, match=message):
         launcher(tensors_of(*SHAPES[0]))
     recorder.status = 0
     launcher(tensors_of(*SHAPES[0]))

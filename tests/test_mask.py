@@ -88,7 +88,7 @@ COUNTED = [
 @pytest.mark.parametrize("fields", COUNTED, ids=str)
 def test_kernels_execute_the_tiles_that_are_needed(fields):
     """QK of a tile is head_dim / 16 MMAs, PV tile_n / 16; a K or V tile of 16 columns is one TMA load, Q another."""
-    kernel = generator.build(head_dim=16, tile_n=32, **fields)
+    kernel = generator.build(head_dim=16, tile_n=32, strategy="tiles", **fields)
     batch, heads, kv_heads, *lengths = SHAPE
     shape = (batch, kv_heads * kernel.spec.q_heads_per_kv, kv_heads, *lengths)
     operands = random_operands(kernel.spec, shape, seed=1)
@@ -104,11 +104,12 @@ def test_kernels_execute_the_tiles_that_are_needed(fields):
 
 
 def test_a_window_leaves_most_tiles_alone():
-    plan = generator.plan_kernel(load_spec(head_dim=64, causal=True, window_left=127))
+    fields = {"head_dim": 64, "causal": True, "window_left": 127}
+    plan = generator.plan_kernel(load_spec(strategy="tiles", **fields))
     operands = {"q": np.empty((1, 4096, 1, 64)), "k": np.empty((1, 4096, 1, 64))}
     assert count_tiles(plan, operands) == (63, 63, 1024, 63)
-    pairs = generator.plan_kernel(load_spec(plan.spec, strategy="two_tiles"))
+    pairs = generator.plan_kernel(load_spec(strategy="two_tiles", **fields))
     assert count_tiles(pairs, operands) == (63, 63, 1024, 47)
     operands["seqlens"] = np.array([0])
-    plan = generator.plan_kernel(load_spec(head_dim=64, causal=True, window_left=127, seqlens=True))
+    plan = generator.plan_kernel(load_spec(strategy="tiles", seqlens=True, **fields))
     assert count_tiles(plan, operands) == (0, 0, 1024, 0)

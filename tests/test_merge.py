@@ -45,11 +45,12 @@ def test_merged_is_the_formula(head_dim_v, dtype, sink):
 
 
 def test_two_launches_and_the_merge_kernel_agree_with_one_launch():
-    fields = {"head_dim": 64, "causal": True, "window_left": 30}
+    plain = {"head_dim": 64, "strategy": "tiles"}
+    fields = {**plain, "causal": True, "window_left": 30}
     q, k, v = random_inputs("bf16", (1, 2, 2, 130, 200), 64, 64, seed=0)
     _, k2, v2 = random_inputs("bf16", (1, 2, 2, 130, 70), 64, 64, seed=1)
     sink = np.array([0.7, -2.0], np.float32)
-    windowed, plain = (generator.build(output="unnormalized", **f) for f in (fields, {"head_dim": 64}))
+    windowed, plain = (generator.build(output="unnormalized", **f) for f in (fields, plain))
     o, lse = generator.build_merge(64, sink=True)(windowed(q, k, v), plain(q, k2, v2), sink)
     fused_o, fused_lse = generator.build(kv_sources=2, sink=True, **fields)(q, k, v, k2, v2, sink=sink)
     seen = generator.reference.Seen(True, 30, k2=k2, v2=v2, sink=sink)

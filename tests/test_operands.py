@@ -205,7 +205,7 @@ def test_refused_arrays(fields, changed, message):
 
 def test_every_length_of_a_tile_and_around_it():
     """One query, lengths 0 to past a tile, K past the length not a number."""
-    kernel = generator.build(head_dim=16, seqlens=True, tile_n=16)
+    kernel = generator.build(head_dim=16, seqlens=True, tile_n=16, strategy="tiles")
     lengths = np.array([0, 1, 15, 16, 17, 31, 32, 33], np.int32)
     q, k, v = random_inputs("bf16", (8, 1, 1, 1, 33), 16, 16, seed=0)
     for b, length in enumerate(lengths):
@@ -228,7 +228,7 @@ def test_windows_larger_than_the_sequence_hide_nothing():
 @pytest.mark.parametrize("output", ["normalized", "unnormalized"])
 def test_sinks_of_any_size(output):
     """Absent (-inf), tiny, like a score, overwhelming, and beyond what exp holds; with a batch entry without keys."""
-    kernel = generator.build(head_dim=16, sink=True, seqlens=True, output=output)
+    kernel = generator.build(head_dim=16, sink=True, seqlens=True, output=output, strategy="tiles")
     sinks = np.array([-np.inf, -200.0, 0.5, 60.0, 300.0], np.float32)
     q, k, v = random_inputs("bf16", (2, 5, 5, 20, 40), 16, 16, seed=0)
     lengths = np.array([40, 0], np.int32)
@@ -268,7 +268,7 @@ def test_packed_heads_give_the_bits_of_unpacked_ones(group):
 
 def test_packed_heads_meet_fewer_tiles_of_a_mask():
     q, k = np.empty((1, 256, 16, 64)), np.empty((1, 256, 2, 64))
-    fields = {"head_dim": 64, "q_heads_per_kv": 8, "causal": True, "window_left": 15, "tile_n": 32}
+    fields = {"head_dim": 64, "q_heads_per_kv": 8, "causal": True, "window_left": 15, "tile_n": 32, "strategy": "tiles"}
     packed, apart = (generator.plan_kernel(load_spec(pack_heads=pack, **fields)) for pack in (True, False))
     assert count_tiles(apart, {"q": q, "k": k}) == (144, 144, 256, 144)
     assert count_tiles(packed, {"q": q, "k": k}).visited == 46
@@ -277,7 +277,7 @@ def test_packed_heads_meet_fewer_tiles_of_a_mask():
 @pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (96, 64), (64, 48), (192, 128)])
 def test_shared_kv_gives_the_bits_of_v_passed_apart(head_dim, head_dim_v):
     """K-major for QK and MN-major for PV from the same bytes, swizzled by 128, 64 and 32 bytes; several stages."""
-    fields = {"head_dim": head_dim, "head_dim_v": head_dim_v, "causal": True, "tile_n": 32}
+    fields = {"head_dim": head_dim, "head_dim_v": head_dim_v, "causal": True, "tile_n": 32, "strategy": "tiles"}
     q, k, _ = random_inputs("bf16", (1, 2, 2, 130, 200), head_dim, head_dim_v, seed=0)
     shared, apart = generator.build(kv_shared=True, **fields), generator.build(**fields)
     expected = apart(q, k, np.ascontiguousarray(k[..., :head_dim_v]))

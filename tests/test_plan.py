@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generator.arch import ARCHS
+from generator.chunks import budget_of
+from generator.cost import cost_of
 from generator.plan import DoesNotFit, NotImplementedYet, candidates, plan_kernel, preference
 from generator.spec import load_spec
 from generator.survey import survey_kernel
 
 HEAD_DIMS = list(range(16, 257, 16))
+SIMPLEST = ("two_tiles", "two_ctas", "tiles")  # of equal costs the first is taken
 
 
 def plan_of(**fields):
@@ -38,15 +41,55 @@ def refusal(kind, **fields):
         ({"head_dim": 64, "tile_n": 48}, "tile 128x48, kv_stage 3, P in TMEM, own sO by 64 columns"),
     ],
 )
-def test_choice_follows_the_stated_rule(fields, tiling):
-    assert str(plan_of(**fields).tiling) == tiling
+def test_choice_of_one_query_tile_follows_the_stated_rule(fields, tiling):
+    assert str(plan_of(strategy="tiles", **fields).tiling) == tiling
 
 
+@pytest.mark.parametrize(
+    "fields, strategy, tiling",
+    [
+        ({"head_dim": 64}, "two_tiles", "two query tiles, tile 128x128, kv_stage 3, P in TMEM, own sO by 64 columns"),
+        ({"head_dim": 128}, "two_tiles", "two query tiles, tile 128x128, kv_stage 2, P in TMEM, own sO by 32 columns"),
+        ({"head_dim": 160}, "two_ctas", "two CTAs, tile 128x128, kv_stage 3, P in TMEM, own sO by 160 columns"),
+        (
+            {"head_dim": 192, "head_dim_v": 128},
+            *("two_ctas", "two CTAs, tile 128x128, kv_stage 3, P in TMEM, own sO by 128 columns"),
+        ),
+        ({"head_dim": 256}, "two_ctas", "two CTAs, tile 128x128, kv_stage 2, P in TMEM, own sO by 128 columns"),
+        (  # two CTAs do not share K and V, and two query tiles' O fill tensor memory
+            {"head_dim": 256, "kv_shared": True},
+            *("tiles", "tile 128x128, kv_stage 2, P in TMEM, sO over sQ by 256 columns"),
+        ),
+        (  # the others lay P over S
+            {"head_dim": 128, "p_staging": "smem"},
+            *("tiles", "tile 128x128, kv_stage 2, P in SMEM, own sO by 128 columns"),
+        ),
+        (  # no multiple of 32 keys: not for two CTAs
+            {"head_dim": 160, "tile_n": 48},
+            *("two_tiles", "two query tiles, tile 128x48, kv_stage 3, P in TMEM, own sO by 80 columns"),
+        ),
+        (  # two query tiles would cost less, with one stage
+            {"head_dim": 176, "head_dim_v": 128, "tile_n": 112},
+            *("tiles", "tile 128x112, kv_stage 2, P in TMEM, own sO by 128 columns"),
+        ),
+        (  # one stage in any case: the cost decides
+            {"head_dim": 256, "kv_stage": 1},
+            *("two_ctas", "two CTAs, tile 128x128, kv_stage 1, P in TMEM, own sO by 256 columns"),
+        ),
+    ],
+)
+def test_strategy_follows_the_stated_rule(fields, strategy, tiling):
+    chosen = plan_of(**fields).tiling
+    assert (chosen.strategy, str(chosen)) == (strategy, tiling)
+    assert chosen == plan_of(**fields, strategy=strategy).tiling
+
+
+@pytest.mark.parametrize("strategy", ["auto", "tiles"])
 @pytest.mark.parametrize("output", ["normalized", "unnormalized"])
 @pytest.mark.parametrize("p_staging", ["auto", "tmem", "smem"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_head_dim_has_a_plan_on_both_p_paths(head_dim, p_staging, output):
-    plan = plan_of(head_dim=head_dim, p_staging=p_staging, output=output)
+def test_every_head_dim_has_a_plan_on_both_p_paths(head_dim, p_staging, output, strategy):
+    plan = plan_of(head_dim=head_dim, p_staging=p_staging, output=output, strategy=strategy)
     assert plan.budget.fits and plan.kv_stages >= 2
     assert p_staging in ("auto", plan.p_staging)
     assert plan.o_chunk % 16 == 0 and plan.o_chunk * plan.o_steps == head_dim
@@ -75,16 +118,24 @@ def test_chosen_fits_is_preferred_and_honours_the_specification(fields):
     assert fields.get("tile_n", plan.tile_n) == plan.tile_n
     assert fields.get("p_staging", plan.p_staging) == plan.p_staging
     all_candidates = candidates(spec, plan.arch)
+    fitting = sorted((t for t in all_candidates if budget_of(spec, plan.arch, t).fits), key=preference)
+    best = {tiling.strategy: tiling for tiling in reversed(fitting)}
+    order = {
+        name: (t.kv_stages < 2, cost_of(spec, plan.arch, t).score, SIMPLEST.index(name)) for name, t in best.items()
+    }
     assert {plan.tiling, *(item.candidate for item in plan.rejected)} == set(all_candidates)
     assert len(plan.rejected) == len(all_candidates) - 1
     for item in plan.rejected:
         assert item.remedy
-        better = preference(plan.tiling) < preference(item.candidate)
-        assert better if item.reason.startswith("fits, but") else "over by" in item.reason
+        if item.reason.startswith("fits"):
+            chosen, other = ((order[t.strategy], preference(t)) for t in (plan.tiling, item.candidate))
+            assert chosen < other
+        else:
+            assert "over by" in item.reason
 
 
 def test_rejected_candidates_say_why_and_what_helps():
-    rejected = plan_of(head_dim=256).rejected
+    rejected = plan_of(head_dim=256, strategy="tiles").rejected
     reasons = {str(item.candidate): (item.reason, item.remedy) for item in rejected}
     reason, remedy = reasons["tile 128x128, kv_stage 2, P in TMEM, sO over sQ by 256 columns"]
     assert reason.endswith("= 328704 bytes of 232448, over by 96256")
@@ -93,6 +144,50 @@ def test_rejected_candidates_say_why_and_what_helps():
         "fits, but has a smaller tile_n",
         "tile_n = 32 asks for it",
     )
+
+
+COSTS = "fits, but costs more: {} SM cycles a 128 x 128 block of scores, the chosen one {}"
+
+
+@pytest.mark.parametrize(
+    "fields, candidate, reason, strategy",
+    [
+        (
+            {"head_dim": 64},
+            "tile 128x128, kv_stage 3, P in TMEM, own sO by 64 columns",
+            COSTS.format(1024, 640),
+            "tiles",
+        ),
+        (
+            {"head_dim": 64},
+            "two CTAs, tile 128x128, kv_stage 3, P in TMEM, own sO by 64 columns",
+            *("fits at the same cost, but is less simple", "two_ctas"),
+        ),
+        (
+            {"head_dim": 160},
+            "tile 128x128, kv_stage 2, P in TMEM, sO over sQ by 160 columns",
+            *(COSTS.format(1600, 1280), "tiles"),
+        ),
+        (
+            {"head_dim": 160},
+            "two query tiles, tile 128x64, kv_stage 3, P in TMEM, own sO by 32 columns",
+            *(COSTS.format(1600, 1280), "two_tiles"),
+        ),
+        (
+            {"head_dim": 256},
+            "tile 128x64, kv_stage 2, P in TMEM, sO over sQ by 256 columns",
+            *(COSTS.format(3072, 2048), "tiles"),
+        ),
+        (
+            {"head_dim": 176, "head_dim_v": 128, "tile_n": 112},
+            "two query tiles, tile 128x112, kv_stage 1, P in TMEM, own sO by 128 columns",
+            *("fits, but has fewer than two kv stages", "two_tiles"),
+        ),
+    ],
+)
+def test_rejected_strategies_say_what_they_cost_and_how_to_ask_for_them(fields, candidate, reason, strategy):
+    rejected = {str(item.candidate): (item.reason, item.remedy) for item in plan_of(**fields).rejected}
+    assert rejected[candidate] == (reason, f"strategy = {strategy} asks for it")
 
 
 def test_swizzles_and_boxes():
@@ -111,13 +206,17 @@ def test_swizzles_and_boxes():
 
 @pytest.mark.parametrize("tile_n, s_columns, p_columns", [(128, 32, 32), (64, 32, 32), (48, 16, 8), (32, 32, 16)])
 def test_register_tiles_walk_their_regions_evenly(tile_n, s_columns, p_columns):
-    plan = plan_of(head_dim=80, tile_n=tile_n)
+    plan = plan_of(head_dim=80, tile_n=tile_n, strategy="tiles")
     assert (plan.s_columns, plan.p_columns, plan.o_columns) == (s_columns, p_columns, 16)
 
 
 @pytest.mark.parametrize(
     "fields, deepest",
-    [({"head_dim": 128, "tile_n": 128, "kv_stage": 8}, 3), ({"head_dim": 256, "kv_stage": 16}, 10)],
+    [
+        ({"head_dim": 128, "tile_n": 128, "kv_stage": 8, "strategy": "tiles"}, 3),
+        ({"head_dim": 128, "tile_n": 128, "kv_stage": 8}, 5),  # half of K and V in each of two CTAs
+        ({"head_dim": 256, "kv_stage": 16}, 10),
+    ],
 )
 def test_kv_stage_too_deep_says_the_deepest_that_fits(fields, deepest):
     error = refusal(DoesNotFit, **fields)
@@ -223,7 +322,8 @@ def test_packing_a_group_that_does_not_divide_the_tile_is_refused(group):
 
 @pytest.mark.parametrize("head_dim, head_dim_v, span", [(64, 64, 128), (192, 128, 128), (64, 48, 32), (96, 64, 64)])
 def test_shared_kv_is_one_buffer_with_one_swizzle(head_dim, head_dim_v, span):
-    apart, shared = (plan_of(head_dim=head_dim, head_dim_v=head_dim_v, kv_stage=2, kv_shared=x) for x in (False, True))
+    fields = {"head_dim": head_dim, "head_dim_v": head_dim_v, "kv_stage": 2, "strategy": "tiles"}
+    apart, shared = (plan_of(kv_shared=x, **fields) for x in (False, True))
     assert {name: shared.layouts[name].swizzle_bytes for name in ("sK", "sV")} == {"sK": span, "sV": span}
     assert shared.budget.bytes_of("sV") == 0 and {bar.name for bar in apart.budget.mbarriers} - {
         bar.name for bar in shared.budget.mbarriers
@@ -235,13 +335,14 @@ def test_shared_kv_is_one_buffer_with_one_swizzle(head_dim, head_dim_v, span):
 
 
 def test_shared_kv_makes_room_for_larger_tiles():
-    assert str(plan_of(head_dim=256).tiling) == "tile 128x64, kv_stage 2, P in TMEM, sO over sQ by 256 columns"
-    shared = plan_of(head_dim=256, kv_shared=True)
+    apart = plan_of(head_dim=256, strategy="tiles")
+    assert str(apart.tiling) == "tile 128x64, kv_stage 2, P in TMEM, sO over sQ by 256 columns"
+    shared = plan_of(head_dim=256, kv_shared=True, strategy="tiles")
     assert str(shared.tiling) == "tile 128x128, kv_stage 2, P in TMEM, sO over sQ by 256 columns"
 
 
 def test_shared_kv_needs_two_stages():
-    error = refusal(DoesNotFit, head_dim=64, kv_shared=True, kv_stage=1)
+    error = refusal(DoesNotFit, head_dim=64, kv_shared=True, kv_stage=1, strategy="tiles")
     assert str(error).startswith("kv_stage = 1: does not fit; the closest is tile 128x128, kv_stage 1, ")
     assert (
         "kv_stage: QK of the next tile is issued before PV of this one, which reads the same stage = 2 stages of 1, "
@@ -274,9 +375,19 @@ def test_survey_marks_what_the_planner_chooses(head_dim):
     (chosen,) = [row for row in rows if row.chosen]
     plan = plan_kernel(spec)
     assert (chosen.tiling, chosen.budget) == (plan.tiling, plan.budget)
-    assert [(row.tiling.p_staging, row.tiling.kv_stages) for row in rows] == [
-        (p, stages) for p in ("tmem", "smem") for stages in (1, 2, 3)
+    assert [(row.tiling.strategy, row.tiling.p_staging, row.tiling.kv_stages) for row in rows] == [
+        (*place, stages)
+        for place in (("tiles", "tmem"), ("tiles", "smem"), ("two_tiles", "tmem"), ("two_ctas", "tmem"))
+        for stages in (1, 2, 3)
     ]
+
+
+def test_survey_of_one_strategy_has_its_rows_alone():
+    rows = survey_kernel(load_spec(head_dim=128, strategy="two_ctas", kv_stage=2))
+    assert [(row.tiling.strategy, row.tiling.kv_stages, row.chosen) for row in rows] == [("two_ctas", 2, True)]
+    assert {row.tiling.strategy for row in survey_kernel(load_spec(head_dim=128, kv_shared=True))} == {
+        *("tiles", "two_tiles"),  # each CTA of a pair holds half of K's keys, but half of V's columns
+    }
 
 
 def test_planning_takes_less_than_50_ms():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from generator.cost import cost_of
 from generator.pages import strategy_lines
 from generator.plan import DoesNotFit, plan_kernel
 from generator.resources import checkout_root
@@ -18,14 +19,14 @@ def test_the_two_commands_stand_to_the_letter():
 
 def test_budget_table_is_the_computed_one():
     rows = [line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("| ") and "232448" in line]
-    rows = [row for row in rows if row[1] in ("TMEM", "SMEM")]
-    surveyed = [row for dim in ("64", "128", "256") for row in survey_kernel(load_spec(head_dim=int(dim)))]
+    rows = [row for row in rows if row[2] in ("TMEM", "SMEM")]
+    surveyed = [row for dim in (128, 256) for row in survey_kernel(load_spec(head_dim=dim))]
     assert len(rows) == len(surveyed)
     for cells, row in zip(rows, surveyed, strict=True):
         budget, tiling = row.budget, row.tiling
-        columns = {region.name: region.columns for region in budget.regions}
         assert cells == [
             str(row.spec.head_dim),
+            tiling.strategy,
             tiling.p_staging.upper(),
             str(tiling.kv_stages),
             f"{tiling.tile_m}x{tiling.tile_n}",
@@ -33,7 +34,7 @@ def test_budget_table_is_the_computed_one():
             "in sQ" if tiling.o_over_q else str(budget.bytes_of("sO")),
             str(budget.smem_total),
             str(budget.smem_limit),
-            " + ".join(str(columns.get(name, 0)) for name in "SPO"),
+            " + ".join(str(budget.columns_of(name)) for name in "SPO"),
             str(budget.tmem_columns),
             f"**{row.status}**" if row.chosen else row.status,
         ]
@@ -53,15 +54,20 @@ def test_what_does_not_fit_at_512_is_quoted():
 def test_the_traced_request_has_the_plan_s_numbers():
     plan = plan_kernel(load_spec(head_dim=96))
     budget = plan.budget
-    assert f"tries {len(plan.rejected) + 1} candidates" in README
-    assert (plan.tile_n, plan.kv_stages, plan.p_staging) == (128, 3, "tmem")
+    assert f"tries {len(plan.rejected) + 1} candidates" in README and f"the other {len(plan.rejected)} was" in README
+    costs = [cost_of(plan.spec, plan.arch, plan.tiling).score]
+    costs += [cost_of(plan.spec, plan.arch, plan_kernel(load_spec(head_dim=96, strategy="tiles")).tiling).score]
+    words = "they take {:.0f} SM cycles a\n   block of 128 x 128 scores and one at a time {:.0f}"
+    assert words.format(*costs) in README
+    assert (plan.tiling.strategy, plan.tile_n, plan.kv_stages, plan.p_staging) == ("two_tiles", 128, 3, "tmem")
     assert f"barriers {budget.buffer('barriers').bytes} bytes" in README
+    assert budget.buffer("rows").bytes == 3 * 256 * 4
     assert f"sQ {budget.buffer('sQ').bytes}, sK and sV 3 x {budget.buffer('sK').stage_bytes} each" in README
-    assert f"{budget.smem_total} in all" in README and f"so {budget.tmem_columns} are allocated" in README
-    ends = [(region.column, region.column + region.columns - 1) for region in budget.regions]
-    assert ends == [(0, 127), (128, 191), (192, 287)]
+    assert f"{budget.smem_total} in all" in README
+    assert f"{budget.smem_total} bytes, {budget.tmem_columns} columns, {budget.threads} threads" in README
+    ends = {region.name: (region.column, region.end - 1) for region in budget.regions}
+    assert (ends["S0"][0], ends["S1"][1], ends["O0"][0], ends["O1"][1]) == (0, 255, 256, 447)
     assert plan.layouts["sQ"].swizzle_bytes == 64 and plan.layouts["sK"].swizzle_columns == 32
-    assert budget.threads == 192
 
 
 def test_tree_names_every_module():

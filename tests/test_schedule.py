@@ -106,7 +106,7 @@ def test_bad_arguments(bad):
 @pytest.mark.parametrize("p_staging", ["tmem", "smem"])
 def test_a_generated_kernel_is_the_same_under_every_schedule(p_staging):
     fields = {"head_dim": 16, "causal": True, "p_staging": p_staging, "kv_stage": 2, "tile_n": 16}
-    binary = compile_kernel(plan_kernel(load_spec(None, **fields)))
+    binary = compile_kernel(plan_kernel(load_spec(None, strategy="tiles", **fields)))
 
     def prepare(gpu, _):
         gpu.schedules = EVERY + 1

@@ -12,17 +12,17 @@ MMA_K = 16
 SWIZZLE_CODE = {128: 2, 64: 4, 32: 6}  # ptx.md 3.2, bits 61-63 of a tcgen05 shared-memory descriptor
 
 SPECS = (
-    "fmha_sm100_d16_unnorm",
+    "fmha_sm100_d16_unnorm_tiles",
     "fmha_sm100_d48_fp16_causal_unnorm_psmem_stage1_n32",
-    "fmha_sm100_d80_fp16_gqa4_nolse_stage1",
-    "fmha_sm100_d96",
-    "fmha_sm100_d128_causal",
+    "fmha_sm100_d80_fp16_gqa4_nolse_tiles_stage1",
+    "fmha_sm100_d96_tiles",
+    "fmha_sm100_d128_causal_tiles",
     "fmha_sm100_d128_psmem",
-    "fmha_sm100_d256",
-    "fmha_sm100_d128_causal_wl127_seqlens",
-    "fmha_sm100_d64_gqa4_wl40_wr17_unnorm",
-    "fmha_sm100_d128_gqa8_causal_wl127_seqlens_sink_kv2_limit2",
-    "fmha_sm100_d192_v128_gqa32_causal_kvshared",
+    "fmha_sm100_d256_tiles",
+    "fmha_sm100_d128_causal_wl127_seqlens_tiles",
+    "fmha_sm100_d64_gqa4_wl40_wr17_unnorm_tiles",
+    "fmha_sm100_d128_gqa8_causal_wl127_seqlens_sink_kv2_limit2_tiles",
+    "fmha_sm100_d192_v128_gqa32_causal_kvshared_tiles",
 )
 
 

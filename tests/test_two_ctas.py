@@ -56,7 +56,8 @@ def test_p_may_lie_over_s_of_the_same_slot():
 
 def test_both_read_k_and_v_once():
     """Half of the bytes from L2 for each block of scores, and fewer of shared memory, than one query tile a CTA."""
-    two, one = (cost_of(p.spec, SM100A, p.tiling) for p in (plan(head_dim=256), plan_kernel(load_spec(head_dim=256))))
+    plans = [plan_kernel(load_spec(head_dim=256, strategy=strategy)) for strategy in ("two_ctas", "tiles")]
+    two, one = (cost_of(p.spec, SM100A, p.tiling) for p in plans)
     per = [c.load_bytes / c.rows / c.keys for c in (two, one)]
     assert per[0] == per[1] / 2
     assert two.mma_flop / two.rows / two.keys == one.mma_flop / one.rows / one.keys

@@ -28,15 +28,15 @@ def parts_of(operands):
     """Both sources apart, each by the un-normalized kernel of its own mask; the second one's limits as a kernel of two
     sources whose first has no keys.
     """
-    first = generator.build(output="unnormalized", **FIELDS)
+    first = generator.build(output="unnormalized", strategy="tiles", **FIELDS)
     q, k, v, k2, v2 = (operands[name] for name in ("q", "k", "v", "k2", "v2"))
     yield first(q, k, v, seqlens=operands["seqlens"])
     if "limit2" in operands:
-        limited = generator.build(output="unnormalized", kv_sources=2, limit2=True, **FIELDS)
+        limited = generator.build(output="unnormalized", kv_sources=2, limit2=True, strategy="tiles", **FIELDS)
         rows = {name: operands[name] for name in ("seqlens2", "limit2")}
         yield limited(q, k, v, k2, v2, seqlens=np.zeros_like(operands["seqlens"]), **rows)
         return
-    plain = generator.build(head_dim=32, q_heads_per_kv=2, seqlens=True, output="unnormalized")
+    plain = generator.build(head_dim=32, q_heads_per_kv=2, seqlens=True, output="unnormalized", strategy="tiles")
     yield plain(q, k2, v2, seqlens=operands["seqlens2"])
 
 
@@ -66,7 +66,7 @@ def test_one_launch_agrees_with_two_that_are_merged(strategy, sink, limit2):
 
 @pytest.mark.parametrize("lengths, lengths2", [((0, 0), (90, 1)), ((200, 3), (0, 0)), ((0, 0), (0, 0))], ids=str)
 def test_a_source_without_keys_is_as_if_it_were_not_there(lengths, lengths2):
-    fused = generator.build(kv_sources=2, sink=True, **FIELDS)
+    fused = generator.build(kv_sources=2, sink=True, strategy="tiles", **FIELDS)
     operands = normal_operands(fused.spec)
     operands["seqlens"][:], operands["seqlens2"][:] = lengths, lengths2
     o, lse = fused(**operands)

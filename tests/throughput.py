@@ -1,9 +1,11 @@
 """Our Blackwell kernels beside FlashAttention-4's, without a GPU: `python tests/throughput.py [--write-docs]`.
 
 What one CTA executes for a KV tile, by unit, and how long the timeline's model (docs/timeline.md) says it takes: both
-kernels compiled here and executed by the emulator on the same model. A CTA has 256 query rows and sees all of 2048 or
-4096 keys; the difference of the two launches is 16 KV tiles of 128 keys, without beginning and end. Then whole launches
-of more query tiles than multiprocessors. Needs flash-attn-4 and CPU PyTorch for its half; what is missing is said.
+kernels compiled here and executed by the emulator on the same model. Exponentials and arithmetic are those of the
+softmax warps, the warps that compute exponentials; the rest is of all warps. A CTA has 256 query rows and sees all of
+2048 or 4096 keys; the difference of the two launches is 16 KV tiles of 128 keys, without beginning and end. Then whole
+launches of more query tiles than multiprocessors. Needs flash-attn-4 and CPU PyTorch for its half; what is missing is
+said.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import re
 import sys
 import tempfile
+import unittest.mock
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,15 +30,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from generator.compile import compile_kernel
 from generator.cubin import read_cubin
 from generator.emulator import Tracer, attach, attached
-from generator.emulator.clock import FLOAT, INTEGER, ISSUE, MEMORY, SPECIAL, unit_of
+from generator.emulator.clock import FLOAT, INTEGER, MEMORY, SPECIAL, unit_of
 from generator.emulator.timeline import WARP
+from generator.layout import Plan
 from generator.plan import plan_kernel
 from generator.resources import checkout_root
 from generator.run import run_observed
 from generator.spec import load_spec
 from generator.verify import random_inputs
 
-QUERIES, KEYS, TILE = 256, (2048, 4096), 128
+QUERIES, KEYS, TILE, TRACED = 256, (2048, 4096), 128, 2
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 CASES = [(d, v, causal) for d, v in DIMS for causal in (False, True)]
 SMS, HEADS, SQUARE = 2, 2, 1024  # of the whole launches: 8 query tiles of 256 rows, all keys
@@ -45,13 +49,16 @@ ROWS = {
     "tcgen05.mma": "mma",
     "exponentials, special-function unit": "special",
     "exponentials, FMA units": "polynomial",
-    "float instructions (f32x2 twice)": "float",
-    "integer, compare, convert": "integer",
+    "softmax: float instructions (f32x2 twice)": "float",
+    "softmax: integer, compare, convert": "integer",
     "shared memory, bytes of threads": "shared",
     "TMEM, bytes of threads": "tmem",
     "barriers: waits and arrivals": "barriers",
     "other instructions, moves left out": "other",
 }
+SOFTMAX = ("special", "polynomial", "float", "integer")  # counted in the softmax warps
+# polynomial_pairs with which as many exponentials leave the special-function unit as FlashAttention-4's, at 256 ours
+LIKE_FLASH = {128: {False: (4, 12), True: (4, 12)}, 192: {False: (), True: (4,)}}
 
 
 @dataclass
@@ -75,21 +82,47 @@ class Measured:
 
 @dataclass
 class Launched:
+    """opcodes: warp-instructions of all warps, a wait for an mbarrier once, however often it polls; softmax: of those
+    that compute exponentials.
+    """
+
     opcodes: Counter
+    softmax: Counter
     model: dict[str, Any]
     flop: int
     facts: Any
     ctas: int
 
 
+def launched(launch: Any, tracer: Tracer, facts: Any) -> Launched:
+    ctas, timeline = math.prod(launch.grid), tracer.timelines[-1]
+    assert ctas <= TRACED, "a CTA that is not traced"
+    opcodes = Counter({name: n for name, n in launch.opcodes.items() if not name.startswith("mbarrier.try_wait")})
+    steps = (step for log in timeline.recording.logs.values() for step in log if not isinstance(step, int))
+    opcodes["mbarrier.wait"] = sum(step.kind == "wait" for step in steps)
+    return Launched(opcodes, _softmax(timeline), launch.model, launch.mma_flop, facts, ctas)
+
+
+def _softmax(timeline: Any) -> Counter:
+    """Warp-instructions of the traced warps that compute exponentials for more than a factor of O now and then."""
+    recording, found = timeline.recording, []
+    instrs = recording.program.kernel.instrs
+    for log in recording.logs.values():
+        blocks = [recording.program.blocks[step] for step in log if isinstance(step, int)]
+        found.append(Counter(instr.opcode for block in blocks for instr in instrs[block.start : block.stop]))
+    most = max(counts["ex2.approx.ftz.f32"] for counts in found)
+    return sum((counts for counts in found if 2 * counts["ex2.approx.ftz.f32"] > most), Counter())
+
+
 def measured(launches: list[Launched], name: str) -> Measured:
     tiles = (KEYS[1] - KEYS[0]) // TILE
-    more = Counter(launches[1].opcodes)
-    more.subtract(launches[0].opcodes)
     counts: Counter = Counter()
-    for opcode, n in more.items():
-        for key, amount in _kinds(opcode).items():
-            counts[key] += n * amount / tiles
+    for field in ("opcodes", "softmax"):
+        more = Counter(getattr(launches[1], field))
+        more.subtract(getattr(launches[0], field))
+        for opcode, n in more.items():
+            for key, amount in _kinds(opcode).items():
+                counts[key] += n * amount / tiles * ((key in SOFTMAX) == (field == "softmax"))
     counts["mma_cycles"] = (launches[1].flop - launches[0].flop) / 8192 / tiles
     facts = launches[1].facts
     return Measured(
@@ -104,7 +137,9 @@ def measured(launches: list[Launched], name: str) -> Measured:
 
 
 def _kinds(opcode: str) -> dict[str, float]:
-    """What a warp-instruction counts for, each thing in the unit of its row of the table."""
+    """What a warp-instruction counts for, each thing in the unit of its row; moves, which rename, count nothing."""
+    if opcode.startswith(("mov.", "cvta.", "ld.param")):
+        return {}
     if opcode.startswith("tcgen05.mma"):
         return {"mma": 1}
     if opcode.startswith(("tcgen05.ld", "tcgen05.st")):
@@ -123,19 +158,23 @@ def _kinds(opcode: str) -> dict[str, float]:
         return {"shared": 32 * 4 * int(wide[1] if wide else 1)} if ".shared" in opcode else {"other": 1}
     if unit == INTEGER:
         return {"integer": 1}
-    return (
-        {} if unit == ISSUE and opcode.startswith(("mov.", "cvta.", "ld.param")) else {"other": 1 - (unit == SPECIAL)}
-    )
+    return {"other": 1 - (unit == SPECIAL)}
 
 
-def ours(d: int, v: int, causal: bool, strategy: str, folder: Path) -> Measured:
-    binary = compile_kernel(plan_kernel(load_spec(None, head_dim=d, head_dim_v=v, causal=causal, strategy=strategy)))
+def ours(d: int, v: int, causal: bool, strategy: str, folder: Path, pairs: tuple[int, ...] | None = None) -> Measured:
+    """pairs: instead of the plan's polynomial_pairs."""
+    plan = plan_kernel(load_spec(None, head_dim=d, head_dim_v=v, causal=causal, strategy=strategy))
+    chosen = plan.polynomial_pairs if pairs is None else pairs
+    with unittest.mock.patch.object(Plan, "polynomial_pairs", chosen):
+        binary = compile_kernel(plan)
     found = []
     for keys in KEYS:
         inputs = random_inputs("bf16", (1, 1, 1, QUERIES, keys), d, v, 0)
-        launch = run_observed(binary, *inputs, strict=False, trace=Tracer(folder / "t.json", ctas=1)).launches[0]
-        found.append(Launched(launch.opcodes, launch.model, launch.mma_flop, binary, math.prod(launch.grid)))
-    return measured(found, binary.plan.kernel_name)
+        tracer = Tracer(folder / "t.json", ctas=TRACED)
+        launch = run_observed(binary, *inputs, strict=False, trace=tracer).launches[0]
+        found.append(launched(launch, tracer, binary))
+    name = plan.kernel_name if pairs is None else f"the same, {len(pairs)} of 16 pairs by FMA"
+    return measured(found, name)
 
 
 @contextlib.contextmanager
@@ -163,12 +202,13 @@ def flash(d: int, v: int, causal: bool, folder: Path) -> Measured:
     found = []
     with _cubins() as cubins:
         for keys in KEYS:
-            with attached("sm_100a", False, module.SMS, trace=Tracer(folder / "t.json", ctas=1)) as device:
+            tracer = Tracer(folder / "t.json", ctas=TRACED)
+            with attached("sm_100a", False, module.SMS, trace=tracer) as device:
                 foreign.forget_devices()
                 module.run(module.Attention("sm_100a", d, QUERIES, keys, 1, 1, v, causal=causal))
                 (launch,) = device.launches
                 facts = [read_cubin(c, launch.kernel) for c in cubins if launch.kernel.encode() in c]
-                found.append(Launched(launch.opcodes, launch.model, launch.mma_flop, facts[-1], math.prod(launch.grid)))
+                found.append(launched(launch, tracer, facts[-1]))
     return measured(found, "FlashAttention-4")
 
 
@@ -281,6 +321,8 @@ def main() -> None:
             if options.only and options.only not in f"head_dim {_title(d, v, causal)}":
                 continue
             columns = [ours(d, v, causal, strategy, Path(folder)) for strategy in _strategies(d, v)]
+            if (pairs := LIKE_FLASH.get(max(d, v, 128), {}).get(causal)) is not None:
+                columns.append(ours(d, v, causal, _strategies(d, v)[-1], Path(folder), pairs))
             columns += [flash(d, v, causal, Path(folder))] if theirs else []
             part = table(d, v, causal, columns)
             print("\n".join(part), flush=True)
@@ -304,14 +346,17 @@ What is executed for each KV tile, and what the timeline's model makes of it ([t
 kernels with one query tile and with two in flight, or at head_dim 192 and 256 in two CTAs that multiply as one, and for
 FlashAttention-4 (4.0.0b36), compiled by the same CuTe DSL and executed by the emulator. Nothing here was measured on a
 GPU. 256 query rows: one CTA, or two of 128 with a multiprocessor each, which take half the cycles for as much work.
-Counts are of warp-instructions where no unit is given, exponentials of single elements. Written by
-`python tests/throughput.py --write-docs`.
+Counts are of warp-instructions where no unit is given, exponentials of single elements; exponentials and arithmetic are
+those of the softmax warps, moves, which rename registers, are left out, and a wait counts once, however often it polls.
+Written by `python tests/throughput.py --write-docs`.
 
 Two exponentials that leave the special-function unit cost a warp six float instructions of two elements, which count
-twelve, and six integer ones besides moves: with 3 of 8 columns, as up to head_dim 192, both rows are longer than
-FlashAttention-4's for it, that of the special-function unit and the cycles shorter. ptxas begins these polynomials
-early, for they are the longest chains, and their results wait in registers: in the softmax loop, nowhere else, 348 to
-468 bytes a thread were spilled while P left in halves of a row from 192 registers; in quarters, from 216, none are.
+twelve, and six integer ones. The planner's kernels take three of eight that way up to head_dim 192, FlashAttention-4
+one of eight or fewer: so they need fewer cycles, and have more of these instructions. "The same" is our kernel with
+FlashAttention-4's share: then no row of the softmax loop is longer than FlashAttention-4's. ptxas begins these
+polynomials early, for they are the longest chains, and their results wait in registers: in the softmax loop, nowhere
+else, 348 to 468 bytes a thread were spilled while P left in halves of a row from 192 registers; in quarters, from 216,
+none are.
 """
 
 if __name__ == "__main__":
