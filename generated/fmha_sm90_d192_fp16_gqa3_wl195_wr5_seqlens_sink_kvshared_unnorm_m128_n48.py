@@ -145,24 +145,15 @@ def end_key(token, seqlen_q, seqlen_k):
     return cutlass.max(cutlass.min(token + seqlen_k - seqlen_q + 1 + WINDOW_RIGHT, seqlen_k), 0)
 
 
-def kv_span(q_tile, seqlen_q, seqlen_k):
-    """KV tiles that some row of the query tile sees: how many, how many of them every row sees whole, the first of
-    those, and one past the last tile. Bounds never fall from a token to the next, so the first and the last token tell.
+def kv_span(first_token, last_token, seqlen_q, seqlen_k):
+    """KV tiles that some token of these sees: the first one, the first and one past the last that all of them see
+    whole, and one past the last tile. Bounds never fall from a token to the next, so the first and the last token tell.
     """
-    first_token = q_tile * TILE_M
-    last_token = cutlass.min(first_token + TILE_M, seqlen_q) - 1
     begin = first_key(first_token, seqlen_q, seqlen_k) // TILE_N
     start = (first_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N
+    whole_stop = end_key(first_token, seqlen_q, seqlen_k) // TILE_N
     stop = (end_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N
-    whole = cutlass.max(end_key(first_token, seqlen_q, seqlen_k) // TILE_N - start, 0)
-    return stop - begin, whole, start, stop
-
-
-@cute.jit
-def kv_tile(i, span):
-    """The i-th tile of a source that is visited: from `start` to the last one, then those before it."""
-    kv_tiles, _, start, stop = span
-    return start + i if start + i < stop else start + i - kv_tiles
+    return begin, start, whole_stop, stop
 
 
 @cute.jit
@@ -198,11 +189,24 @@ def work(turn, call):
     return block, (seqlen_q, seqlen_k)
 
 
+def tile_tokens(q_tile, seqlen_q):
+    """The first and the last token of a query tile."""
+    first = q_tile * TILE_M
+    return first, cutlass.min(first + TILE_M, seqlen_q) - 1
+
+
+def group_tokens(q_tile, group, seqlen_q):
+    """The first and the last token of a consumer's rows of a query tile; past Sq, where all are, the last."""
+    row = group * GROUP_ROWS
+    first, last = q_tile * TILE_M + row, q_tile * TILE_M + row + GROUP_ROWS - 1
+    return cutlass.min(first, seqlen_q - 1), cutlass.min(last, seqlen_q - 1)
+
+
 @cute.jit
 def spans_of(q_tile, lengths):
     """KV tiles that some row of a query tile sees: kv_span."""
     seqlen_q, seqlen_k = lengths
-    span = kv_span(q_tile, seqlen_q, seqlen_k)
+    span = kv_span(*tile_tokens(q_tile, seqlen_q), seqlen_q, seqlen_k)
     return span
 
 
@@ -241,7 +245,7 @@ def load_kv(source, k_smem, bars, call):
         span = spans_of(q_tile, lengths)
         kv_head = head // Q_HEADS_PER_KV
         k = source_views(source, k_smem, kv_head, batch)
-        kv_tiles = span[0]
+        kv_tiles = span[3] - span[0]
         for j in cutlass.range(kv_tiles, unroll=1):
             k_place = load_k(k, bars, k_place, j, span)
 
@@ -260,7 +264,7 @@ def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, place, j, sp
     cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
     expect(full + stage, tile_bytes)
     tma, smem, gmem = views
-    cute.copy(tma, gmem[None, kv_tile(j, span)], smem[None, stage], tma_bar_ptr=full + stage)
+    cute.copy(tma, gmem[None, span[0] + j], smem[None, stage], tma_bar_ptr=full + stage)
     return after(place)
 
 
@@ -276,15 +280,37 @@ def expect(bar, transaction_bytes: cutlass.Constexpr):
 
 @cute.jit
 def hide_columns(s, r: cutlass.Constexpr, seen):
-    """-inf outside of the columns [first, end) of the tile that row r sees."""
-    first, end = seen[0][r], seen[1][r]
+    """-inf in the columns that row r does not see. seen: for each row of the thread its first column, and one past its
+    last, either None where it hides nothing; then None, or whether the one and the other hide some row's columns.
+    """
+    firsts, ends, cut = seen
+    if cutlass.const_expr(cut is not None):
+        if cut[0]:
+            hide_before(s, r, firsts[r])
+        if cut[1]:
+            hide_from(s, r, ends[r])
+    elif cutlass.const_expr(firsts is not None):
+        hide_before(s, r, firsts[r])
+    else:
+        hide_from(s, r, ends[r])
+
+
+@cute.jit
+def hide_before(s, r: cutlass.Constexpr, first):
     first -= cute.arch.lane_idx() % 4 * 2
+    for b in cutlass.range_constexpr(TILE_N // 8):
+        for e in cutlass.range_constexpr(2):
+            i = 4 * b + 2 * r + e
+            s[i] = s[i] if 8 * b + e >= first else -Float32.inf
+
+
+@cute.jit
+def hide_from(s, r: cutlass.Constexpr, end):
     end -= cute.arch.lane_idx() % 4 * 2
     for b in cutlass.range_constexpr(TILE_N // 8):
         for e in cutlass.range_constexpr(2):
-            c = 8 * b + e
             i = 4 * b + 2 * r + e
-            s[i] = s[i] if (c >= first) & (c < end) else -Float32.inf
+            s[i] = s[i] if 8 * b + e < end else -Float32.inf
 
 
 @cute.jit
@@ -460,6 +486,18 @@ def multiply_pv(o, p, v, stage):
 
 
 @cute.jit
+def pass_by(bars, place):
+    """A KV tile that this consumer's rows do not see; returns the next place. Once it has landed, so that the arrivals
+    count for this round of the ring.
+    """
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    with cute.arch.elect_one():  # which waits for all lanes; none has read anything
+        cute.arch.mbarrier_arrive(bars + K_EMPTY + stage)
+    return after(place)
+
+
+@cute.jit
 def first_tile(operands, bars, place, seen, scale_log2, stats):
     """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
     (s, p, _, q, k, _), (m, total, _) = operands, stats
@@ -528,8 +566,11 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         block, lengths = work(turn, call)
         q_tile, head, batch = block
         seqlen_q, seqlen_k = lengths
-        span = spans_of(q_tile, lengths)
-        kv_tiles, whole_tiles = span[:2]
+        begin, _, _, stop = spans_of(q_tile, lengths)
+        own = kv_span(*group_tokens(q_tile, group, seqlen_q), seqlen_q, seqlen_k)
+        own_begin, own_start, own_whole, own_stop = own
+        if own_begin >= own_stop:
+            own_begin = own_start = own_whole = own_stop = stop
         tokens = [q_tile * TILE_M + first_row + 8 * r for r in range(2)]
         firsts = [first_key(token, seqlen_q, seqlen_k) for token in tokens]
         ends = [end_key(token, seqlen_q, seqlen_k) for token in tokens]
@@ -538,16 +579,23 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         total.fill(0.0)
         m.fill(-Float32.inf)
         cute.arch.mbarrier_wait(bars + Q_FULL + group, turn & 1)
-        if kv_tiles > 0:
-            before, place = place, first_tile(operands, bars, place, seen_of(0, bounds, span), scale_log2, stats)
-        for _ in cutlass.range(1, whole_tiles, unroll=1):
+        for t in cutlass.range(begin, own_begin, unroll=1):
+            place = pass_by(bars, place)
+        if own_begin < own_stop:
+            before, place = place, first_tile(operands, bars, place, seen_of(own_begin, bounds, own), scale_log2, stats)
+        for t in cutlass.range(own_begin + 1, own_start, unroll=1):
+            seen = seen_of(t, bounds, None)[0], None, None
+            before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)
+        for _ in cutlass.range(cutlass.max(own_start, own_begin + 1), own_whole, unroll=1):
             before, place = place, next_tile(operands, bars, group, place, before, None, scale_log2, stats)
-        for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles, unroll=1):
-            seen = seen_of(j, bounds, span)
+        for t in cutlass.range(cutlass.max(own_whole, own_begin + 1), own_stop, unroll=1):
+            seen = None, seen_of(t, bounds, None)[1], None
             before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)
         release_q(bars, group)
-        if kv_tiles > 0:
+        if own_begin < own_stop:
             last_pv(operands, bars, before)
+        for _ in cutlass.range(own_stop, stop, unroll=1):
+            place = pass_by(bars, place)
         store_outputs(o, m, total, out, rows, scale, block, first_row, tokens, seqlen_q)
 
 
@@ -557,10 +605,14 @@ def release_q(bars, group):
     arrive_warp(bars + Q_EMPTY + group)
 
 
-def seen_of(j, bounds, span):
-    """Columns of the j-th KV tile that each row of this thread sees: see hide_columns."""
-    key = kv_tile(j, span) * TILE_N
-    return [first - key for first in bounds[0]], [end - key for end in bounds[1]]
+def seen_of(t, bounds, own):
+    """Columns of KV tile t that each row of this thread sees: their firsts, one past their lasts, and where it says so
+    (`own`), whether some row of the consumer does not see all on the left, on the right: see hide_columns.
+    """
+    key, cut = t * TILE_N, None
+    if own is not None:
+        cut = t < own[1], t >= own[2]
+    return [first - key for first in bounds[0]], [end - key for end in bounds[1]], cut
 
 
 def smem_tile(smem, offset, layout, dtype):

@@ -148,15 +148,14 @@ def end_key(token, seqlen_q, seqlen_k):
     return cutlass.max(cutlass.min(token + seqlen_k - seqlen_q + 1, seqlen_k), 0)
 
 
-def kv_span(q_tile, seqlen_q, seqlen_k):
-    """KV tiles that some row of the query tile sees, and how many of them, from the left, every row sees whole.
-
-    Bounds never fall from a token to the next, so the first and the last token tell. Both counts can be zero.
+def kv_span(first_token, last_token, seqlen_q, seqlen_k):
+    """KV tiles that some token of these sees: the first one, the first and one past the last that all of them see
+    whole, and one past the last tile. Bounds never fall from a token to the next, so the first and the last token tell.
     """
-    first_token = q_tile * TILE_M
-    last_token = cutlass.min(first_token + TILE_M, seqlen_q) - 1
-    whole_tiles = end_key(first_token, seqlen_q, seqlen_k) // TILE_N
-    return (end_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N, whole_tiles
+    begin = start = Int32(0)
+    whole_stop = end_key(first_token, seqlen_q, seqlen_k) // TILE_N
+    stop = (end_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N
+    return begin, start, whole_stop, stop
 
 
 @cute.jit
@@ -191,11 +190,24 @@ def work(turn, call):
     return block, (seqlen_q, seqlen_k)
 
 
+def tile_tokens(q_tile, seqlen_q):
+    """The first and the last token of a query tile."""
+    first = q_tile * TILE_M
+    return first, cutlass.min(first + TILE_M, seqlen_q) - 1
+
+
+def group_tokens(q_tile, group, seqlen_q):
+    """The first and the last token of a consumer's rows of a query tile; past Sq, where all are, the last."""
+    row = group * GROUP_ROWS
+    first, last = q_tile * TILE_M + row, q_tile * TILE_M + row + GROUP_ROWS - 1
+    return cutlass.min(first, seqlen_q - 1), cutlass.min(last, seqlen_q - 1)
+
+
 @cute.jit
 def spans_of(q_tile, lengths):
     """KV tiles that some row of a query tile sees: kv_span."""
     seqlen_q, seqlen_k = lengths
-    span = kv_span(q_tile, seqlen_q, seqlen_k)
+    span = kv_span(*tile_tokens(q_tile, seqlen_q), seqlen_q, seqlen_k)
     return span
 
 
@@ -237,7 +249,7 @@ def load_kv(source, k_smem, v_smem, bars, call):
         span = spans_of(q_tile, lengths)
         kv_head = head
         k, v = source_views(source, k_smem, v_smem, kv_head, batch)
-        kv_tiles = span[0]
+        kv_tiles = span[3] - span[0]
         if kv_tiles > 0:
             k_place = load_k(k, bars, k_place, 0, span)
         for j in cutlass.range(1, kv_tiles, unroll=1):
@@ -266,7 +278,7 @@ def load_kv_tile(views, full, empty, tile_bytes: cutlass.Constexpr, place, j, sp
     cute.arch.mbarrier_wait(empty + stage, phase ^ 1)  # passes at once in the ring's first round
     expect(full + stage, tile_bytes)
     tma, smem, gmem = views
-    cute.copy(tma, gmem[None, j], smem[None, stage], tma_bar_ptr=full + stage)
+    cute.copy(tma, gmem[None, span[0] + j], smem[None, stage], tma_bar_ptr=full + stage)
     return after(place)
 
 
@@ -471,6 +483,24 @@ def multiply_pv(o, p, v, stage):
 
 
 @cute.jit
+def pass_by(bars, group, place, first):
+    """A KV tile that this consumer's rows do not see; returns the next place. Once it has landed, so that the arrivals
+    count for this round of the ring. first: of the query tile, for which nobody waits for a turn.
+    """
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    with cute.arch.elect_one():  # which waits for all lanes; none has read anything
+        cute.arch.mbarrier_arrive(bars + K_EMPTY + stage)
+    if not first:
+        await_turn(group)
+        pass_turn(group)
+    cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive(bars + V_EMPTY + stage)
+    return after(place)
+
+
+@cute.jit
 def first_tile(operands, bars, place, seen, scale_log2, stats):
     """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
     (s, p, _, q, k, _), (m, total, _) = operands, stats
@@ -544,8 +574,11 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         block, lengths = work(turn, call)
         q_tile, head, batch = block
         seqlen_q, seqlen_k = lengths
-        span = spans_of(q_tile, lengths)
-        kv_tiles, whole_tiles = span[:2]
+        begin, _, _, stop = spans_of(q_tile, lengths)
+        own = kv_span(*group_tokens(q_tile, group, seqlen_q), seqlen_q, seqlen_k)
+        own_begin, own_start, own_whole, own_stop = own
+        if own_begin >= own_stop:
+            own_begin = own_start = own_whole = own_stop = stop
         tokens = [q_tile * TILE_M + first_row + 8 * r for r in range(2)]
         ends = [end_key(token, seqlen_q, seqlen_k) for token in tokens]
         bounds = (ends,)
@@ -553,16 +586,23 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         total.fill(0.0)
         m.fill(-Float32.inf)
         cute.arch.mbarrier_wait(bars + Q_FULL + group, turn & 1)
-        if kv_tiles > 0:
-            before, place = place, first_tile(operands, bars, place, seen_of(0, bounds, span), scale_log2, stats)
-        for _ in cutlass.range(1, whole_tiles, unroll=1):
+        for t in cutlass.range(begin, own_begin, unroll=1):
+            place = pass_by(bars, group, place, t == begin)
+        if own_begin < own_stop:
+            if own_begin > begin:
+                await_turn(group)
+                pass_turn(group)
+            before, place = place, first_tile(operands, bars, place, seen_of(own_begin, bounds, own), scale_log2, stats)
+        for _ in cutlass.range(cutlass.max(own_start, own_begin + 1), own_whole, unroll=1):
             before, place = place, next_tile(operands, bars, group, place, before, None, scale_log2, stats)
-        for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles, unroll=1):
-            seen = seen_of(j, bounds, span)
+        for t in cutlass.range(cutlass.max(own_whole, own_begin + 1), own_stop, unroll=1):
+            seen = seen_of(t, bounds, own)
             before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)
         release_q(bars, group)
-        if kv_tiles > 0:
+        if own_begin < own_stop:
             last_pv(operands, bars, before)
+        for _ in cutlass.range(own_stop, stop, unroll=1):
+            place = pass_by(bars, group, place, False)
         store_outputs(o, m, total, o_smem, out, rows, scale, block, group, first_row, tokens, seqlen_q)
     cute.arch.cp_async_bulk_wait_group(0)
 
@@ -573,9 +613,9 @@ def release_q(bars, group):
     arrive_warp(bars + Q_EMPTY + group)
 
 
-def seen_of(j, bounds, span):
-    """Columns of the j-th KV tile that each row of this thread sees: see hide_columns."""
-    return [end - j * TILE_N for end in bounds[0]]
+def seen_of(t, bounds, own):
+    """Columns of KV tile t that each row of this thread sees: see hide_columns."""
+    return [end - t * TILE_N for end in bounds[0]]
 
 
 def smem_tile(smem, offset, layout, dtype):

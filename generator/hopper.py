@@ -69,7 +69,35 @@ class HopperPlan(Plan):
     @property
     def rotated(self) -> bool:
         """The j-th tile that is visited need not be the source's j-th."""
-        return self.spec.split_kv or super().rotated
+        return self.spec.split_kv or (super().rotated and not self.own_spans)
+
+    @property
+    def own_spans(self) -> bool:
+        """Each consumer multiplies the KV tiles that its own rows see, from the left, and passes by what the CTA loads
+        for the others.
+        """
+        one_source = self.part.kv_sources == 1 and not self.spec.split_kv
+        return one_source and self.mask.windowed and self.consumers > 1
+
+    @property
+    def cut_twice(self) -> bool:
+        """With own_spans: a KV tile can have columns on its left that one row of a consumer does not see, and on its
+        right that another one does not. Not where the first row's keys end more than a tile after the last row's begin.
+        """
+        if self.mask.left is None:
+            return False
+        tokens = -(-self.arch.mma_m // self.heads_per_tile) + 1
+        return self.mask.left + 1 < self.tile_n + tokens
+
+    @property
+    def load_tiles(self) -> str:
+        """KV tiles that the load warp loads."""
+        return "span[3] - span[0]" if self.own_spans else super().load_tiles
+
+    @property
+    def tile_of_j(self) -> str:
+        """The KV tile of the first source that is loaded j-th."""
+        return "span[0] + j" if self.own_spans else super().tile_of_j
 
     @property
     def thread_o(self) -> str:
@@ -212,6 +240,11 @@ class HopperPlan(Plan):
 
 class ColumnsPlan(HopperPlan):
     """The same for strategy "columns": a score warpgroup, and two that hold half of O's columns each."""
+
+    @property
+    def own_spans(self) -> bool:
+        """All warpgroups work on the same 64 rows."""
+        return False
 
     @property
     def splits_columns(self) -> bool:

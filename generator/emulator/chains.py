@@ -76,7 +76,7 @@ class Chain:
     a_registers: list[int]  # register indices of A, as often as they are used
     where: object
     batch: object  # the Warps it was issued for
-    reads: list[tuple[str, np.ndarray, Operand]] = field(default_factory=list)  # side, CTAs, chunks
+    reads: list[tuple[str, np.ndarray, Operand]] = field(default_factory=list)  # side, which warps, chunks
 
     def part(self, chosen: np.ndarray) -> Chain:
         """The same for some of its warps."""
@@ -90,7 +90,7 @@ class Chain:
             steps=[(pick(a), pick(b)) for a, b in self.steps],
             a_registers=list(self.a_registers),
             batch=None,
-            reads=list(self.reads),
+            reads=[(side, who[chosen], operand) for side, who, operand in self.reads if who[chosen].any()],
         )
 
     @property

@@ -102,7 +102,7 @@ class Warpgroups:
             ctas = np.unique(chain.ctas[at])
             for operand in chain.operands(side, int(at[0]), where):
                 require_shared(self.machine, ctas, operand, "AB"[side], where)
-                chain.reads.append(("AB"[side], ctas, operand))
+                chain.reads.append(("AB"[side], np.isin(np.arange(len(chain.warps)), at), operand))
                 self.machine.races.wgmma(
                     where.instr, chain.warps[at], chain.ctas[at], chain.group[at], "AB"[side], operand
                 )
@@ -172,7 +172,7 @@ class Warpgroups:
             for name, readers, operand in chain.reads:
                 if operand.high <= low or high <= operand.low:
                     continue
-                hit = np.isin(ctas, readers) & np.isin(ctas, chain.ctas) & np.isin(chunks, operand.chunks)
+                hit = np.isin(ctas, chain.ctas[readers]) & np.isin(chunks, operand.chunks)
                 if hit.any():
                     place = self.machine.labels.shared_at(int(chunks[hit][0]) * 16)
                     raise Hazard(
