@@ -58,6 +58,7 @@ KV_STAGES = 4
 Q_BYTES = 16384  # of one consumer
 K_TILE_BYTES = 4096
 V_TILE_BYTES = 4096
+SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
 THREADS = 640
 LOAD_WARP = 16
@@ -207,11 +208,11 @@ def tile_tokens(q_tile, seqlen_q):
 
 
 def group_tokens(q_tile, group, seqlen_q):
-    """The first and the last token of a consumer's rows of a query tile; past Sq, where all are, the last."""
+    """The first and the last token of a consumer's rows of a query tile; the first is larger where all are past Sq."""
     row = group * GROUP_ROWS
     first = q_tile * TILE_TOKENS + row // Q_HEADS_PER_KV
     last = q_tile * TILE_TOKENS + (row + GROUP_ROWS - 1) // Q_HEADS_PER_KV
-    return cutlass.min(first, seqlen_q - 1), cutlass.min(last, seqlen_q - 1)
+    return first, cutlass.min(last, seqlen_q - 1)
 
 
 @cute.jit
@@ -389,16 +390,26 @@ def first_softmax(s, scale_log2, m, total, seen):
 
 @cute.jit
 def next_softmax(s, scale_log2, m, total, factor, seen):
-    """S becomes exp2((S - m) scale_log2) in place, m the rows' maxima so far; m, total and factor, by which O is to be
-    multiplied, are updated.
+    """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
+    Returns whether any row of the warp has a factor other than 1.
+
+    m is at most the row's maximum so far, and at least that less SKIP_LOG2 / scale_log2: so P is at most
+    2^SKIP_LOG2 = 256, which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total
+    is rescaled.
     """
+    moved = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(2):
         if cutlass.const_expr(seen is not None):
             hide_columns(s, r, seen)
         best = row_max(s, r, m[r])
-        factor[r] = rescaling(m[r], best, scale_log2, seen)
+        if (best - m[r]) * scale_log2 <= SKIP_LOG2:
+            best = m[r]
+        moved = moved | (best > m[r])
+        factor[r] = rescaling(m[r], best, scale_log2, seen)  # exactly 1 where m stays
         m[r] = best
+    for r in cutlass.range_constexpr(2):
         total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
+    return cute.arch.vote_any_sync(moved)
 
 
 @cute.jit
@@ -571,10 +582,13 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     pass_turn(group)
     warpgroup.wait_group(1)
     arrive_warp(bars + K_EMPTY + stage)
-    next_softmax(s, scale_log2, m, total, factor, seen)
-    warpgroup.wait_group(0)
+    moved = next_softmax(s, scale_log2, m, total, factor, seen)
+    if moved:  # the branch also keeps the exponentials before the wait, where they overlap with PV
+        warpgroup.wait_group(0)
+        scale_rows(o, factor)
+    else:
+        warpgroup.wait_group(0)
     arrive_warp(bars + V_EMPTY + stage_before)
-    scale_rows(o, factor)
     round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
@@ -616,9 +630,10 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         q_tile, head, batch = block
         seqlen_q, seqlen_k = lengths
         begin, _, _, stop = spans_of(q_tile, lengths)
-        own = kv_span(*group_tokens(q_tile, group, seqlen_q), seqlen_q, seqlen_k)
+        first_token, last_token = group_tokens(q_tile, group, seqlen_q)
+        own = kv_span(first_token, last_token, seqlen_q, seqlen_k)
         own_begin, own_start, own_whole, own_stop = own
-        if own_begin >= own_stop:
+        if (own_begin >= own_stop) | (first_token > last_token):
             own_begin = own_start = own_whole = own_stop = stop
         tokens = [q_tile * TILE_TOKENS + (first_row + 8 * r) // Q_HEADS_PER_KV for r in range(2)]
         firsts = [first_key(token, seqlen_q, seqlen_k) for token in tokens]

@@ -196,10 +196,10 @@ def tile_tokens(q_tile, seqlen_q):
 
 
 def group_tokens(q_tile, group, seqlen_q):
-    """The first and the last token of a consumer's rows of a query tile; past Sq, where all are, the last."""
+    """The first and the last token of a consumer's rows of a query tile; the first is larger where all are past Sq."""
     row = group * GROUP_ROWS
     first, last = q_tile * TILE_M + row, q_tile * TILE_M + row + GROUP_ROWS - 1
-    return cutlass.min(first, seqlen_q - 1), cutlass.min(last, seqlen_q - 1)
+    return first, cutlass.min(last, seqlen_q - 1)
 
 
 @cute.jit
@@ -567,9 +567,10 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         q_tile, head, batch = block
         seqlen_q, seqlen_k = lengths
         begin, _, _, stop = spans_of(q_tile, lengths)
-        own = kv_span(*group_tokens(q_tile, group, seqlen_q), seqlen_q, seqlen_k)
+        first_token, last_token = group_tokens(q_tile, group, seqlen_q)
+        own = kv_span(first_token, last_token, seqlen_q, seqlen_k)
         own_begin, own_start, own_whole, own_stop = own
-        if own_begin >= own_stop:
+        if (own_begin >= own_stop) | (first_token > last_token):
             own_begin = own_start = own_whole = own_stop = stop
         tokens = [q_tile * TILE_M + first_row + 8 * r for r in range(2)]
         firsts = [first_key(token, seqlen_q, seqlen_k) for token in tokens]
@@ -579,7 +580,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         total.fill(0.0)
         m.fill(-Float32.inf)
         cute.arch.mbarrier_wait(bars + Q_FULL + group, turn & 1)
-        for t in cutlass.range(begin, own_begin, unroll=1):
+        for _ in cutlass.range(begin, own_begin, unroll=1):
             place = pass_by(bars, place)
         if own_begin < own_stop:
             before, place = place, first_tile(operands, bars, place, seen_of(own_begin, bounds, own), scale_log2, stats)

@@ -12,7 +12,7 @@ from .partials import PARTIALS, Partials, with_part
 from .signature import signature
 from .split import COMBINE_WARPS, LANE_COLUMNS, PARTS_AHEAD, SPLITS_MAX, combine_bytes, lane_steps
 from .two_tiles import SKIP_LOG2
-from .warpgroups import consumers, heads_in_tile, packs
+from .warpgroups import consumers, has_own_spans, heads_in_tile, packs
 
 
 class HopperPlan(Plan):
@@ -73,11 +73,8 @@ class HopperPlan(Plan):
 
     @property
     def own_spans(self) -> bool:
-        """Each consumer multiplies the KV tiles that its own rows see, from the left, and passes by what the CTA loads
-        for the others.
-        """
-        one_source = self.part.kv_sources == 1 and not self.spec.split_kv
-        return one_source and self.mask.windowed and self.consumers > 1
+        """Consumers visit KV tiles of their own, from the left."""
+        return has_own_spans(self.spec, self.tile_m)
 
     @property
     def cut_twice(self) -> bool:

@@ -32,6 +32,7 @@ from .budget import (
     shared_ring_overflow,
     smem_overflows,
 )
+from .mask import mask_of
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .tuned import winner
 
@@ -46,11 +47,14 @@ OTHER_REGISTERS = 28
 # threads have at entry, whatever setmaxnreg gives later: 192 columns compile with 128 at entry, 208 want 134.
 WGMMA_OTHERS = 30
 SPLIT_KEYS = 128  # of a KV tile with split_kv: more only lengthens the way from the last key to the end
-NARROW = 1024  # keys: of a window that a KV tile may be a large part of, so that the tiles at its ends count
+NARROW = 2048  # keys: of a window that a KV tile may be a large part of, so that the tiles at its ends count
 WIDE = 128  # columns of O from which on its rescaling costs more than asking whether it is needed
 # By consumers: which part of the time that the exponentials take is not hidden behind the tensor core's, see
 # predicted_cycles.
 EXPOSED = {1: 1.6, 2: 0.88, 3: 0.65, 4: 0.66}
+TILE_CYCLES = 480  # for barriers and latencies
+# The same of narrow windows, where consumers pass by tiles: fitted to 17 tilings at head_dim 64, 128 and 1024 keys.
+EXPOSED_WINDOW, TILE_CYCLES_WINDOW = {**EXPOSED, 4: 0.5}, 620
 # (consumer, producer): of the registers that 128 threads a warpgroup have at entry, multiples of 8 [PTX 9.7.19.5]
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32), 4: (112, 32)}
 
@@ -88,9 +92,19 @@ def schedule(spec: KernelSpec, tile_m: int, tile_n: int) -> dict[str, bool]:
 
 
 def default_schedule(spec: KernelSpec, tile_m: int) -> dict[str, bool]:
-    """turns and lazy where nothing was measured: by how wide O is."""
+    """turns and lazy where nothing was measured: by how wide O is. O is rescaled lazily too where consumers have spans
+    of their own within windows: ptxas keeps the exponentials before the wait for PV only if a branch comes between (97
+    us and 88 on an H200 at head_dim 64 with 128 keys, 302 and 295 with 1024, 2026-11-29).
+    """
     wide = spec.v_dim > WIDE
-    return {"turns": tile_m > 64 and not wide, "lazy": wide}
+    windows = spec.window_left is not None and has_own_spans(spec, tile_m)
+    return {"turns": tile_m > 64 and not wide, "lazy": wide or windows}
+
+
+def has_own_spans(spec: KernelSpec, tile_m: int) -> bool:
+    """Each consumer multiplies the KV tiles that its own rows see, and passes by what the CTA loads for the others."""
+    one_span = spec.kv_sources == 1 and not spec.split_kv
+    return one_span and mask_of(spec).windowed and tile_m > 64
 
 
 def is_winner(spec: KernelSpec, tiling: Tiling) -> bool:
@@ -230,7 +244,10 @@ def predicted_cycles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:
     """
     scores = tiling.tile_m * tiling.tile_n
     tensor = 2 * scores * (spec.head_dim + spec.v_dim) / arch.rates.tensor_flop
-    return 0.9 * tensor + EXPOSED[consumers(tiling, arch)] * scores / arch.rates.mufu_ops + 480
+    exposed, constant = EXPOSED, TILE_CYCLES
+    if narrow_window(spec) is not None:
+        exposed, constant = EXPOSED_WINDOW, TILE_CYCLES_WINDOW
+    return 0.9 * tensor + exposed[consumers(tiling, arch)] * scores / arch.rates.mufu_ops + constant
 
 
 def split_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
@@ -253,14 +270,15 @@ def narrow_window(spec: KernelSpec) -> int | None:
 
 def tiles_a_row(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:
     """KV tiles that are computed for a row, over the keys that it sees; of a narrow window the mean over where it
-    begins, for a query tile's tokens together. With 64 heads on 8 and 128 keys an H200 took 102 to 106 us at 256x48,
-    103 to 107 at 192x48 and 192x64, 117 at 192x96, 122 at 192x112 and 128x64 (2026-11-29).
+    begins, for the tokens that a consumer has together, without own spans for those of the CTA. With 64 heads on 8 an
+    H200 took of 128 keys 87 us at 256x64, 89 at 256x48, 91 at 192x48, 94 at 192x64; of 1024 keys 293 at 256x64, 295 at
+    192x96, 297 at 192x80, 300 at 192x128 (2026-11-29).
     """
     seen = narrow_window(spec)
     if seen is None:
         return 1 / tiling.tile_n
-    packed = packs(spec, arch, tiling.tile_m)
-    tokens = max(1, tiling.tile_m // spec.q_heads_per_kv) if packed else tiling.tile_m
+    rows = arch.mma_m if has_own_spans(spec, tiling.tile_m) else tiling.tile_m
+    tokens = max(1, rows // spec.q_heads_per_kv) if packs(spec, arch, tiling.tile_m) else rows
     return ((seen + tokens - 2) / tiling.tile_n + 1) / seen
 
 

@@ -14,6 +14,7 @@ from generator.plan import DoesNotFit, NotImplementedYet, candidates, plan_kerne
 from generator.protocol import protocol
 from generator.run import run_observed
 from generator.spec import load_spec
+from generator.tiles import seen_of
 from generator.verify import random_operands, verify_kernel
 from generator.warpgroups import REGISTERS, can_pack, model_preference, predicted_cycles
 
@@ -232,13 +233,14 @@ def test_a_narrow_window_has_narrow_tiles():
     """What was measured without a window, or of a wide one, is no guide there."""
     windowed = {"head_dim": 64, "q_heads_per_kv": 8, "causal": True}
     costs = {}
-    for rows, keys in ((256, 48), (192, 64), (192, 96), (192, 112), (128, 64)):
+    for rows, keys in ((256, 64), (256, 48), (192, 48), (128, 64)):
         tiling = plan(**windowed, window_left=127, tile_m=rows, tile_n=keys).tiling
         costs[rows, keys] = model_preference(load_spec(arch="sm_90a", window_left=127, **windowed), SM90A, tiling)[2]
     assert list(costs.values()) == sorted(costs.values()), "the order in which an H200 had them"
     chosen = plan(**windowed, window_left=127)
-    assert (chosen.tile_m, chosen.tile_n) == (256, 48)
-    for left in (1023, 10**6):
+    assert (chosen.tile_m, chosen.tile_n) == (256, 64) and chosen.lazy and chosen.own_spans
+    assert plan(**windowed, window_left=1023).tiling == chosen.tiling
+    for left in (2047, 10**6):
         assert plan(**windowed, window_left=left).tiling == plan(**windowed).tiling
     assert plan(head_dim=64, window_left=100).tiling == plan(head_dim=64, causal=True).tiling, "all keys to the right"
 
@@ -286,6 +288,7 @@ SMALL = {
     "two sources": {"kv_sources": 2, "limit2": True, "seqlens": True, "tile_m": 128},
     "one stage": {"kv_stage": 1, "window_left": 40, "sink": True, "tile_m": 128},
     "lazy": {"head_dim_v": 144, "output": "unnormalized", "causal": True, "tile_m": 128},
+    "packed window": {"q_heads_per_kv": 8, "causal": True, "window_left": 50, "seqlens": True, "tile_m": 192},
 }
 
 
@@ -301,7 +304,8 @@ def small():
     return binary_of
 
 
-def sized(name, *shape):
+def sized(name, batch, heads, kv_heads, *rest):
+    shape = batch, heads * SMALL[name].get("q_heads_per_kv", 1), kv_heads, *rest
     return (*shape, 70) if name == "two sources" else shape
 
 
@@ -317,6 +321,38 @@ def test_the_grid_is_as_large_as_the_device_or_the_work(small):
     operands = random_operands(small("causal").spec, (3, 2, 2, 260, 170), 0)
     runs = [run_observed(small("causal"), **operands, strict=False, sms=sms) for sms in (1, 5, 17, 18, 148)]
     assert [run.launches[0].grid[0] for run in runs] == [1, 5, 17, 18, 18]
+
+
+OWN = {
+    "causal": {"causal": True, "tile_m": 192},
+    "window": {"window_left": 70, "window_right": 9, "tile_m": 128, "seqlens": True},
+    "narrow": {"window_left": 10, "tile_m": 192, "tile_n": 16},
+    "packed": {"q_heads_per_kv": 8, "causal": True, "window_left": 60, "tile_m": 256, "sink": True},
+    "packed, 128 heads": {"q_heads_per_kv": 128, "causal": True, "window_left": 60, "tile_m": 256},
+    "apart": {"q_heads_per_kv": 3, "causal": True, "window_left": 60, "tile_m": 192, "pack_heads": False},
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 260, 260), (2, 1, 100, 190), (1, 2, 190, 100)])
+@pytest.mark.parametrize("name", OWN)
+def test_consumers_multiply_the_tiles_that_their_own_rows_see(name, shape):
+    """Counted by the definition of who sees what, 64 rows a consumer, and by the wgmma that the emulator executed."""
+    binary = compile_kernel(plan(**{"head_dim": 16, "tile_n": 32, **OWN[name]}))
+    chosen, (batch, kv_heads, queries, keys) = binary.plan, shape
+    group = chosen.spec.q_heads_per_kv
+    operands = random_operands(binary.spec, (batch, kv_heads * group, kv_heads, queries, keys), 0)
+    launch = run_observed(binary, **operands, strict=False).launches[0]
+    seen, heads, tiles = seen_of(binary.spec, operands), chosen.heads_per_tile, 0
+    for b in range(batch):
+        mask = seen.first(b, queries, keys)
+        rows = np.repeat(mask, heads, axis=0)
+        rows = np.concatenate([rows, np.zeros((-len(rows) % chosen.tile_m, keys), bool)])
+        blocks = [rows[:, at : at + chosen.tile_n].reshape(-1, 64, *rows[:, at : at + chosen.tile_n].shape[1:])
+                  for at in range(0, keys, chosen.tile_n)]  # fmt: skip
+        tiles += kv_heads * group // heads * sum(int(block.any(axis=(1, 2)).sum()) for block in blocks)
+    wgmma = sum(n for opcode, n in launch.opcodes.items() if opcode.startswith("wgmma.mma_async"))
+    each = 4 * (1 + chosen.tile_n // 16)  # warps x (QK, of 16 columns, and PV)
+    assert chosen.own_spans and wgmma == each * tiles
 
 
 @pytest.mark.parametrize("name", SMALL)
