@@ -243,6 +243,12 @@ def turns(call):
     return whole + (1 if place_in_turn(whole) < rest else 0)
 
 
+def divided(number, by):
+    """Quotient and remainder, of what is not negative: so the division is a short one."""
+    quotient = Int32(cutlass.Uint32(number) // cutlass.Uint32(by))
+    return quotient, number - quotient * by
+
+
 @cute.jit
 def work(turn, call):
     """(query tile, head, batch entry) of this pair's turn, and lengths."""
@@ -250,7 +256,9 @@ def work(turn, call):
     q_tiles = query_tiles(seqlen_q)
     i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
     # The query tiles of a head one after another: pairs that work at the same time read the same K and V.
-    block = i % q_tiles, i // q_tiles % heads, i // (q_tiles * heads)
+    rest, q_tile = divided(i, q_tiles)
+    batch, head = divided(rest, heads)
+    block = q_tile, head, batch
     return block, (seqlen_q, seqlen_k)
 
 

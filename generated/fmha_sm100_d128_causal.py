@@ -247,6 +247,12 @@ def turns(call):
     return whole + (1 if place_in_turn(whole) < rest else 0)
 
 
+def divided(number, by):
+    """Quotient and remainder, of what is not negative: so the division is a short one."""
+    quotient = Int32(cutlass.Uint32(number) // cutlass.Uint32(by))
+    return quotient, number - quotient * by
+
+
 @cute.jit
 def work(turn, call):
     """(pair of query tiles, head, batch entry) of this CTA's turn, and lengths."""
@@ -254,7 +260,9 @@ def work(turn, call):
     q_tiles = query_tiles(seqlen_q)
     i = turn * cute.arch.grid_dim()[0] + place_in_turn(turn)
     # The last query tiles see the most keys: all heads' first, then the tiles before them.
-    block = q_tiles - 1 - i // (heads * batches), i % heads, i // heads % batches
+    rest, head = divided(i, heads)
+    from_last, batch = divided(rest, batches)
+    block = q_tiles - 1 - from_last, head, batch
     return block, (seqlen_q, seqlen_k)
 
 

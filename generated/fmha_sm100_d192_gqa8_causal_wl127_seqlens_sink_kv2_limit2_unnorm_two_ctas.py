@@ -303,6 +303,12 @@ def turns(call):
     return whole + (1 if place_in_turn(whole) < rest else 0)
 
 
+def divided(number, by):
+    """Quotient and remainder, of what is not negative: so the division is a short one."""
+    quotient = Int32(cutlass.Uint32(number) // cutlass.Uint32(by))
+    return quotient, number - quotient * by
+
+
 @cute.jit
 def work(turn, call):
     """(query tile, head, batch entry) of this pair's turn, and lengths."""
@@ -310,7 +316,9 @@ def work(turn, call):
     q_tiles = query_tiles(seqlen_q)
     i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
     # The last query tiles see the most keys: all heads' first, then the tiles before them.
-    block = q_tiles - 1 - i // (heads * batches), i % heads, i // heads % batches
+    rest, head = divided(i, heads)
+    from_last, batch = divided(rest, batches)
+    block = q_tiles - 1 - from_last, head, batch
     seqlen_k = cutlass.min(cutlass.max(seqlens[block[2]], 0), seqlen_k)
     seqlen_k2 = cutlass.min(cutlass.max(seqlens2[block[2]], 0), seqlen_k2)
     return block, (seqlen_q, seqlen_k, seqlen_k2)

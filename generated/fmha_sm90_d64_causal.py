@@ -179,6 +179,12 @@ def turns(call):
     return whole + (1 if place_in_turn(whole) < rest else 0)
 
 
+def divided(number, by):
+    """Quotient and remainder, of what is not negative: so the division is a short one."""
+    quotient = Int32(cutlass.Uint32(number) // cutlass.Uint32(by))
+    return quotient, number - quotient * by
+
+
 @cute.jit
 def work(turn, call):
     """(query tile, head, batch entry) of this CTA's turn, and lengths."""
@@ -186,7 +192,9 @@ def work(turn, call):
     q_tiles = query_tiles(seqlen_q)
     i = turn * cute.arch.grid_dim()[0] + place_in_turn(turn)
     # The last query tiles see the most keys: all heads' first, then the tiles before them.
-    block = q_tiles - 1 - i // (heads * batches), i % heads, i // heads % batches
+    rest, head = divided(i, heads)
+    from_last, batch = divided(rest, batches)
+    block = q_tiles - 1 - from_last, head, batch
     return block, (seqlen_q, seqlen_k)
 
 
@@ -293,13 +301,27 @@ def expect(bar, transaction_bytes: cutlass.Constexpr):
 
 
 @cute.jit
+def hide(s, r: cutlass.Constexpr, column, before: cutlass.Constexpr):
+    """-inf in row r's columns before this one, or from it on. Bits tell which of the thread's elements these are: the
+    hardware makes seven predicates of them at a time.
+    """
+    column = cutlass.min(cutlass.max(column - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
+    elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
+    for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
+        bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
+        for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
+            i = (first + j) // 2 * 4 + 2 * r + j % 2
+            is_before = (bits & (1 << j)) != 0
+            if cutlass.const_expr(before):
+                s[i] = -Float32.inf if is_before else s[i]
+            else:
+                s[i] = s[i] if is_before else -Float32.inf
+
+
+@cute.jit
 def hide_columns(s, r: cutlass.Constexpr, seen):
     """-inf in every column of the tile from seen[r] on: keys past the last one that row r sees."""
-    end = seen[r] - cute.arch.lane_idx() % 4 * 2
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        for e in cutlass.range_constexpr(2):
-            i = 4 * b + 2 * r + e
-            s[i] = s[i] if 8 * b + e < end else -Float32.inf
+    hide(s, r, seen[r], False)
 
 
 @cute.jit

@@ -250,6 +250,12 @@ def turns(call):
     return whole + (1 if place_in_turn(whole) < rest else 0)
 
 
+def divided(number, by):
+    """Quotient and remainder, of what is not negative: so the division is a short one."""
+    quotient = Int32(cutlass.Uint32(number) // cutlass.Uint32(by))
+    return quotient, number - quotient * by
+
+
 @cute.jit
 def work(turn, call):
     """(query tile, head, batch entry) of this CTA's turn, and lengths, of which the last is its share of the keys."""
@@ -257,7 +263,9 @@ def work(turn, call):
     q_tiles = query_tiles(seqlen_q)
     i = turn * cute.arch.grid_dim()[0] + place_in_turn(turn)
     # The last query tiles see the most keys: all heads' first, then the tiles before them.
-    q_tile, head, part = q_tiles - 1 - i // (heads * parts), i % heads, i // heads % parts
+    rest, head = divided(i, heads)
+    from_last, part = divided(rest, parts)
+    q_tile = q_tiles - 1 - from_last
     block, share = (q_tile, head, part // splits), (part % splits, splits)
     seqlen_k = cutlass.min(cutlass.max(seqlens[block[2]], 0), seqlen_k)
     seqlen_k2 = cutlass.min(cutlass.max(seqlens2[block[2]], 0), seqlen_k2)
@@ -345,16 +353,28 @@ def expect(bar, transaction_bytes: cutlass.Constexpr):
 
 
 @cute.jit
+def hide(s, r: cutlass.Constexpr, column, before: cutlass.Constexpr):
+    """-inf in row r's columns before this one, or from it on. Bits tell which of the thread's elements these are: the
+    hardware makes seven predicates of them at a time.
+    """
+    column = cutlass.min(cutlass.max(column - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
+    elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
+    for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
+        bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
+        for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
+            i = (first + j) // 2 * 4 + 2 * r + j % 2
+            is_before = (bits & (1 << j)) != 0
+            if cutlass.const_expr(before):
+                s[i] = -Float32.inf if is_before else s[i]
+            else:
+                s[i] = s[i] if is_before else -Float32.inf
+
+
+@cute.jit
 def hide_columns(s, r: cutlass.Constexpr, seen):
     """-inf outside of the columns [first, end) of the tile that row r sees."""
-    first, end = seen[0][r], seen[1][r]
-    first -= cute.arch.lane_idx() % 4 * 2
-    end -= cute.arch.lane_idx() % 4 * 2
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        for e in cutlass.range_constexpr(2):
-            c = 8 * b + e
-            i = 4 * b + 2 * r + e
-            s[i] = s[i] if (c >= first) & (c < end) else -Float32.inf
+    hide(s, r, seen[0][r], True)
+    hide(s, r, seen[1][r], False)
 
 
 @cute.jit
