@@ -204,8 +204,9 @@ def tma_views(atom, smem, gmem):
 def source_views(source, k_smem, v_smem, kv_head, batch):
     """K and V of a KV source, each with its TMA atom."""
     tma_k, mk, tma_v, mv = source
-    gk = cute.local_tile(mk[None, None, kv_head, batch], (TILE_N, HEAD_DIM), (None, 0))
-    gv = cute.local_tile(mv[None, None, kv_head, batch], (HEAD_DIM_V, TILE_N), (0, None))
+    mk, mv = mk[None, None, kv_head, batch], mv[None, None, kv_head, batch]
+    gk = cute.local_tile(mk, (TILE_N, HEAD_DIM), (None, 0))
+    gv = cute.local_tile(mv, (HEAD_DIM_V, TILE_N), (0, None))
     return (tma_k, *tma_views(tma_k, k_smem, gk)), (tma_v, *tma_views(tma_v, v_smem, gv))
 
 

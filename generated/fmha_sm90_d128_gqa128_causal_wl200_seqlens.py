@@ -3,31 +3,31 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 66a96453af2757faee56ecd44a86e958013271f214a975e4d61270825ddb5192
 #
-# Shared memory: 164864 of 232448 bytes
+# Shared memory: 205824 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    192       1  mbarriers
-#   sQ          1024  65536       4  64 x 128 a consumer
-#   sK         66560  16384       4  16 x 128 a stage
-#   sV         82944  16384       4  16 x 128 a stage
-#   sO         99328  65536       4  64 x 128 a consumer
+#   barriers       0    128       1  mbarriers
+#   sQ          1024  32768       2  64 x 128 a consumer
+#   sK         33792  86016       3  112 x 128 a stage
+#   sV        119808  86016       3  112 x 128 a stage
+#   sO          1024  32768       2  64 x 128 a consumer, each over its part of sQ once its last QK is done
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       4         1  TMA: Q of a consumer has landed
-#   q_empty      32       4         4  a consumer, one lane a warp: its last QK has read Q
-#   k_full       64       4         1  TMA: a K tile has landed
-#   k_empty      96       4        16  consumers, one lane a warp: QK has read the K tile
-#   v_full      128       4         1  TMA: a V tile has landed
-#   v_empty     160       4        16  consumers, one lane a warp: PV has read the V tile
+#   q_full        0       2         1  TMA: Q of a consumer has landed
+#   q_empty      16       2         1  a consumer, its first warp: its O has been stored
+#   k_full       32       3         1  TMA: a K tile has landed
+#   k_empty      56       3         8  consumers, one lane a warp: QK has read the K tile
+#   v_full       80       3         1  TMA: a V tile has landed
+#   v_empty     104       3         8  consumers, one lane a warp: PV has read the V tile
 #
-# Warps: 640 threads, 61440 of 61440 registers handed out
+# Warps: 384 threads, 64512 of 64512 registers handed out
 #   role      first warp  warps  registers  why
-#   consumer           0     16        112  setmaxnreg: S 8, P 4, O 64, 28 else by estimate
-#   tma               16      2         32  setmaxnreg: coordinates, loop state; one loads Q, one K and V
-#   idle              18      2         32  setmaxnreg counts whole warpgroups
-"""Attention forward on sm_90a: 4 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
+#   consumer           0      8        240  setmaxnreg: S 56, P 28, O 64, 28 else by estimate
+#   tma                8      2         24  setmaxnreg: coordinates, loop state; one loads Q, one K and V
+#   idle              10      2         24  setmaxnreg counts whole warpgroups
+"""Attention forward on sm_90a: 2 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
 
-A CTA works on one query tile after another: 2 query tokens of a KV head's 128 query heads. A warp brings Q, and
+A CTA works on one query tile after another: 1 query tokens of a KV head's 128 query heads. A warp brings Q, and
 another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
 S of the one into P, in registers, while the tensor core still multiplies for the other.
 Consumers take turns at issuing, so that one's softmax runs while another's MMAs do.
@@ -47,51 +47,51 @@ HEAD_DIM = 128
 HEAD_DIM_V = 128
 Q_HEADS_PER_KV = 128
 WINDOW_LEFT = 200
-TILE_M = 256
-TILE_TOKENS = 2
-TILE_N = 16
-CONSUMERS = 4
+TILE_M = 128
+TILE_TOKENS = 1
+TILE_N = 112
+CONSUMERS = 2
 GROUP_ROWS = 64  # query rows of a consumer: M of wgmma
 GROUP_THREADS = 128
 O_WIDTH = HEAD_DIM_V  # columns of O that a consumer holds
-KV_STAGES = 4
+KV_STAGES = 3
 Q_BYTES = 16384  # of one consumer
-K_TILE_BYTES = 4096
-V_TILE_BYTES = 4096
+K_TILE_BYTES = 28672
+V_TILE_BYTES = 28672
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
-THREADS = 640
-LOAD_WARP = 16
-CONSUMER_REGISTERS = 112
-PRODUCER_REGISTERS = 32
+THREADS = 384
+LOAD_WARP = 8
+CONSUMER_REGISTERS = 240
+PRODUCER_REGISTERS = 24
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 164864
+SMEM_BYTES = 205824
 BARRIERS_OFFSET = 0
 SQ_OFFSET = 1024
-SK_OFFSET = 66560
-SV_OFFSET = 82944
-SO_OFFSET = 99328
+SK_OFFSET = 33792
+SV_OFFSET = 119808
+SO_OFFSET = 1024
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-Q_EMPTY = 4
-K_FULL = 8
-K_EMPTY = 12
-V_FULL = 16
-V_EMPTY = 20
+Q_EMPTY = 2
+K_FULL = 4
+K_EMPTY = 7
+V_FULL = 10
+V_EMPTY = 13
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 4, 1),
-    (Q_EMPTY, 4, 4),
-    (K_FULL, 4, 1),
-    (K_EMPTY, 4, 16),
-    (V_FULL, 4, 1),
-    (V_EMPTY, 4, 16),
+    (Q_FULL, 2, 1),
+    (Q_EMPTY, 2, 1),
+    (K_FULL, 3, 1),
+    (K_EMPTY, 3, 8),
+    (V_FULL, 3, 1),
+    (V_EMPTY, 3, 8),
 )
 
 # Named barriers, one a warpgroup from here on.
 TURN_BARRIER = 1
-OWN_BARRIER = 5
+OWN_BARRIER = 3
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -157,14 +157,15 @@ def end_key(token, seqlen_q, seqlen_k):
     return cutlass.max(cutlass.min(token + seqlen_k - seqlen_q + 1, seqlen_k), 0)
 
 
-def kv_span(first_token, last_token, seqlen_q, seqlen_k):
-    """KV tiles that some token of these sees: the first one, the first and one past the last that all of them see
-    whole, and one past the last tile. Bounds never fall from a token to the next, so the first and the last token tell.
+def kv_span(first_token, last_token, origin, seqlen_q, seqlen_k):
+    """KV tiles from key `origin` on that some token of these sees: the first one, the first and one past the last that
+    all of them see whole, and one past the last tile. Bounds never fall from a token to the next, so the first and the
+    last token tell.
     """
-    begin = first_key(first_token, seqlen_q, seqlen_k) // TILE_N
-    start = (first_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N
-    whole_stop = end_key(first_token, seqlen_q, seqlen_k) // TILE_N
-    stop = (end_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N
+    begin = (first_key(first_token, seqlen_q, seqlen_k) - origin) // TILE_N
+    start = (first_key(last_token, seqlen_q, seqlen_k) - origin + TILE_N - 1) // TILE_N
+    whole_stop = (end_key(first_token, seqlen_q, seqlen_k) - origin) // TILE_N
+    stop = (end_key(last_token, seqlen_q, seqlen_k) - origin + TILE_N - 1) // TILE_N
     return begin, start, whole_stop, stop
 
 
@@ -227,7 +228,9 @@ def group_tokens(q_tile, group, seqlen_q):
 def spans_of(q_tile, lengths):
     """KV tiles that some row of a query tile sees: kv_span."""
     seqlen_q, seqlen_k = lengths
-    span = kv_span(*tile_tokens(q_tile, seqlen_q), seqlen_q, seqlen_k)
+    first_token, last_token = tile_tokens(q_tile, seqlen_q)
+    origin = first_key(first_token, seqlen_q, seqlen_k)  # KV tiles begin where the query tile begins to see
+    span = (*kv_span(first_token, last_token, origin, seqlen_q, seqlen_k), origin)
     return span
 
 
@@ -237,11 +240,13 @@ def tma_views(atom, smem, gmem):
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 
 
-def source_views(source, k_smem, v_smem, kv_head, batch):
-    """K and V of a KV source, each with its TMA atom."""
+def source_views(source, k_smem, v_smem, kv_head, batch, origin):
+    """K and V of a KV source, from key `origin` on, each with its TMA atom."""
     tma_k, mk, tma_v, mv = source
-    gk = cute.local_tile(mk[None, None, kv_head, batch], (TILE_N, HEAD_DIM), (None, 0))
-    gv = cute.local_tile(mv[None, None, kv_head, batch], (HEAD_DIM_V, TILE_N), (0, None))
+    mk, mv = mk[None, None, kv_head, batch], mv[None, None, kv_head, batch]
+    mk, mv = cute.domain_offset((origin, 0), mk), cute.domain_offset((0, origin), mv)
+    gk = cute.local_tile(mk, (TILE_N, HEAD_DIM), (None, 0))
+    gv = cute.local_tile(mv, (HEAD_DIM_V, TILE_N), (0, None))
     return (tma_k, *tma_views(tma_k, k_smem, gk)), (tma_v, *tma_views(tma_v, v_smem, gv))
 
 
@@ -268,7 +273,7 @@ def load_kv(source, k_smem, v_smem, bars, call):
         (q_tile, head, batch), lengths = work(turn, call)
         span = spans_of(q_tile, lengths)
         kv_head = head
-        k, v = source_views(source, k_smem, v_smem, kv_head, batch)
+        k, v = source_views(source, k_smem, v_smem, kv_head, batch, span[4])
         kv_tiles = span[3] - span[0]
         if kv_tiles > 0:
             k_place = load_k(k, bars, k_place, 0, span)
@@ -484,8 +489,6 @@ def store_o(o, o_smem, out, block, group):
     slab = o_smem[None, None, group]
     rounded = cute.make_rmem_tensor(o.layout, DTYPE)
     round_by_eight(o, rounded, O_WIDTH // 16)
-    if first_warp:
-        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store of the turn before has read the slab
     cute.arch.barrier(barrier_id=OWN_BARRIER + group, number_of_threads=GROUP_THREADS)
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), DTYPE)
     copy = cute.make_tiled_copy_C(atom, pv_mma()).get_slice(cute.arch.thread_idx()[0] % GROUP_THREADS)
@@ -637,15 +640,15 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         block, lengths = work(turn, call)
         q_tile, head, batch = block
         seqlen_q, seqlen_k = lengths
-        begin, _, _, stop = spans_of(q_tile, lengths)
+        begin, _, _, stop, origin = spans_of(q_tile, lengths)
         first_token, last_token = group_tokens(q_tile, group, seqlen_q)
-        own = kv_span(first_token, last_token, seqlen_q, seqlen_k)
+        own = kv_span(first_token, last_token, origin, seqlen_q, seqlen_k)
         own_begin, own_start, own_whole, own_stop = own
         if (own_begin >= own_stop) | (first_token > last_token):
             own_begin = own_start = own_whole = own_stop = stop
         tokens = [q_tile * TILE_TOKENS + (first_row + 8 * r) // Q_HEADS_PER_KV for r in range(2)]
-        firsts = [first_key(token, seqlen_q, seqlen_k) for token in tokens]
-        ends = [end_key(token, seqlen_q, seqlen_k) for token in tokens]
+        firsts = [first_key(token, seqlen_q, seqlen_k) - origin for token in tokens]
+        ends = [end_key(token, seqlen_q, seqlen_k) - origin for token in tokens]
         bounds = (firsts, ends)
         o.fill(0.0)
         total.fill(0.0)
@@ -666,19 +669,21 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         for t in cutlass.range(cutlass.max(own_whole, own_begin + 1), own_stop, unroll=1):
             seen = None, seen_of(t, bounds, None)[1], None
             before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)
-        release_q(bars, group)
         if own_begin < own_stop:
             last_pv(operands, bars, before)
         for _ in cutlass.range(own_stop, stop, unroll=1):
             place = pass_by(bars, group, place, False)
         store_outputs(o, m, total, o_smem, out, rows, scale, block, group, first_row, tokens, seqlen_q)
+        release_q(bars, group)
     cute.arch.cp_async_bulk_wait_group(0)
 
 
 @cute.jit
 def release_q(bars, group):
-    """Q of the next turn may come: every warp of this consumer has waited for its last QK."""
-    arrive_warp(bars + Q_EMPTY + group)
+    """Q of the next turn may come once O of this one, which lies over it, has been read by its store."""
+    if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        arrive_warp(bars + Q_EMPTY + group)
 
 
 def seen_of(t, bounds, own):

@@ -145,14 +145,15 @@ def end_key(token, seqlen_q, seqlen_k):
     return cutlass.max(cutlass.min(token + seqlen_k - seqlen_q + 1 + WINDOW_RIGHT, seqlen_k), 0)
 
 
-def kv_span(first_token, last_token, seqlen_q, seqlen_k):
-    """KV tiles that some token of these sees: the first one, the first and one past the last that all of them see
-    whole, and one past the last tile. Bounds never fall from a token to the next, so the first and the last token tell.
+def kv_span(first_token, last_token, origin, seqlen_q, seqlen_k):
+    """KV tiles from key `origin` on that some token of these sees: the first one, the first and one past the last that
+    all of them see whole, and one past the last tile. Bounds never fall from a token to the next, so the first and the
+    last token tell.
     """
-    begin = first_key(first_token, seqlen_q, seqlen_k) // TILE_N
-    start = (first_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N
-    whole_stop = end_key(first_token, seqlen_q, seqlen_k) // TILE_N
-    stop = (end_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N
+    begin = (first_key(first_token, seqlen_q, seqlen_k) - origin) // TILE_N
+    start = (first_key(last_token, seqlen_q, seqlen_k) - origin + TILE_N - 1) // TILE_N
+    whole_stop = (end_key(first_token, seqlen_q, seqlen_k) - origin) // TILE_N
+    stop = (end_key(last_token, seqlen_q, seqlen_k) - origin + TILE_N - 1) // TILE_N
     return begin, start, whole_stop, stop
 
 
@@ -214,7 +215,9 @@ def group_tokens(q_tile, group, seqlen_q):
 def spans_of(q_tile, lengths):
     """KV tiles that some row of a query tile sees: kv_span."""
     seqlen_q, seqlen_k = lengths
-    span = kv_span(*tile_tokens(q_tile, seqlen_q), seqlen_q, seqlen_k)
+    first_token, last_token = tile_tokens(q_tile, seqlen_q)
+    origin = first_key(first_token, seqlen_q, seqlen_k)  # KV tiles begin where the query tile begins to see
+    span = (*kv_span(first_token, last_token, origin, seqlen_q, seqlen_k), origin)
     return span
 
 
@@ -224,10 +227,12 @@ def tma_views(atom, smem, gmem):
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *flat)
 
 
-def source_views(source, k_smem, kv_head, batch):
-    """K of a KV source with its TMA atom. V is a part of it."""
+def source_views(source, k_smem, kv_head, batch, origin):
+    """K of a KV source, from key `origin` on, with its TMA atom. V is a part of it."""
     tma_k, mk = source
-    gk = cute.local_tile(mk[None, None, kv_head, batch], (TILE_N, HEAD_DIM), (None, 0))
+    mk = mk[None, None, kv_head, batch]
+    mk = cute.domain_offset((origin, 0), mk)
+    gk = cute.local_tile(mk, (TILE_N, HEAD_DIM), (None, 0))
     return tma_k, *tma_views(tma_k, k_smem, gk)
 
 
@@ -252,7 +257,7 @@ def load_kv(source, k_smem, bars, call):
         (q_tile, head, batch), lengths = work(turn, call)
         span = spans_of(q_tile, lengths)
         kv_head = head // Q_HEADS_PER_KV
-        k = source_views(source, k_smem, kv_head, batch)
+        k = source_views(source, k_smem, kv_head, batch, span[4])
         kv_tiles = span[3] - span[0]
         for j in cutlass.range(kv_tiles, unroll=1):
             k_place = load_k(k, bars, k_place, j, span)
@@ -574,15 +579,15 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         block, lengths = work(turn, call)
         q_tile, head, batch = block
         seqlen_q, seqlen_k = lengths
-        begin, _, _, stop = spans_of(q_tile, lengths)
+        begin, _, _, stop, origin = spans_of(q_tile, lengths)
         first_token, last_token = group_tokens(q_tile, group, seqlen_q)
-        own = kv_span(first_token, last_token, seqlen_q, seqlen_k)
+        own = kv_span(first_token, last_token, origin, seqlen_q, seqlen_k)
         own_begin, own_start, own_whole, own_stop = own
         if (own_begin >= own_stop) | (first_token > last_token):
             own_begin = own_start = own_whole = own_stop = stop
         tokens = [q_tile * TILE_M + first_row + 8 * r for r in range(2)]
-        firsts = [first_key(token, seqlen_q, seqlen_k) for token in tokens]
-        ends = [end_key(token, seqlen_q, seqlen_k) for token in tokens]
+        firsts = [first_key(token, seqlen_q, seqlen_k) - origin for token in tokens]
+        ends = [end_key(token, seqlen_q, seqlen_k) - origin for token in tokens]
         bounds = (firsts, ends)
         o.fill(0.0)
         total.fill(0.0)

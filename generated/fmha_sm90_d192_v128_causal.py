@@ -156,7 +156,7 @@ def kv_span(first_token, last_token, seqlen_q, seqlen_k):
     whole, and one past the last tile. Bounds never fall from a token to the next, so the first and the last token tell.
     """
     begin = start = Int32(0)
-    whole_stop = end_key(first_token, seqlen_q, seqlen_k) // TILE_N
+    whole_stop = (end_key(first_token, seqlen_q, seqlen_k)) // TILE_N
     stop = (end_key(last_token, seqlen_q, seqlen_k) + TILE_N - 1) // TILE_N
     return begin, start, whole_stop, stop
 
@@ -231,8 +231,9 @@ def tma_views(atom, smem, gmem):
 def source_views(source, k_smem, v_smem, kv_head, batch):
     """K and V of a KV source, each with its TMA atom."""
     tma_k, mk, tma_v, mv = source
-    gk = cute.local_tile(mk[None, None, kv_head, batch], (TILE_N, HEAD_DIM), (None, 0))
-    gv = cute.local_tile(mv[None, None, kv_head, batch], (HEAD_DIM_V, TILE_N), (0, None))
+    mk, mv = mk[None, None, kv_head, batch], mv[None, None, kv_head, batch]
+    gk = cute.local_tile(mk, (TILE_N, HEAD_DIM), (None, 0))
+    gv = cute.local_tile(mv, (HEAD_DIM_V, TILE_N), (0, None))
     return (tma_k, *tma_views(tma_k, k_smem, gk)), (tma_v, *tma_views(tma_v, v_smem, gv))
 
 

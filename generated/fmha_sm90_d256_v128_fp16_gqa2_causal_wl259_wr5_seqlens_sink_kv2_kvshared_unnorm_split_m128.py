@@ -289,7 +289,8 @@ def tma_views(atom, smem, gmem):
 def source_views(source, k_smem, kv_head, batch):
     """K of a KV source with its TMA atom. V is a part of it."""
     tma_k, mk = source
-    gk = cute.local_tile(mk[None, None, kv_head, batch], (TILE_N, HEAD_DIM), (None, 0))
+    mk = mk[None, None, kv_head, batch]
+    gk = cute.local_tile(mk, (TILE_N, HEAD_DIM), (None, 0))
     return tma_k, *tma_views(tma_k, k_smem, gk)
 
 

@@ -77,6 +77,11 @@ class HopperPlan(Plan):
         return has_own_spans(self.spec, self.tile_m)
 
     @property
+    def tiles_move(self) -> bool:
+        """With own spans and windows: so a window meets the fewest tiles."""
+        return self.own_spans and self.mask.left is not None
+
+    @property
     def cut_twice(self) -> bool:
         """With own_spans: a KV tile can have columns on its left that one row of a consumer does not see, and on its
         right that another one does not. Not where the first row's keys end more than a tile after the last row's begin.

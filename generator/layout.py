@@ -337,6 +337,11 @@ class Plan(Spelling):
         return False
 
     @property
+    def tiles_move(self) -> bool:
+        """KV tiles begin with the first key that the query tile sees, not with a multiple of tile_n."""
+        return False
+
+    @property
     def spans_differ(self) -> bool:
         """What a query tile sees is not the first KV tiles of a single source."""
         return self.mask.left is not None or self.mask.sources == 2

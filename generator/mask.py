@@ -62,14 +62,15 @@ def mask_of(spec: KernelSpec) -> Mask:
 
 
 class Span(NamedTuple):
-    """KV tiles of one source that a CTA visits: how many, how many of them every row sees whole, where it starts, and
-    where it wraps.
+    """KV tiles of one source that a CTA visits: how many, how many of them every row sees whole, where it starts, where
+    it wraps, and the key that the first of all tiles begins with.
     """
 
     tiles: int
     whole: int
     start: int
     stop: int
+    origin: int = 0
 
     @property
     def begin(self) -> int:
@@ -90,13 +91,15 @@ def seen_keys(mask: Mask, token: int, queries: int, length: int) -> tuple[int, i
     return first, end
 
 
-def kv_span(mask: Mask, tokens: range, queries: int, length: int, tile_n: int) -> Span:
-    """Of source 1, for a CTA with these tokens (all below `queries`)."""
+def kv_span(mask: Mask, tokens: range, queries: int, length: int, tile_n: int, moves: bool = False) -> Span:
+    """Of source 1, for a CTA with these tokens (all below `queries`). moves: its tiles begin where it begins to see."""
     first, end_of_first = seen_keys(mask, tokens[0], queries, length)
     first_of_last, end = seen_keys(mask, tokens[-1], queries, length)
-    begin, stop = first // tile_n, -(-end // tile_n)
-    start = -(-first_of_last // tile_n)
-    return Span(stop - begin, max(end_of_first // tile_n - start, 0), start, stop)
+    origin = first if moves else 0
+    begin, stop = (first - origin) // tile_n, -(-(end - origin) // tile_n)
+    start = -(-(first_of_last - origin) // tile_n)
+    whole = max((end_of_first - origin) // tile_n - start, 0)
+    return Span(max(stop - begin, 0), whole, start, stop, origin)
 
 
 def kv_span2(limits: Sequence[int], length: int, tile_n: int) -> Span:

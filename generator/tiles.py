@@ -36,8 +36,8 @@ def count_tiles(plan: Plan, operands: Mapping[str, Any]) -> TileCounts:
             rows = slice(tokens.start, tokens.stop)
             for mask, span in zip(masks, own, strict=True):
                 visited += ctas * span.tiles
-                blocks = range(0, mask.shape[1], plan.tile_n)
-                total += ctas * len(blocks)
+                blocks = range(span.origin, mask.shape[1], plan.tile_n)
+                total += ctas * -(-mask.shape[1] // plan.tile_n)
                 needed += ctas * sum(bool(mask[rows, first : first + plan.tile_n].any()) for first in blocks)
         for first in range(0, len(spans), plan.query_tiles):
             of_a_cta = spans[first : first + plan.query_tiles]
@@ -53,7 +53,7 @@ def _spans(plan: Plan, operands: Mapping[str, Any], b: int, tokens: range) -> It
     """Of each source, by the kernel's arithmetic."""
     queries, keys = operands["q"].shape[1], operands["k"].shape[1]
     length = int(operands["seqlens"][b]) if "seqlens" in operands else keys
-    yield kv_span(plan.mask, tokens, queries, length, plan.tile_n)
+    yield kv_span(plan.mask, tokens, queries, length, plan.tile_n, plan.tiles_move)
     if "k2" in operands:
         keys = operands["k2"].shape[1]
         length = int(operands["seqlens2"][b]) if "seqlens2" in operands else keys

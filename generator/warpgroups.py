@@ -53,8 +53,8 @@ WIDE = 128  # columns of O from which on its rescaling costs more than asking wh
 # predicted_cycles.
 EXPOSED = {1: 1.6, 2: 0.88, 3: 0.65, 4: 0.66}
 TILE_CYCLES = 480  # for barriers and latencies
-# The same of narrow windows, where consumers pass by tiles: fitted to 17 tilings at head_dim 64, 128 and 1024 keys.
-EXPOSED_WINDOW, TILE_CYCLES_WINDOW = {**EXPOSED, 4: 0.5}, 620
+# Of narrow windows a tile, whose masks count, and a query tile: its beginning, its end, more for each consumer.
+TILE_CYCLES_WINDOW, QUERY_CYCLES, CONSUMER_CYCLES = 620, 1700, 350
 # (consumer, producer): of the registers that 128 threads a warpgroup have at entry, multiples of 8 [PTX 9.7.19.5]
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32), 4: (112, 32)}
 
@@ -244,10 +244,8 @@ def predicted_cycles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:
     """
     scores = tiling.tile_m * tiling.tile_n
     tensor = 2 * scores * (spec.head_dim + spec.v_dim) / arch.rates.tensor_flop
-    exposed, constant = EXPOSED, TILE_CYCLES
-    if narrow_window(spec) is not None:
-        exposed, constant = EXPOSED_WINDOW, TILE_CYCLES_WINDOW
-    return 0.9 * tensor + exposed[consumers(tiling, arch)] * scores / arch.rates.mufu_ops + constant
+    constant = TILE_CYCLES if narrow_window(spec) is None else TILE_CYCLES_WINDOW
+    return 0.9 * tensor + EXPOSED[consumers(tiling, arch)] * scores / arch.rates.mufu_ops + constant
 
 
 def split_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
@@ -268,18 +266,34 @@ def narrow_window(spec: KernelSpec) -> int | None:
     return seen if seen is not None and seen < NARROW else None
 
 
-def tiles_a_row(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:
-    """KV tiles that are computed for a row, over the keys that it sees; of a narrow window the mean over where it
-    begins, for the tokens that a consumer has together, without own spans for those of the CTA. With 64 heads on 8 an
-    H200 took of 128 keys 87 us at 256x64, 89 at 256x48, 91 at 192x48, 94 at 192x64; of 1024 keys 293 at 256x64, 295 at
-    192x96, 297 at 192x80, 300 at 192x128 (2026-11-29).
+def window_tiles(spec: KernelSpec, arch: Arch, tiling: Tiling, seen: int) -> float:
+    """KV tiles that a consumer multiplies of a narrow window of so many keys, the mean: with own spans they begin where
+    the CTA begins to see, else anywhere.
     """
-    seen = narrow_window(spec)
+    packed = packs(spec, arch, tiling.tile_m)
+    own = has_own_spans(spec, tiling.tile_m)
+    rows = arch.mma_m if own else tiling.tile_m
+    tokens = max(1, rows // spec.q_heads_per_kv) if packed else rows
+    if not own:
+        return (seen + tokens - 2) / tiling.tile_n + 1
+    apart = arch.mma_m / spec.q_heads_per_kv if packed else arch.mma_m  # tokens from a consumer's first to the next's
+    firsts = [int(i * apart) for i in range(consumers(tiling, arch))]
+    keys = seen + tokens - 1
+    found = [(first + keys - 1) // tiling.tile_n - first // tiling.tile_n + 1 for first in firsts]
+    return sum(found) / len(found)
+
+
+def cycles_a_score(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:
+    """Predicted SM cycles of a score that is seen. Of narrow windows the constants are fitted to what an H200 took at
+    head_dim 64, 64 heads on 8 (2026-11-29): of 128 keys 81 us at 192x80, 85 at 256x48, 86 at 256x64, 88 at 192x48 and
+    192x64, 89 at 192x96, 92 at 128x144; of 1024 keys 279 at 192x96, 293 at 192x112, 298 at 192x128 and 256x64, 304 at
+    192x80.
+    """
+    each, seen = predicted_cycles(spec, arch, tiling), narrow_window(spec)
     if seen is None:
-        return 1 / tiling.tile_n
-    rows = arch.mma_m if has_own_spans(spec, tiling.tile_m) else tiling.tile_m
-    tokens = max(1, rows // spec.q_heads_per_kv) if packs(spec, arch, tiling.tile_m) else rows
-    return ((seen + tokens - 2) / tiling.tile_n + 1) / seen
+        return each / (tiling.tile_m * tiling.tile_n)
+    ends = QUERY_CYCLES + CONSUMER_CYCLES * consumers(tiling, arch)
+    return (window_tiles(spec, arch, tiling, seen) * each + ends) / (tiling.tile_m * seen)
 
 
 def warpgroup_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
@@ -295,5 +309,4 @@ def warpgroup_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
 def model_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """warpgroup_preference as if nothing had been measured."""
     apart = not packs(spec, arch, tiling.tile_m)
-    cycles = predicted_cycles(spec, arch, tiling) * tiles_a_row(spec, arch, tiling) / tiling.tile_m
-    return (tiling.kv_stages < 2, apart, cycles, -tiling.kv_stages, tiling.o_over_q)
+    return (tiling.kv_stages < 2, apart, cycles_a_score(spec, arch, tiling), -tiling.kv_stages, tiling.o_over_q)

@@ -233,13 +233,14 @@ def test_a_narrow_window_has_narrow_tiles():
     """What was measured without a window, or of a wide one, is no guide there."""
     windowed = {"head_dim": 64, "q_heads_per_kv": 8, "causal": True}
     costs = {}
-    for rows, keys in ((256, 64), (256, 48), (192, 48), (128, 64)):
+    for rows, keys in ((192, 80), (256, 48), (256, 64), (192, 96), (128, 144), (192, 48)):
         tiling = plan(**windowed, window_left=127, tile_m=rows, tile_n=keys).tiling
         costs[rows, keys] = model_preference(load_spec(arch="sm_90a", window_left=127, **windowed), SM90A, tiling)[2]
     assert list(costs.values()) == sorted(costs.values()), "the order in which an H200 had them"
     chosen = plan(**windowed, window_left=127)
-    assert (chosen.tile_m, chosen.tile_n) == (256, 64) and chosen.lazy and chosen.own_spans
-    assert plan(**windowed, window_left=1023).tiling == chosen.tiling
+    assert (chosen.tile_m, chosen.tile_n) == (192, 80) and chosen.lazy and chosen.own_spans and chosen.tiles_move
+    wider = plan(**windowed, window_left=1023)
+    assert (wider.tile_m, wider.tile_n) == (192, 96) and wider.lazy
     for left in (2047, 10**6):
         assert plan(**windowed, window_left=left).tiling == plan(**windowed).tiling
     assert plan(head_dim=64, window_left=100).tiling == plan(head_dim=64, causal=True).tiling, "all keys to the right"
@@ -344,12 +345,14 @@ def test_consumers_multiply_the_tiles_that_their_own_rows_see(name, shape):
     launch = run_observed(binary, **operands, strict=False).launches[0]
     seen, heads, tiles = seen_of(binary.spec, operands), chosen.heads_per_tile, 0
     for b in range(batch):
-        mask = seen.first(b, queries, keys)
-        rows = np.repeat(mask, heads, axis=0)
-        rows = np.concatenate([rows, np.zeros((-len(rows) % chosen.tile_m, keys), bool)])
-        blocks = [rows[:, at : at + chosen.tile_n].reshape(-1, 64, *rows[:, at : at + chosen.tile_n].shape[1:])
-                  for at in range(0, keys, chosen.tile_n)]  # fmt: skip
-        tiles += kv_heads * group // heads * sum(int(block.any(axis=(1, 2)).sum()) for block in blocks)
+        rows = np.repeat(seen.first(b, queries, keys), heads, axis=0)
+        for at in range(0, len(rows), chosen.tile_m):
+            of_tile = rows[at : at + chosen.tile_m]
+            origin = int(of_tile[0].argmax()) if chosen.tiles_move else 0  # the first key that its first token sees
+            for first in range(0, len(of_tile), 64):
+                of_consumer = of_tile[first : first + 64].any(axis=0)
+                blocks = range(origin, keys, chosen.tile_n)
+                tiles += kv_heads * group // heads * sum(of_consumer[k : k + chosen.tile_n].any() for k in blocks)
     wgmma = sum(n for opcode, n in launch.opcodes.items() if opcode.startswith("wgmma.mma_async"))
     each = 4 * (1 + chosen.tile_n // 16)  # warps x (QK, of 16 columns, and PV)
     assert chosen.own_spans and wgmma == each * tiles
