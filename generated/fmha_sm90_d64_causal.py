@@ -55,6 +55,7 @@ KV_STAGES = 4
 Q_BYTES = 8192  # of one consumer
 K_TILE_BYTES = 14336
 V_TILE_BYTES = 14336
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_tile: P fits into 16 bits
 
 THREADS = 512
 LOAD_WARP = 12
@@ -389,6 +390,58 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 
 @cute.jit
+def kept_softmax(s, scale_log2, m, parts):
+    """S becomes exp2((S - m) scale_log2) in place, parts this thread's part of the rows' sums. m stays, whatever the
+    rows' maxima: they are not looked for. Returns whether a part is too large for any row of the warp.
+    """
+    for r in cutlass.range_constexpr(2):
+        parts[r] = exponentiate(s, r, scale_log2, m[r], None)
+    return cute.arch.vote_any_sync((parts[0] > PART_MAX) | (parts[1] > PART_MAX))
+
+
+@cute.jit
+def raise_reference(s, raw, stage, group, scale_log2, m, total, factor):
+    """Rows of the warp whose exponentials are too large, `factor` their parts of the sums, get another reference: by as
+    many powers of two as they are too large, or, where they are infinite, by their maxima, of scores computed again. S,
+    m, total and factor, by which O is to be multiplied, are updated.
+    """
+    infinite = (factor[0] == Float32.inf) | (factor[1] == Float32.inf)
+    if cute.arch.vote_any_sync(infinite):
+        scores_again(s, raw, stage, group)
+        next_softmax(s, scale_log2, m, total, factor, None)
+    else:
+        for r in cutlass.range_constexpr(2):
+            largest = factor[r]
+            for step in cutlass.range_constexpr(2):
+                largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, 1 << step))
+            powers = Float32((largest.bitcast(Int32) >> 23) - 127) if largest > PART_MAX else Float32(0.0)
+            raised = m[r] + powers / scale_log2
+            less = rescaling(m[r], raised, scale_log2, None)
+            for b in cutlass.range_constexpr(TILE_N // 8):
+                s[4 * b + 2 * r] = s[4 * b + 2 * r] * less
+                s[4 * b + 2 * r + 1] = s[4 * b + 2 * r + 1] * less
+            total[r] = (total[r] + factor[r]) * less
+            m[r], factor[r] = raised, less
+
+
+@cute.jit
+def scores_again(s, raw, stage, group):
+    """S of the KV tile in this stage, by ordinary instructions of this warp alone, one product after another."""
+    q_smem, k_smem = raw
+    row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    column = cute.arch.lane_idx() % 4 * 2
+    s.fill(0.0)
+    for d in cutlass.range(HEAD_DIM, unroll=1):
+        q = [Float32(q_smem[row + 8 * r, d, group]) for r in range(2)]
+        for b in cutlass.range_constexpr(TILE_N // 8):
+            for e in cutlass.range_constexpr(2):
+                k = Float32(k_smem[8 * b + column + e, d, stage])
+                for r in cutlass.range_constexpr(2):
+                    s[4 * b + 2 * r + e] = s[4 * b + 2 * r + e] + q[r] * k
+    cute.arch.fence_view_async_shared()  # TMA may overwrite what was read once it is told so
+
+
+@cute.jit
 def scale_rows(o, factor):
     for b in cutlass.range_constexpr(O_WIDTH // 8):
         for r in cutlass.range_constexpr(2):
@@ -562,6 +615,36 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
 
 
 @cute.jit
+def kept_tile(operands, raw, bars, group, place, before, scale_log2, stats):
+    """next_tile of a KV tile that every row sees whole, whose scores are taken relative to what was the rows' maximum
+    when the query tile began, or has become their reference since. It need not be their maximum: exponentials may be
+    large, 16 bits round them with the same relative error as those of at most 1. Where they are too large m is raised.
+    """
+    (s, p, o, q, k, v), (m, total, factor) = operands, stats
+    (stage, phase), (stage_before, phase_before) = place, before
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    await_turn(group)
+    multiply_qk(s, q, k, stage)
+    cute.arch.mbarrier_wait(bars + V_FULL + stage_before, phase_before)
+    multiply_pv(o, p, v, stage_before)
+    pass_turn(group)
+    warpgroup.wait_group(1)
+    too_large = kept_softmax(s, scale_log2, m, factor)
+    if too_large:  # the branch also keeps the exponentials before the wait, where they overlap with PV
+        warpgroup.wait_group(0)
+        raise_reference(s, raw, stage, group, scale_log2, m, total, factor)
+        scale_rows(o, factor)
+    else:
+        warpgroup.wait_group(0)
+        for r in cutlass.range_constexpr(2):
+            total[r] = total[r] + factor[r]
+    arrive_warp(bars + K_EMPTY + stage)
+    arrive_warp(bars + V_EMPTY + stage_before)
+    round_by_eight(s, p, TILE_N // 16)
+    return after(place)
+
+
+@cute.jit
 def last_pv(operands, bars, place):
     """PV of a query tile's last KV tile."""
     _, p, o, _, _, v = operands
@@ -586,6 +669,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
     p = cute.make_rmem_tensor(pv.partition_shape_A((GROUP_ROWS, TILE_N)), DTYPE)
     m, total, factor = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
     operands, stats = (s, p, o, q, k, v), (m, total, factor)
+    raw = q_smem, k_smem
     scale_log2 = scale * LOG2_E
     first_row = group * GROUP_ROWS + cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
     if group == CONSUMERS - 1:
@@ -618,7 +702,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
                 pass_turn(group)
             before, place = place, first_tile(operands, bars, place, seen_of(own_begin, bounds, own), scale_log2, stats)
         for _ in cutlass.range(cutlass.max(own_start, own_begin + 1), own_whole, unroll=1):
-            before, place = place, next_tile(operands, bars, group, place, before, None, scale_log2, stats)
+            before, place = place, kept_tile(operands, raw, bars, group, place, before, scale_log2, stats)
         for t in cutlass.range(cutlass.max(own_whole, own_begin + 1), own_stop, unroll=1):
             seen = seen_of(t, bounds, own)
             before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)

@@ -12,7 +12,7 @@ from .partials import PARTIALS, Partials, with_part
 from .signature import signature
 from .split import COMBINE_WARPS, LANE_COLUMNS, PARTS_AHEAD, SPLITS_MAX, combine_bytes, lane_steps
 from .two_tiles import SKIP_LOG2
-from .warpgroups import consumers, has_own_spans, heads_in_tile, packs
+from .warpgroups import PART_MAX, consumers, has_own_spans, heads_in_tile, packs
 
 
 class HopperPlan(Plan):
@@ -75,6 +75,17 @@ class HopperPlan(Plan):
     def own_spans(self) -> bool:
         """Consumers visit KV tiles of their own, from the left."""
         return has_own_spans(self.spec, self.tile_m)
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Of KV tiles that every row sees whole, after the first one, no maximum is looked for. With a window to the left
+        rows can have seen nothing before such a tile, and have no reference.
+        """
+        return self.mask.left is None
+
+    @property
+    def part_max(self) -> float:
+        return PART_MAX
 
     @property
     def tiles_move(self) -> bool:
@@ -242,6 +253,10 @@ class HopperPlan(Plan):
 
 class ColumnsPlan(HopperPlan):
     """The same for strategy "columns": a score warpgroup, and two that hold half of O's columns each."""
+
+    @property
+    def keeps_reference(self) -> bool:
+        return False
 
     @property
     def own_spans(self) -> bool:

@@ -111,6 +111,13 @@ def large_logits(operands):
     operands["q"] = (30 * operands["q"].astype(np.float32)).astype(operands["q"].dtype)
 
 
+def jumping(operands):
+    """Scores up and down from some keys to the next, by more than float32's exponent and by less."""
+    operands["q"][..., 0] = 4
+    for i, value in enumerate((0, 20, 200, 60, 240, -50)):
+        operands["k"][:, 100 * i : 100 * (i + 1), :, 0] = value
+
+
 def one_huge_value(operands):
     """In K, whose key then outweighs every other in about half of the rows, and in V."""
     operands["k"][0, operands["k"].shape[1] // 2, :, 0] = 200
@@ -141,7 +148,7 @@ def applicable(case, change):
     return change not in needs or bool(needs[change] & set(fields))
 
 
-CHANGES = (large_logits, one_huge_value, nothing_to_see, no_sink, no_sink_and_nothing_to_see)
+CHANGES = (large_logits, jumping, one_huge_value, nothing_to_see, no_sink, no_sink_and_nothing_to_see)
 ADVERSARIAL = [(case, change) for case in CASES for change in CHANGES if applicable(case, change)]
 
 
