@@ -387,8 +387,8 @@ KV_TILES = 5
 
 
 def stepped(step, **fields):
-    """The plan, and m in log2, of scores that are alike within a KV tile of 32 keys and grow by `step` in log2 from each
-    to the next. O and LSE are checked.
+    """The plan, and m in log2, of scores that are alike within a KV tile of 32 keys and grow by `step` in log2 from tile
+    to tile. O and LSE are checked.
     """
     import ml_dtypes
 
