@@ -58,6 +58,7 @@ KV_STAGES = 3
 Q_BYTES = 16384  # of one consumer
 K_TILE_BYTES = 28672
 V_TILE_BYTES = 28672
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_tile: P fits into 16 bits
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
 THREADS = 384
@@ -426,6 +427,62 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 
 @cute.jit
+def kept_softmax(s, scale_log2, m, total, parts, seen):
+    """S becomes exp2((S - m) scale_log2) in place, parts this thread's part of the rows' sums. m stays, whatever the
+    rows' maxima: they are not looked for. Returns whether a part is too large for any row of the warp: beyond what 16
+    bits hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1,
+    which P need not round.
+    """
+    too_large = cutlass.Boolean(False)
+    for r in cutlass.range_constexpr(2):
+        if cutlass.const_expr(seen is not None):
+            hide_columns(s, r, seen)
+        parts[r] = exponentiate(s, r, scale_log2, m[r], seen)
+        limit = cutlass.min(cutlass.max(total[r] * 4.0, Float32(1.0)), Float32(PART_MAX))
+        too_large = too_large | (parts[r] > limit)
+    return cute.arch.vote_any_sync(too_large)
+
+
+@cute.jit
+def raise_reference(s, raw, stage, group, scale_log2, m, total, factor, seen):
+    """Rows of the warp whose exponentials are too large, `factor` their parts of the sums, are taken relative to the
+    largest of them; where some are infinite all rows to their maxima, of scores computed again. S, m, total and factor,
+    by which O is to be multiplied, are updated.
+    """
+    infinite = (factor[0] == Float32.inf) | (factor[1] == Float32.inf)
+    if cute.arch.vote_any_sync(infinite):
+        scores_again(s, raw, stage, group)
+        next_softmax(s, scale_log2, m, total, factor, seen)
+    else:
+        for r in cutlass.range_constexpr(2):
+            largest = row_max(s, r, Float32(1.0))
+            raised = m[r] + cute.math.log2(largest, fastmath=True) / scale_log2
+            less = rescaling(m[r], raised, scale_log2, seen)
+            for b in cutlass.range_constexpr(TILE_N // 8):
+                s[4 * b + 2 * r] = s[4 * b + 2 * r] * less
+                s[4 * b + 2 * r + 1] = s[4 * b + 2 * r + 1] * less
+            total[r] = (total[r] + factor[r]) * less
+            m[r], factor[r] = raised, less
+
+
+@cute.jit
+def scores_again(s, raw, stage, group):
+    """S of the KV tile in this stage, by ordinary instructions of this warp alone, one product after another."""
+    q_smem, k_smem = raw
+    row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    column = cute.arch.lane_idx() % 4 * 2
+    s.fill(0.0)
+    for d in cutlass.range(HEAD_DIM, unroll=1):
+        q = [Float32(q_smem[row + 8 * r, d, group]) for r in range(2)]
+        for b in cutlass.range_constexpr(TILE_N // 8):
+            for e in cutlass.range_constexpr(2):
+                k = Float32(k_smem[8 * b + column + e, d, stage])
+                for r in cutlass.range_constexpr(2):
+                    s[4 * b + 2 * r + e] = s[4 * b + 2 * r + e] + q[r] * k
+    cute.arch.fence_view_async_shared()  # TMA may overwrite what was read once it is told so
+
+
+@cute.jit
 def scale_rows(o, factor):
     for b in cutlass.range_constexpr(O_WIDTH // 8):
         for r in cutlass.range_constexpr(2):
@@ -605,6 +662,36 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
 
 
 @cute.jit
+def kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats):
+    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
+    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
+    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
+    """
+    (s, p, o, q, k, v), (m, total, factor) = operands, stats
+    (stage, phase), (stage_before, phase_before) = place, before
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    await_turn(group)
+    multiply_qk(s, q, k, stage)
+    cute.arch.mbarrier_wait(bars + V_FULL + stage_before, phase_before)
+    multiply_pv(o, p, v, stage_before)
+    pass_turn(group)
+    warpgroup.wait_group(1)
+    too_large = kept_softmax(s, scale_log2, m, total, factor, seen)
+    if too_large:  # the branch also keeps the exponentials before the wait, where they overlap with PV
+        warpgroup.wait_group(0)
+        raise_reference(s, raw, stage, group, scale_log2, m, total, factor, seen)
+        scale_rows(o, factor)
+    else:
+        warpgroup.wait_group(0)
+        for r in cutlass.range_constexpr(2):
+            total[r] = total[r] + factor[r]
+    arrive_warp(bars + K_EMPTY + stage)
+    arrive_warp(bars + V_EMPTY + stage_before)
+    round_by_eight(s, p, TILE_N // 16)
+    return after(place)
+
+
+@cute.jit
 def last_pv(operands, bars, place):
     """PV of a query tile's last KV tile."""
     _, p, o, _, _, v = operands
@@ -629,6 +716,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
     p = cute.make_rmem_tensor(pv.partition_shape_A((GROUP_ROWS, TILE_N)), DTYPE)
     m, total, factor = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
     operands, stats = (s, p, o, q, k, v), (m, total, factor)
+    raw = q_smem, k_smem
     scale_log2 = scale * LOG2_E
     first_row = group * GROUP_ROWS + cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
     if group == CONSUMERS - 1:
@@ -643,9 +731,12 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         begin, _, _, stop, origin = spans_of(q_tile, lengths)
         first_token, last_token = group_tokens(q_tile, group, seqlen_q)
         own = kv_span(first_token, last_token, origin, seqlen_q, seqlen_k)
-        own_begin, own_start, own_whole, own_stop = own
+        own_begin, _, own_whole, own_stop = own
+        # The first tile before which every row that sees any has seen some
+        own_known = cutlass.max((first_key(last_token, seqlen_q, seqlen_k) - origin) // TILE_N, own_begin) + 1
         if (own_begin >= own_stop) | (first_token > last_token):
-            own_begin = own_start = own_whole = own_stop = stop
+            own_begin = own_whole = own_stop = stop
+            own_known = stop
         tokens = [q_tile * TILE_TOKENS + (first_row + 8 * r) // Q_HEADS_PER_KV for r in range(2)]
         firsts = [first_key(token, seqlen_q, seqlen_k) - origin for token in tokens]
         ends = [end_key(token, seqlen_q, seqlen_k) - origin for token in tokens]
@@ -661,14 +752,14 @@ def consume(smem_tiles, out, rows, bars, scale, call):
                 await_turn(group)
                 pass_turn(group)
             before, place = place, first_tile(operands, bars, place, seen_of(own_begin, bounds, own), scale_log2, stats)
-        for t in cutlass.range(own_begin + 1, own_start, unroll=1):
-            seen = seen_of(t, bounds, None)[0], None, None
+        for t in cutlass.range(own_begin + 1, own_known, unroll=1):
+            seen = seen_of(t, bounds, own)
             before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)
-        for _ in cutlass.range(cutlass.max(own_start, own_begin + 1), own_whole, unroll=1):
-            before, place = place, next_tile(operands, bars, group, place, before, None, scale_log2, stats)
-        for t in cutlass.range(cutlass.max(own_whole, own_begin + 1), own_stop, unroll=1):
+        for _ in cutlass.range(own_known, own_whole, unroll=1):
+            before, place = place, kept_tile(operands, raw, bars, group, place, before, None, scale_log2, stats)
+        for t in cutlass.range(cutlass.max(own_whole, own_known), own_stop, unroll=1):
             seen = None, seen_of(t, bounds, None)[1], None
-            before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)
+            before, place = place, kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats)
         if own_begin < own_stop:
             last_pv(operands, bars, before)
         for _ in cutlass.range(own_stop, stop, unroll=1):

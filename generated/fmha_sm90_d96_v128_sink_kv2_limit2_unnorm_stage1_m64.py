@@ -397,33 +397,37 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 
 @cute.jit
-def kept_softmax(s, scale_log2, m, parts):
+def kept_softmax(s, scale_log2, m, total, parts, seen):
     """S becomes exp2((S - m) scale_log2) in place, parts this thread's part of the rows' sums. m stays, whatever the
-    rows' maxima: they are not looked for. Returns whether a part is too large for any row of the warp.
+    rows' maxima: they are not looked for. Returns whether a part is too large for any row of the warp: beyond what 16
+    bits hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1,
+    which P need not round.
     """
+    too_large = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(2):
-        parts[r] = exponentiate(s, r, scale_log2, m[r], None)
-    return cute.arch.vote_any_sync((parts[0] > PART_MAX) | (parts[1] > PART_MAX))
+        if cutlass.const_expr(seen is not None):
+            hide_columns(s, r, seen)
+        parts[r] = exponentiate(s, r, scale_log2, m[r], seen)
+        limit = cutlass.min(cutlass.max(total[r] * 4.0, Float32(1.0)), Float32(PART_MAX))
+        too_large = too_large | (parts[r] > limit)
+    return cute.arch.vote_any_sync(too_large)
 
 
 @cute.jit
-def raise_reference(s, raw, stage, group, scale_log2, m, total, factor):
-    """Rows of the warp whose exponentials are too large, `factor` their parts of the sums, get another reference: by as
-    many powers of two as they are too large, or, where they are infinite, by their maxima, of scores computed again. S,
-    m, total and factor, by which O is to be multiplied, are updated.
+def raise_reference(s, raw, stage, group, scale_log2, m, total, factor, seen):
+    """Rows of the warp whose exponentials are too large, `factor` their parts of the sums, are taken relative to the
+    largest of them; where some are infinite all rows to their maxima, of scores computed again. S, m, total and factor,
+    by which O is to be multiplied, are updated.
     """
     infinite = (factor[0] == Float32.inf) | (factor[1] == Float32.inf)
     if cute.arch.vote_any_sync(infinite):
         scores_again(s, raw, stage, group)
-        next_softmax(s, scale_log2, m, total, factor, None)
+        next_softmax(s, scale_log2, m, total, factor, seen)
     else:
         for r in cutlass.range_constexpr(2):
-            largest = factor[r]
-            for step in cutlass.range_constexpr(2):
-                largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, 1 << step))
-            powers = Float32((largest.bitcast(Int32) >> 23) - 127) if largest > PART_MAX else Float32(0.0)
-            raised = m[r] + powers / scale_log2
-            less = rescaling(m[r], raised, scale_log2, None)
+            largest = row_max(s, r, Float32(1.0))
+            raised = m[r] + cute.math.log2(largest, fastmath=True) / scale_log2
+            less = rescaling(m[r], raised, scale_log2, seen)
             for b in cutlass.range_constexpr(TILE_N // 8):
                 s[4 * b + 2 * r] = s[4 * b + 2 * r] * less
                 s[4 * b + 2 * r + 1] = s[4 * b + 2 * r + 1] * less
@@ -583,10 +587,10 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
 
 
 @cute.jit
-def kept_tile(operands, raw, bars, group, place, before, scale_log2, stats):
-    """next_tile of a KV tile that every row sees whole, whose scores are taken relative to what was the rows' maximum
-    when the query tile began, or has become their reference since. It need not be their maximum: exponentials may be
-    large, 16 bits round them with the same relative error as those of at most 1. Where they are too large m is raised.
+def kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats):
+    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
+    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
+    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
     """
     (s, p, o, q, k, v), (m, total, factor) = operands, stats
     (stage, phase), (stage_before, phase_before) = place, before
@@ -595,10 +599,10 @@ def kept_tile(operands, raw, bars, group, place, before, scale_log2, stats):
     cute.arch.mbarrier_wait(bars + V_FULL + stage_before, phase_before)
     multiply_pv(o, p, v, stage_before)
     warpgroup.wait_group(1)
-    too_large = kept_softmax(s, scale_log2, m, factor)
+    too_large = kept_softmax(s, scale_log2, m, total, factor, seen)
     if too_large:  # the branch also keeps the exponentials before the wait, where they overlap with PV
         warpgroup.wait_group(0)
-        raise_reference(s, raw, stage, group, scale_log2, m, total, factor)
+        raise_reference(s, raw, stage, group, scale_log2, m, total, factor, seen)
         scale_rows(o, factor)
     else:
         warpgroup.wait_group(0)
@@ -662,7 +666,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         if kv_tiles > 0:
             before, place = place, first_tile(operands, bars, place, seen_of(0, bounds, spans), scale_log2, stats)
         for _ in cutlass.range(1, whole_tiles, unroll=1):
-            before, place = place, kept_tile(operands, raw, bars, group, place, before, scale_log2, stats)
+            before, place = place, kept_tile(operands, raw, bars, group, place, before, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles - whole_tiles2, unroll=1):
             seen = seen_of(j, bounds, spans)
             before, place = place, next_tile(operands, bars, group, place, before, seen, scale_log2, stats)

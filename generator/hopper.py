@@ -12,7 +12,7 @@ from .partials import PARTIALS, Partials, with_part
 from .signature import signature
 from .split import COMBINE_WARPS, LANE_COLUMNS, PARTS_AHEAD, SPLITS_MAX, combine_bytes, lane_steps
 from .two_tiles import SKIP_LOG2
-from .warpgroups import PART_MAX, consumers, has_own_spans, heads_in_tile, packs
+from .warpgroups import OUTWEIGHING, PART_MAX, consumers, has_own_spans, heads_in_tile, packs
 
 
 class HopperPlan(Plan):
@@ -78,14 +78,19 @@ class HopperPlan(Plan):
 
     @property
     def keeps_reference(self) -> bool:
-        """Of KV tiles that every row sees whole, after the first one, no maximum is looked for. With a window to the left
-        rows can have seen nothing before such a tile, and have no reference.
+        """Of KV tiles before which every row has seen some key no maximum is looked for. Which they are is not known
+        where a window's tiles come in rotated order, or are cut on both sides.
         """
-        return self.mask.left is None
+        return self.mask.left is None or (self.own_spans and not self.cut_twice)
 
     @property
     def part_max(self) -> float:
         return PART_MAX
+
+    @property
+    def outweighing(self) -> float:
+        """By how much a part of a row's sum is more than all before it when the reference is raised."""
+        return OUTWEIGHING
 
     @property
     def tiles_move(self) -> bool:

@@ -48,7 +48,8 @@ OTHER_REGISTERS = 28
 WGMMA_OTHERS = 30
 SPLIT_KEYS = 128  # of a KV tile with split_kv: more only lengthens the way from the last key to the end
 NARROW = 2048  # keys: of a window that a KV tile may be a large part of, so that the tiles at its ends count
-PART_MAX = 4096.0  # where fp16 ends at 65504
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile: fp16 ends at 65504
+OUTWEIGHING = 4.0  # times all before: of random scores hardly ever, of a new key that is nearly all of a row at once
 WIDE = 128  # columns of O from which on its rescaling costs more than asking whether it is needed
 # By consumers: which part of the time that the exponentials take is not hidden behind the tensor core's, see
 # predicted_cycles.

@@ -387,13 +387,13 @@ KV_TILES = 5
 
 
 def stepped(step, **fields):
-    """The plan, and m in log2, of scores that are alike within a KV tile of 32 keys and grow by `step` in log2 from tile
-    to tile. O and LSE are checked.
+    """The plan, and m in log2, of scores that are alike within a KV tile of 32 keys and grow by `step` in log2 from one
+    to the next. O and LSE are checked.
     """
     import ml_dtypes
 
     more = {"head_dim": 32, "head_dim_v": 144, "tile_n": 32, "tile_m": 128, "output": "unnormalized"}
-    binary = compile_kernel(plan(**more, **fields))
+    binary = compile_kernel(plan(**more | fields))
     q = np.zeros((1, 130, 1, 32), np.float32)
     k = np.zeros((1, KV_TILES * 32, 1, 32), np.float32)
     q[..., 0] = 1
@@ -415,17 +415,17 @@ def test_a_lazy_kernel_rescales_only_where_the_maximum_moves_by_more_than_2_to_t
     """m is what the exponentials were taken against: 4 steps of 2 are a factor of 2^8, which is kept; of 4, the third
     is 2^12.
     """
-    chosen, m = stepped(step, window_left=4000)
+    chosen, m = stepped(step, window_left=4000, tile_m=64)
     assert chosen.lazy and not chosen.keeps_reference and np.allclose(m, reference, atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    "step, reference", [(1.75, 0), (2.25, 0), (4.0, 15.0), (9.0, 39.0), (200.0, 800.0), (-200.0, 0)]
+    "step, reference", [(1.75, 0), (2.25, 2.25), (4.0, 16.0), (9.0, 36.0), (200.0, 800.0), (-200.0, 0)]
 )
 def test_a_reference_is_kept_until_a_part_of_the_sum_is_too_large(step, reference):
-    """A thread has 8 of a tile's 32 keys. Its part may be 2^12; of steps of 4 the third's is 2^15, and becomes the
-    reference as it is; of 9 the second's is 2^21 and the fourth's, 2^39 by then, 2^18 more. 2^200 is infinite: there
-    the scores are computed again, and their maximum is the reference.
+    """The second tile's part is 2^1.75 times the first one's, which stays the reference; 2^2.25 is more than 4 times,
+    and its maximum becomes the reference, the third one's is less than 4 times both. 2^200 is infinite: there the
+    scores are computed again.
     """
     chosen, m = stepped(step)
     assert chosen.keeps_reference and np.allclose(m, reference, atol=2e-5)
