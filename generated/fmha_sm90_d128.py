@@ -418,7 +418,8 @@ def scores_again(s, raw, stage, group):
                 k = Float32(k_smem[8 * b + column + e, d, stage])
                 for r in cutlass.range_constexpr(2):
                     s[4 * b + 2 * r + e] = s[4 * b + 2 * r + e] + q[r] * k
-    cute.arch.fence_view_async_shared()  # TMA may overwrite what was read once it is told so
+    cute.arch.fence_view_async_shared()  # TMA may overwrite what was read once one lane has told it so for all
+    cute.arch.sync_warp()
 
 
 @cute.jit
@@ -669,7 +670,8 @@ def consume(smem_tiles, out, rows, bars, scale, call):
 @cute.jit
 def release_q(bars, group):
     """Q of the next turn may come: every warp of this consumer has waited for its last QK."""
-    arrive_warp(bars + Q_EMPTY + group)
+    with cute.arch.elect_one():  # which waits for all lanes
+        cute.arch.mbarrier_arrive(bars + Q_EMPTY + group)
 
 
 def seen_of(j, bounds, span):

@@ -445,7 +445,8 @@ def scores_again(s, raw, stage, group):
                 k = Float32(k_smem[8 * b + column + e, d, stage])
                 for r in cutlass.range_constexpr(2):
                     s[4 * b + 2 * r + e] = s[4 * b + 2 * r + e] + q[r] * k
-    cute.arch.fence_view_async_shared()  # TMA may overwrite what was read once it is told so
+    cute.arch.fence_view_async_shared()  # TMA may overwrite what was read once one lane has told it so for all
+    cute.arch.sync_warp()
 
 
 @cute.jit

@@ -627,7 +627,8 @@ def consume(smem_tiles, out, rows, bars, scale, call):
 @cute.jit
 def release_q(bars, group):
     """Q of the next turn may come: every warp of this consumer has waited for its last QK."""
-    arrive_warp(bars + Q_EMPTY + group)
+    with cute.arch.elect_one():  # which waits for all lanes
+        cute.arch.mbarrier_arrive(bars + Q_EMPTY + group)
 
 
 def seen_of(j, bounds, spans):
