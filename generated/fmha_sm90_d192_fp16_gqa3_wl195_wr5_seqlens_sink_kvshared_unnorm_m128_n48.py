@@ -55,6 +55,7 @@ KV_STAGES = 4
 Q_BYTES = 24576  # of one consumer
 K_TILE_BYTES = 18432
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_tile: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
 THREADS = 384
@@ -412,42 +413,39 @@ def kept_softmax(s, scale_log2, m, total, parts, seen):
         if cutlass.const_expr(seen is not None):
             hide_columns(s, r, seen)
         parts[r] = exponentiate(s, r, scale_log2, m[r], seen)
-        limit = cutlass.min(cutlass.max(total[r] * 4.0, Float32(1.0)), Float32(PART_MAX))
+        limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
         too_large = too_large | (parts[r] > limit)
     return cute.arch.vote_any_sync(too_large)
 
 
 @cute.jit
-def raise_reference(s, raw, stage, group, scale_log2, m, total, factor, seen):
+def raise_reference(s, raw, stage, scale_log2, m, total, factor, seen):
     """Rows of the warp whose exponentials are too large, `factor` their parts of the sums, are taken relative to the
     largest of them; where some are infinite all rows to their maxima, of scores computed again. S, m, total and factor,
     by which O is to be multiplied, are updated.
     """
     infinite = (factor[0] == Float32.inf) | (factor[1] == Float32.inf)
     if cute.arch.vote_any_sync(infinite):
-        scores_again(s, raw, stage, group)
+        scores_again(s, raw, stage)
         next_softmax(s, scale_log2, m, total, factor, seen)
     else:
         for r in cutlass.range_constexpr(2):
             largest = row_max(s, r, Float32(1.0))
             raised = m[r] + cute.math.log2(largest, fastmath=True) / scale_log2
             less = rescaling(m[r], raised, scale_log2, seen)
-            for b in cutlass.range_constexpr(TILE_N // 8):
-                s[4 * b + 2 * r] = s[4 * b + 2 * r] * less
-                s[4 * b + 2 * r + 1] = s[4 * b + 2 * r + 1] * less
             total[r] = (total[r] + factor[r]) * less
             m[r], factor[r] = raised, less
+        scale_rows(s, factor)
 
 
 @cute.jit
-def scores_again(s, raw, stage, group):
+def scores_again(s, raw, stage):
     """S of the KV tile in this stage, by ordinary instructions of this warp alone, one product after another."""
-    q_smem, k_smem = raw
-    row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    q_smem, k_smem, row = raw
     column = cute.arch.lane_idx() % 4 * 2
     s.fill(0.0)
     for d in cutlass.range(HEAD_DIM, unroll=1):
-        q = [Float32(q_smem[row + 8 * r, d, group]) for r in range(2)]
+        q = [Float32(q_smem[row + 8 * r, d]) for r in range(2)]
         for b in cutlass.range_constexpr(TILE_N // 8):
             for e in cutlass.range_constexpr(2):
                 k = Float32(k_smem[8 * b + column + e, d, stage])
@@ -458,11 +456,12 @@ def scores_again(s, raw, stage, group):
 
 
 @cute.jit
-def scale_rows(o, factor):
-    for b in cutlass.range_constexpr(O_WIDTH // 8):
+def scale_rows(x, factor):
+    """Both rows of this thread, of O or of S."""
+    for b in cutlass.range_constexpr(cute.size(x) // 4):
         for r in cutlass.range_constexpr(2):
-            o[4 * b + 2 * r] = o[4 * b + 2 * r] * factor[r]
-            o[4 * b + 2 * r + 1] = o[4 * b + 2 * r + 1] * factor[r]
+            x[4 * b + 2 * r] = x[4 * b + 2 * r] * factor[r]
+            x[4 * b + 2 * r + 1] = x[4 * b + 2 * r + 1] * factor[r]
 
 
 @cute.jit
@@ -582,17 +581,25 @@ def first_tile(operands, bars, place, seen, scale_log2, stats):
 
 
 @cute.jit
-def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
-    """QK and softmax of the KV tile at this place in the rings, and PV of the one before it; returns the next place.
-
-    seen: columns of the tile that each of this thread's rows sees, None for all.
-    """
-    (s, p, o, q, k, v), (m, total, factor) = operands, stats
+def multiply_next(operands, bars, group, place, before):
+    """QK of the KV tile at this place in the rings, which is waited for, and PV of the one before it, which is not."""
+    s, p, o, q, k, v = operands
     (stage, phase), (stage_before, _) = place, before
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
     multiply_qk(s, q, k, stage)
     multiply_pv(o, p, v, stage_before)
     warpgroup.wait_group(1)
+
+
+@cute.jit
+def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
+    """QK and softmax of the KV tile at this place in the rings, and PV of the one before it; returns the next place.
+
+    seen: columns of the tile that each of this thread's rows sees, None for all.
+    """
+    (s, p, o, _, _, _), (m, total, factor) = operands, stats
+    stage_before = before[0]
+    multiply_next(operands, bars, group, place, before)
     moved = next_softmax(s, scale_log2, m, total, factor, seen)
     if moved:  # the branch also keeps the exponentials before the wait, where they overlap with PV
         warpgroup.wait_group(0)
@@ -610,16 +617,13 @@ def kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats
     it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
     larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
     """
-    (s, p, o, q, k, v), (m, total, factor) = operands, stats
-    (stage, phase), (stage_before, _) = place, before
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    multiply_qk(s, q, k, stage)
-    multiply_pv(o, p, v, stage_before)
-    warpgroup.wait_group(1)
+    (s, p, o, _, _, _), (m, total, factor) = operands, stats
+    stage, stage_before = place[0], before[0]
+    multiply_next(operands, bars, group, place, before)
     too_large = kept_softmax(s, scale_log2, m, total, factor, seen)
     if too_large:  # the branch also keeps the exponentials before the wait, where they overlap with PV
         warpgroup.wait_group(0)
-        raise_reference(s, raw, stage, group, scale_log2, m, total, factor, seen)
+        raise_reference(s, raw, stage, scale_log2, m, total, factor, seen)
         scale_rows(o, factor)
     else:
         warpgroup.wait_group(0)
@@ -654,9 +658,10 @@ def consume(smem_tiles, out, rows, bars, scale, call):
     p = cute.make_rmem_tensor(pv.partition_shape_A((GROUP_ROWS, TILE_N)), DTYPE)
     m, total, factor = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
     operands, stats = (s, p, o, q, k, v), (m, total, factor)
-    raw = q_smem, k_smem
+    row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    raw = q_smem[None, None, group], k_smem, row
     scale_log2 = scale * LOG2_E
-    first_row = group * GROUP_ROWS + cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    first_row = group * GROUP_ROWS + row
 
     place = Int32(0), Int32(0)  # stage and phase of the KV tile that is multiplied next, in the rings of K and V
     before = place

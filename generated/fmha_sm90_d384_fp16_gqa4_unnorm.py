@@ -428,11 +428,12 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 
 @cute.jit
-def scale_rows(o, factor):
-    for b in cutlass.range_constexpr(O_WIDTH // 8):
+def scale_rows(x, factor):
+    """Both rows of this thread, of O or of S."""
+    for b in cutlass.range_constexpr(cute.size(x) // 4):
         for r in cutlass.range_constexpr(2):
-            o[4 * b + 2 * r] = o[4 * b + 2 * r] * factor[r]
-            o[4 * b + 2 * r + 1] = o[4 * b + 2 * r + 1] * factor[r]
+            x[4 * b + 2 * r] = x[4 * b + 2 * r] * factor[r]
+            x[4 * b + 2 * r + 1] = x[4 * b + 2 * r + 1] * factor[r]
 
 
 @cute.jit

@@ -442,11 +442,12 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 
 @cute.jit
-def scale_rows(o, factor):
-    for b in cutlass.range_constexpr(O_WIDTH // 8):
+def scale_rows(x, factor):
+    """Both rows of this thread, of O or of S."""
+    for b in cutlass.range_constexpr(cute.size(x) // 4):
         for r in cutlass.range_constexpr(2):
-            o[4 * b + 2 * r] = o[4 * b + 2 * r] * factor[r]
-            o[4 * b + 2 * r + 1] = o[4 * b + 2 * r + 1] * factor[r]
+            x[4 * b + 2 * r] = x[4 * b + 2 * r] * factor[r]
+            x[4 * b + 2 * r + 1] = x[4 * b + 2 * r + 1] * factor[r]
 
 
 @cute.jit
@@ -556,12 +557,9 @@ def first_tile(operands, bars, place, seen, scale_log2, stats):
 
 
 @cute.jit
-def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
-    """QK and softmax of the KV tile at this place in the rings, and PV of the one before it; returns the next place.
-
-    seen: columns of the tile that each of this thread's rows sees, None for all.
-    """
-    (s, p, o, q, k, v), (m, total, factor) = operands, stats
+def multiply_next(operands, bars, group, place, before):
+    """QK of the KV tile at this place in the rings, which is waited for, and PV of the one before it, which is not."""
+    s, p, o, q, k, v = operands
     (stage, phase), (stage_before, _) = place, before
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
     await_turn(group)
@@ -569,6 +567,17 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     multiply_pv(o, p, v, stage_before)
     pass_turn(group)
     warpgroup.wait_group(1)
+
+
+@cute.jit
+def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
+    """QK and softmax of the KV tile at this place in the rings, and PV of the one before it; returns the next place.
+
+    seen: columns of the tile that each of this thread's rows sees, None for all.
+    """
+    (s, p, o, _, _, _), (m, total, factor) = operands, stats
+    stage_before = before[0]
+    multiply_next(operands, bars, group, place, before)
     next_softmax(s, scale_log2, m, total, factor, seen)
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage_before)
@@ -601,8 +610,9 @@ def consume(smem_tiles, out, rows, bars, scale, call):
     p = cute.make_rmem_tensor(pv.partition_shape_A((GROUP_ROWS, TILE_N)), DTYPE)
     m, total, factor = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
     operands, stats = (s, p, o, q, k, v), (m, total, factor)
+    row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
     scale_log2 = scale * LOG2_E
-    first_row = group * GROUP_ROWS + cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    first_row = group * GROUP_ROWS + row
     if group == CONSUMERS - 1:
         pass_turn(group)  # consumer 0 begins
 

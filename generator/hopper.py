@@ -74,7 +74,7 @@ class HopperPlan(Plan):
     @property
     def own_spans(self) -> bool:
         """Consumers visit KV tiles of their own, from the left."""
-        return has_own_spans(self.spec, self.tile_m)
+        return has_own_spans(self.spec, self.arch, self.tile_m)
 
     @property
     def keeps_reference(self) -> bool:
@@ -82,6 +82,11 @@ class HopperPlan(Plan):
         where a window's tiles come in rotated order, or are cut on both sides.
         """
         return self.mask.left is None or (self.own_spans and not self.cut_twice)
+
+    @property
+    def looks_for_maxima(self) -> bool:
+        """Of some KV tiles after a query tile's first one."""
+        return not self.keeps_reference or self.mask.left is not None or self.part.kv_sources == 2
 
     @property
     def part_max(self) -> float:

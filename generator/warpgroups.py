@@ -76,7 +76,8 @@ def warpgroup_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
         rows = [count for count in rows if can_pack(spec.q_heads_per_kv, count, arch)]
     return [
         Tiling(
-            tile_m, tile_n, kv_stages, "register", over_q, spec.v_dim, "warpgroups", **schedule(spec, tile_m, tile_n)
+            *(tile_m, tile_n, kv_stages, "register", over_q, spec.v_dim, "warpgroups"),
+            **schedule(spec, arch, tile_m, tile_n),
         )
         for tile_m in rows
         for tile_n in tile_ns
@@ -85,28 +86,28 @@ def warpgroup_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     ]
 
 
-def schedule(spec: KernelSpec, tile_m: int, tile_n: int) -> dict[str, bool]:
+def schedule(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> dict[str, bool]:
     """turns and lazy of a Tiling: the measured winner's for its tile, else by how wide O is."""
     found = winner(spec)
     if found and (tile_m, tile_n) == (found.tile_m, found.tile_n):
         return {"turns": found.turns, "lazy": found.lazy}
-    return default_schedule(spec, tile_m)
+    return default_schedule(spec, arch, tile_m)
 
 
-def default_schedule(spec: KernelSpec, tile_m: int) -> dict[str, bool]:
+def default_schedule(spec: KernelSpec, arch: Arch, tile_m: int) -> dict[str, bool]:
     """turns and lazy where nothing was measured: by how wide O is. O is rescaled lazily too where consumers have spans
     of their own within windows: ptxas keeps the exponentials before the wait for PV only if a branch comes between (97
     us and 88 on an H200 at head_dim 64 with 128 keys, 302 and 295 with 1024, 2026-11-29).
     """
     wide = spec.v_dim > WIDE
-    windows = spec.window_left is not None and has_own_spans(spec, tile_m)
-    return {"turns": tile_m > 64 and not wide, "lazy": wide or windows}
+    windows = spec.window_left is not None and has_own_spans(spec, arch, tile_m)
+    return {"turns": tile_m > arch.mma_m and not wide, "lazy": wide or windows}
 
 
-def has_own_spans(spec: KernelSpec, tile_m: int) -> bool:
+def has_own_spans(spec: KernelSpec, arch: Arch, tile_m: int) -> bool:
     """Each consumer multiplies the KV tiles that its own rows see, and passes by what the CTA loads for the others."""
     one_span = spec.kv_sources == 1 and not spec.split_kv
-    return one_span and mask_of(spec).windowed and tile_m > 64
+    return one_span and mask_of(spec).windowed and tile_m > arch.mma_m
 
 
 def is_winner(spec: KernelSpec, tiling: Tiling) -> bool:
@@ -273,7 +274,7 @@ def window_tiles(spec: KernelSpec, arch: Arch, tiling: Tiling, seen: int) -> flo
     the CTA begins to see, else anywhere.
     """
     packed = packs(spec, arch, tiling.tile_m)
-    own = has_own_spans(spec, tiling.tile_m)
+    own = has_own_spans(spec, arch, tiling.tile_m)
     rows = arch.mma_m if own else tiling.tile_m
     tokens = max(1, rows // spec.q_heads_per_kv) if packed else rows
     if not own:

@@ -434,6 +434,21 @@ def test_an_operand_that_threads_overwrite_before_the_wait():
     assert (ONE.multiply(QUIET + COMMIT + wait() + store) == ONE.product()).all()
 
 
+def test_an_operand_may_be_overwritten_once_its_own_warpgroup_has_waited():
+    """What the other warpgroup still multiplies is held, what this one has multiplied no longer."""
+    operands = Operands(16, 1, groups=2)
+    split = operands.mmas() + COMMIT + "setp.ge.u32 %q, %tid, 128; @%q bra LATE;\n"
+    late = "\nLATE:\n" + wait()
+    for held, side in ((operands.stride, "A"), (2 * operands.stride, "B")):
+        store = f"\nst.shared.b32 [%s4+{held}], %tid; // HERE\n"
+        body = operands.fill() + split + wait() + store + late
+        fails(Hazard, body, f"operand {side} of a wgmma in flight", x=operands.x, block=256)
+    store = "st.shared.b32 [%s4], %tid;\n"
+    assert (operands.multiply(split + wait() + store + late) == operands.product()).all()
+    early = operands.fill() + split + store.replace(";", "; // HERE") + wait() + late
+    fails(Hazard, early, "operand A of a wgmma in flight", x=operands.x, block=256)
+
+
 def test_an_operand_that_tma_overwrites_before_the_wait():
     source = aligned((8, 64), BF16)
     load = "cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes"
