@@ -3,34 +3,33 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 05e9af1009bbcf5b7a352843309fa0548364bf3d2e7203d5966400963aae6372
 #
-# Shared memory: 222208 of 232448 bytes
+# Shared memory: 203776 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0     96       1  mbarriers
-#   sQ          1024  36864       2  64 x 144 a consumer
-#   sK         37888  92160       2  160 x 144 a stage
-#   sV        130048  92160       2  160 x 144 a stage
-#   sO          1024  36864       2  64 x 144 a consumer, each over its part of sQ once its last QK is done
+#   barriers       0    176       1  mbarriers
+#   sQ          1024  55296       3  64 x 144 a consumer
+#   sK         56320  73728       4  64 x 144 a stage
+#   sV        130048  73728       4  64 x 144 a stage
+#   sO          1024  55296       3  64 x 144 a consumer, each over its part of sQ once its last QK is done
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       2         1  TMA: Q of a consumer has landed
-#   q_empty      16       2         1  a consumer, its first warp: its O has been stored
-#   k_full       32       2         1  TMA: a K tile has landed
-#   k_empty      48       2         8  consumers, one lane a warp: QK has read the K tile
-#   v_full       64       2         1  TMA: a V tile has landed
-#   v_empty      80       2         8  consumers, one lane a warp: PV has read the V tile
+#   q_full        0       3         1  TMA: Q of a consumer has landed
+#   q_empty      24       3         1  a consumer, its first warp: its O has been stored
+#   k_full       48       4         1  TMA: a K tile has landed
+#   k_empty      80       4        12  consumers, one lane a warp: QK has read the K tile
+#   v_full      112       4         1  TMA: a V tile has landed
+#   v_empty     144       4        12  consumers, one lane a warp: PV has read the V tile
 #
-# Warps: 384 threads, 64512 of 64512 registers handed out
+# Warps: 512 threads, 65536 of 65536 registers handed out
 #   role      first warp  warps  registers  why
-#   consumer           0      8        240  setmaxnreg: S 80, P 40, O 72, 28 else by estimate
-#   tma                8      2         24  setmaxnreg: coordinates, loop state; one loads Q, one K and V
-#   idle              10      2         24  setmaxnreg counts whole warpgroups
-"""Attention forward on sm_90a: 2 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
+#   consumer           0     12        160  setmaxnreg: S 32, P 16, O 72, 28 else by estimate
+#   tma               12      2         32  setmaxnreg: coordinates, loop state; one loads Q, one K and V
+#   idle              14      2         32  setmaxnreg counts whole warpgroups
+"""Attention forward on sm_90a: 3 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
 
-A CTA works on one query tile after another: 128 query rows of a query head. A warp brings Q, and
+A CTA works on one query tile after another: 192 query rows of a query head. A warp brings Q, and
 another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
 S of the one into P, in registers, while the tensor core still multiplies for the other.
-Consumers take turns at issuing, so that one's softmax runs while another's MMAs do.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -45,52 +44,51 @@ KERNEL_NAME = "fmha_sm90_d144_kv2"
 DTYPE = BFloat16
 HEAD_DIM = 144
 HEAD_DIM_V = 144
-TILE_M = 128
-TILE_N = 160
-CONSUMERS = 2
+TILE_M = 192
+TILE_N = 64
+CONSUMERS = 3
 GROUP_ROWS = 64  # query rows of a consumer: M of wgmma
 GROUP_THREADS = 128
 O_WIDTH = HEAD_DIM_V  # columns of O that a consumer holds
-KV_STAGES = 2
+KV_STAGES = 4
 Q_BYTES = 18432  # of one consumer
-K_TILE_BYTES = 46080
-V_TILE_BYTES = 46080
+K_TILE_BYTES = 18432
+V_TILE_BYTES = 18432
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_tile: P fits into 16 bits
 OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
-THREADS = 384
-LOAD_WARP = 8
-CONSUMER_REGISTERS = 240
-PRODUCER_REGISTERS = 24
+THREADS = 512
+LOAD_WARP = 12
+CONSUMER_REGISTERS = 160
+PRODUCER_REGISTERS = 32
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 222208
+SMEM_BYTES = 203776
 BARRIERS_OFFSET = 0
 SQ_OFFSET = 1024
-SK_OFFSET = 37888
+SK_OFFSET = 56320
 SV_OFFSET = 130048
 SO_OFFSET = 1024
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-Q_EMPTY = 2
-K_FULL = 4
-K_EMPTY = 6
-V_FULL = 8
-V_EMPTY = 10
+Q_EMPTY = 3
+K_FULL = 6
+K_EMPTY = 10
+V_FULL = 14
+V_EMPTY = 18
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 2, 1),
-    (Q_EMPTY, 2, 1),
-    (K_FULL, 2, 1),
-    (K_EMPTY, 2, 8),
-    (V_FULL, 2, 1),
-    (V_EMPTY, 2, 8),
+    (Q_FULL, 3, 1),
+    (Q_EMPTY, 3, 1),
+    (K_FULL, 4, 1),
+    (K_EMPTY, 4, 12),
+    (V_FULL, 4, 1),
+    (V_EMPTY, 4, 12),
 )
 
 # Named barriers, one a warpgroup from here on.
-TURN_BARRIER = 1
-OWN_BARRIER = 3
+OWN_BARRIER = 4
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -311,27 +309,28 @@ def expect(bar, transaction_bytes: cutlass.Constexpr):
 
 
 @cute.jit
-def hide(s, r: cutlass.Constexpr, column, before: cutlass.Constexpr):
-    """-inf in row r's columns before this one, or from it on. Bits tell which of the thread's elements these are: the
-    hardware makes seven predicates of them at a time.
+def hide(s, columns, before: cutlass.Constexpr):
+    """-inf in each row's columns before the one that is named for it, or from that on. Bits tell which of the thread's
+    elements these are: the hardware makes seven predicates of them at a time.
     """
-    column = cutlass.min(cutlass.max(column - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
-    elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
-    for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
-        bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
-        for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
-            i = (first + j) // 2 * 4 + 2 * r + j % 2
-            is_before = (bits & (1 << j)) != 0
-            if cutlass.const_expr(before):
-                s[i] = -Float32.inf if is_before else s[i]
-            else:
-                s[i] = s[i] if is_before else -Float32.inf
+    for r in cutlass.range_constexpr(2):
+        column = cutlass.min(cutlass.max(columns[r] - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
+        elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
+        for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
+            bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
+            for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
+                i = (first + j) // 2 * 4 + 2 * r + j % 2
+                is_before = (bits & (1 << j)) != 0
+                if cutlass.const_expr(before):
+                    s[i] = -Float32.inf if is_before else s[i]
+                else:
+                    s[i] = s[i] if is_before else -Float32.inf
 
 
 @cute.jit
-def hide_columns(s, r: cutlass.Constexpr, seen):
-    """-inf in every column of the tile from seen[r] on: keys past the last one that row r sees."""
-    hide(s, r, seen[r], False)
+def hide_columns(s, seen):
+    """-inf in every column of the tile from seen[r] on: keys past the last one that row r of this thread sees."""
+    hide(s, seen, False)
 
 
 @cute.jit
@@ -360,6 +359,26 @@ def rescaling(m, m_new, scale_log2, seen):
 
 
 @cute.jit
+def scale_rows(x, factor):
+    """Both rows of this thread, of O or of S."""
+    for b in cutlass.range_constexpr(cute.size(x) // 4):
+        for r in cutlass.range_constexpr(2):
+            x[4 * b + 2 * r] = x[4 * b + 2 * r] * factor[r]
+            x[4 * b + 2 * r + 1] = x[4 * b + 2 * r + 1] * factor[r]
+
+
+@cute.jit
+def round_by_eight(source, target, blocks: cutlass.Constexpr):
+    """float32 to 16 bits, eight elements a time, which are converted in pairs. Of each block of 16 columns a thread has
+    eight, in the same order in operand A of a wgmma as in its result: so S becomes P in place.
+    """
+    for block in cutlass.range_constexpr(blocks):
+        eight = cute.make_layout(8)
+        part = cute.make_tensor(source.iterator + 8 * block, eight).load()
+        cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
+
+
+@cute.jit
 def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
     """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
     shift = reference_of(m, seen) * scale_log2
@@ -377,27 +396,27 @@ def first_softmax(s, scale_log2, m, total, seen):
     """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
     thread's part of their sums.
     """
+    hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
-        hide_columns(s, r, seen)
         m[r] = row_max(s, r, -Float32.inf)
         total[r] = exponentiate(s, r, scale_log2, m[r], seen)
 
 
 @cute.jit
-def next_softmax(s, scale_log2, m, total, factor, seen):
+def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
     """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
     Returns whether any row of the warp has a factor other than 1.
 
-    m is at most the row's maximum so far, and at least that less SKIP_LOG2 / scale_log2: so P is at most
+    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most
     2^SKIP_LOG2 = 256, which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total
     is rescaled.
     """
     moved = cutlass.Boolean(False)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
-        if cutlass.const_expr(seen is not None):
-            hide_columns(s, r, seen)
         best = row_max(s, r, m[r])
-        if (best - m[r]) * scale_log2 <= SKIP_LOG2:
+        if (best - m[r]) * scale_log2 <= skip:
             best = m[r]
         moved = moved | (best > m[r])
         factor[r] = rescaling(m[r], best, scale_log2, seen)  # exactly 1 where m stays
@@ -415,9 +434,9 @@ def kept_softmax(s, scale_log2, m, total, parts, seen):
     which P need not round.
     """
     too_large = cutlass.Boolean(False)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
-        if cutlass.const_expr(seen is not None):
-            hide_columns(s, r, seen)
         parts[r] = exponentiate(s, r, scale_log2, m[r], seen)
         limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
         too_large = too_large | (parts[r] > limit)
@@ -433,7 +452,7 @@ def raise_reference(s, raw, stage, scale_log2, m, total, factor, seen):
     infinite = (factor[0] == Float32.inf) | (factor[1] == Float32.inf)
     if cute.arch.vote_any_sync(infinite):
         scores_again(s, raw, stage)
-        next_softmax(s, scale_log2, m, total, factor, seen)
+        next_softmax(s, scale_log2, m, total, factor, seen, 0.0)
     else:
         for r in cutlass.range_constexpr(2):
             largest = row_max(s, r, Float32(1.0))
@@ -459,26 +478,6 @@ def scores_again(s, raw, stage):
                     s[4 * b + 2 * r + e] = s[4 * b + 2 * r + e] + q[r] * k
     cute.arch.fence_view_async_shared()  # TMA may overwrite what was read once one lane has told it so for all
     cute.arch.sync_warp()
-
-
-@cute.jit
-def scale_rows(x, factor):
-    """Both rows of this thread, of O or of S."""
-    for b in cutlass.range_constexpr(cute.size(x) // 4):
-        for r in cutlass.range_constexpr(2):
-            x[4 * b + 2 * r] = x[4 * b + 2 * r] * factor[r]
-            x[4 * b + 2 * r + 1] = x[4 * b + 2 * r + 1] * factor[r]
-
-
-@cute.jit
-def round_by_eight(source, target, blocks: cutlass.Constexpr):
-    """float32 to 16 bits, eight elements a time, which are converted in pairs. Of each block of 16 columns a thread has
-    eight, in the same order in operand A of a wgmma as in its result: so S becomes P in place.
-    """
-    for block in cutlass.range_constexpr(blocks):
-        eight = cute.make_layout(8)
-        part = cute.make_tensor(source.iterator + 8 * block, eight).load()
-        cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
 
 
 @cute.jit
@@ -545,36 +544,49 @@ def arrive_warp(bar):
 
 
 @cute.jit
-def await_turn(group):
-    cute.arch.barrier(barrier_id=TURN_BARRIER + group, number_of_threads=2 * GROUP_THREADS)
-
-
-@cute.jit
-def pass_turn(group):
-    follower = group + 1 if group + 1 < CONSUMERS else 0
-    cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + follower, number_of_threads=2 * GROUP_THREADS)
-
-
-@cute.jit
 def multiply_qk(s, q, k, stage):
-    """S = Q K^T of the KV tile in this stage; not waited for."""
+    """S = Q K^T of the KV tile in this stage; not committed."""
     qk = qk_mma()
     warpgroup.fence()
     for block in cutlass.range_constexpr(HEAD_DIM // 16):
         qk.set(Field.ACCUMULATE, block > 0)
         cute.gemm(qk, s, q[None, None, block], k[None, None, block, stage], s)
-    warpgroup.commit_group()
 
 
 @cute.jit
 def multiply_pv(o, p, v, stage):
-    """O += P V of the KV tile in this stage; not waited for."""
+    """O += P V of the KV tile in this stage; not committed."""
     pv = pv_mma()
     warpgroup.fence()
     pv.set(Field.ACCUMULATE, True)
     for block in cutlass.range_constexpr(TILE_N // 16):
         cute.gemm(pv, o, p[None, None, block], v[None, None, block, stage], o)
+
+
+@cute.jit
+def multiply_next(operands, bars, group, place, before):
+    """QK of the KV tile at this place in the rings, which is waited for, and PV of the one before it, which is not."""
+    s, p, o, q, k, v = operands
+    (stage, phase), (stage_before, phase_before) = place, before
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    multiply_qk(s, q, k, stage)
     warpgroup.commit_group()
+    cute.arch.mbarrier_wait(bars + V_FULL + stage_before, phase_before)
+    multiply_pv(o, p, v, stage_before)
+    warpgroup.commit_group()
+    warpgroup.wait_group(1)
+
+
+@cute.jit
+def last_pv(operands, bars, place):
+    """PV of a query tile's last KV tile."""
+    _, p, o, _, _, v = operands
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
+    multiply_pv(o, p, v, stage)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    arrive_warp(bars + V_EMPTY + stage)
 
 
 @cute.jit
@@ -584,25 +596,12 @@ def first_tile(operands, bars, place, seen, scale_log2, stats):
     stage, phase = place
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
     multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
     first_softmax(s, scale_log2, m, total, seen)
     round_by_eight(s, p, TILE_N // 16)
     return after(place)
-
-
-@cute.jit
-def multiply_next(operands, bars, group, place, before):
-    """QK of the KV tile at this place in the rings, which is waited for, and PV of the one before it, which is not."""
-    s, p, o, q, k, v = operands
-    (stage, phase), (stage_before, phase_before) = place, before
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    await_turn(group)
-    multiply_qk(s, q, k, stage)
-    cute.arch.mbarrier_wait(bars + V_FULL + stage_before, phase_before)
-    multiply_pv(o, p, v, stage_before)
-    pass_turn(group)
-    warpgroup.wait_group(1)
 
 
 @cute.jit
@@ -651,17 +650,6 @@ def kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats
 
 
 @cute.jit
-def last_pv(operands, bars, place):
-    """PV of a query tile's last KV tile."""
-    _, p, o, _, _, v = operands
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
-    multiply_pv(o, p, v, stage)
-    warpgroup.wait_group(0)
-    arrive_warp(bars + V_EMPTY + stage)
-
-
-@cute.jit
 def consume(smem_tiles, out, rows, bars, scale, call):
     """A consumer warpgroup: of every query tile, its 64 rows."""
     q_smem, k_smem, v_smem, o_smem = smem_tiles
@@ -679,8 +667,6 @@ def consume(smem_tiles, out, rows, bars, scale, call):
     raw = q_smem[None, None, group], k_smem, row
     scale_log2 = scale * LOG2_E
     first_row = group * GROUP_ROWS + row
-    if group == CONSUMERS - 1:
-        pass_turn(group)  # consumer 0 begins
 
     place = Int32(0), Int32(0)  # stage and phase of the KV tile that is multiplied next, in the rings of K and V
     before = place

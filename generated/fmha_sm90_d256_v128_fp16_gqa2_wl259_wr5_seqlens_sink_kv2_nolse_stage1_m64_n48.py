@@ -328,28 +328,29 @@ def expect(bar, transaction_bytes: cutlass.Constexpr):
 
 
 @cute.jit
-def hide(s, r: cutlass.Constexpr, column, before: cutlass.Constexpr):
-    """-inf in row r's columns before this one, or from it on. Bits tell which of the thread's elements these are: the
-    hardware makes seven predicates of them at a time.
+def hide(s, columns, before: cutlass.Constexpr):
+    """-inf in each row's columns before the one that is named for it, or from that on. Bits tell which of the thread's
+    elements these are: the hardware makes seven predicates of them at a time.
     """
-    column = cutlass.min(cutlass.max(column - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
-    elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
-    for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
-        bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
-        for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
-            i = (first + j) // 2 * 4 + 2 * r + j % 2
-            is_before = (bits & (1 << j)) != 0
-            if cutlass.const_expr(before):
-                s[i] = -Float32.inf if is_before else s[i]
-            else:
-                s[i] = s[i] if is_before else -Float32.inf
+    for r in cutlass.range_constexpr(2):
+        column = cutlass.min(cutlass.max(columns[r] - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
+        elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
+        for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
+            bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
+            for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
+                i = (first + j) // 2 * 4 + 2 * r + j % 2
+                is_before = (bits & (1 << j)) != 0
+                if cutlass.const_expr(before):
+                    s[i] = -Float32.inf if is_before else s[i]
+                else:
+                    s[i] = s[i] if is_before else -Float32.inf
 
 
 @cute.jit
-def hide_columns(s, r: cutlass.Constexpr, seen):
-    """-inf outside of the columns [first, end) of the tile that row r sees."""
-    hide(s, r, seen[0][r], True)
-    hide(s, r, seen[1][r], False)
+def hide_columns(s, seen):
+    """-inf outside of the columns [first, end) of the tile that a row of this thread sees."""
+    hide(s, seen[0], True)
+    hide(s, seen[1], False)
 
 
 @cute.jit
@@ -378,44 +379,6 @@ def rescaling(m, m_new, scale_log2, seen):
 
 
 @cute.jit
-def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
-    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
-    shift = reference_of(m, seen) * scale_log2
-    even, odd = Float32(0.0), Float32(0.0)
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
-    return even + odd
-
-
-@cute.jit
-def first_softmax(s, scale_log2, m, total, seen):
-    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
-    thread's part of their sums.
-    """
-    for r in cutlass.range_constexpr(2):
-        hide_columns(s, r, seen)
-        m[r] = row_max(s, r, -Float32.inf)
-        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
-
-
-@cute.jit
-def next_softmax(s, scale_log2, m, total, factor, seen):
-    """S becomes exp2((S - m) scale_log2) in place, m the rows' maxima so far; m, total and factor, by which O is to be
-    multiplied, are updated.
-    """
-    for r in cutlass.range_constexpr(2):
-        if cutlass.const_expr(seen is not None):
-            hide_columns(s, r, seen)
-        best = row_max(s, r, m[r])
-        factor[r] = rescaling(m[r], best, scale_log2, seen)
-        m[r] = best
-        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
-
-
-@cute.jit
 def scale_rows(x, factor):
     """Both rows of this thread, of O or of S."""
     for b in cutlass.range_constexpr(cute.size(x) // 4):
@@ -433,6 +396,44 @@ def round_by_eight(source, target, blocks: cutlass.Constexpr):
         eight = cute.make_layout(8)
         part = cute.make_tensor(source.iterator + 8 * block, eight).load()
         cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
+
+
+@cute.jit
+def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
+    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
+    shift = reference_of(m, seen) * scale_log2
+    even, odd = Float32(0.0), Float32(0.0)
+    for b in cutlass.range_constexpr(TILE_N // 8):
+        i = 4 * b + 2 * r
+        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
+        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
+        even, odd = even + s[i], odd + s[i + 1]
+    return even + odd
+
+
+@cute.jit
+def first_softmax(s, scale_log2, m, total, seen):
+    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
+    thread's part of their sums.
+    """
+    hide_columns(s, seen)
+    for r in cutlass.range_constexpr(2):
+        m[r] = row_max(s, r, -Float32.inf)
+        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
+
+
+@cute.jit
+def next_softmax(s, scale_log2, m, total, factor, seen):
+    """S becomes exp2((S - m) scale_log2) in place, m the rows' maxima so far; m, total and factor, by which O is to be
+    multiplied, are updated.
+    """
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    for r in cutlass.range_constexpr(2):
+        best = row_max(s, r, m[r])
+        factor[r] = rescaling(m[r], best, scale_log2, seen)
+        m[r] = best
+        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
 
 
 @cute.jit
@@ -519,38 +520,22 @@ def arrive_warp(bar):
 
 @cute.jit
 def multiply_qk(s, q, k, stage):
-    """S = Q K^T of the KV tile in this stage; not waited for."""
+    """S = Q K^T of the KV tile in this stage; not committed."""
     qk = qk_mma()
     warpgroup.fence()
     for block in cutlass.range_constexpr(HEAD_DIM // 16):
         qk.set(Field.ACCUMULATE, block > 0)
         cute.gemm(qk, s, q[None, None, block], k[None, None, block, stage], s)
-    warpgroup.commit_group()
 
 
 @cute.jit
 def multiply_pv(o, p, v, stage):
-    """O += P V of the KV tile in this stage; not waited for."""
+    """O += P V of the KV tile in this stage; not committed."""
     pv = pv_mma()
     warpgroup.fence()
     pv.set(Field.ACCUMULATE, True)
     for block in cutlass.range_constexpr(TILE_N // 16):
         cute.gemm(pv, o, p[None, None, block], v[None, None, block, stage], o)
-    warpgroup.commit_group()
-
-
-@cute.jit
-def first_tile(operands, bars, place, seen, scale_log2, stats):
-    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
-    (s, p, _, q, k, _), (m, total, _) = operands, stats
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    multiply_qk(s, q, k, stage)
-    warpgroup.wait_group(0)
-    arrive_warp(bars + K_EMPTY + stage)
-    first_softmax(s, scale_log2, m, total, seen)
-    round_by_eight(s, p, TILE_N // 16)
-    return after(place)
 
 
 @cute.jit
@@ -560,9 +545,38 @@ def multiply_next(operands, bars, group, place, before):
     (stage, phase), (stage_before, phase_before) = place, before
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
     multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
     cute.arch.mbarrier_wait(bars + V_FULL + stage_before, phase_before)
     multiply_pv(o, p, v, stage_before)
+    warpgroup.commit_group()
     warpgroup.wait_group(1)
+
+
+@cute.jit
+def last_pv(operands, bars, place):
+    """PV of a query tile's last KV tile."""
+    _, p, o, _, _, v = operands
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
+    multiply_pv(o, p, v, stage)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    arrive_warp(bars + V_EMPTY + stage)
+
+
+@cute.jit
+def first_tile(operands, bars, place, seen, scale_log2, stats):
+    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
+    (s, p, _, q, k, _), (m, total, _) = operands, stats
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    arrive_warp(bars + K_EMPTY + stage)
+    first_softmax(s, scale_log2, m, total, seen)
+    round_by_eight(s, p, TILE_N // 16)
+    return after(place)
 
 
 @cute.jit
@@ -581,17 +595,6 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     scale_rows(o, factor)
     round_by_eight(s, p, TILE_N // 16)
     return after(place)
-
-
-@cute.jit
-def last_pv(operands, bars, place):
-    """PV of a query tile's last KV tile."""
-    _, p, o, _, _, v = operands
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
-    multiply_pv(o, p, v, stage)
-    warpgroup.wait_group(0)
-    arrive_warp(bars + V_EMPTY + stage)
 
 
 @cute.jit

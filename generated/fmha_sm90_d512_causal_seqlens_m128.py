@@ -363,27 +363,28 @@ def expect(bar, transaction_bytes: cutlass.Constexpr):
 
 
 @cute.jit
-def hide(s, r: cutlass.Constexpr, column, before: cutlass.Constexpr):
-    """-inf in row r's columns before this one, or from it on. Bits tell which of the thread's elements these are: the
-    hardware makes seven predicates of them at a time.
+def hide(s, columns, before: cutlass.Constexpr):
+    """-inf in each row's columns before the one that is named for it, or from that on. Bits tell which of the thread's
+    elements these are: the hardware makes seven predicates of them at a time.
     """
-    column = cutlass.min(cutlass.max(column - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
-    elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
-    for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
-        bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
-        for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
-            i = (first + j) // 2 * 4 + 2 * r + j % 2
-            is_before = (bits & (1 << j)) != 0
-            if cutlass.const_expr(before):
-                s[i] = -Float32.inf if is_before else s[i]
-            else:
-                s[i] = s[i] if is_before else -Float32.inf
+    for r in cutlass.range_constexpr(2):
+        column = cutlass.min(cutlass.max(columns[r] - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
+        elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
+        for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
+            bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
+            for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
+                i = (first + j) // 2 * 4 + 2 * r + j % 2
+                is_before = (bits & (1 << j)) != 0
+                if cutlass.const_expr(before):
+                    s[i] = -Float32.inf if is_before else s[i]
+                else:
+                    s[i] = s[i] if is_before else -Float32.inf
 
 
 @cute.jit
-def hide_columns(s, r: cutlass.Constexpr, seen):
-    """-inf in every column of the tile from seen[r] on: keys past the last one that row r sees."""
-    hide(s, r, seen[r], False)
+def hide_columns(s, seen):
+    """-inf in every column of the tile from seen[r] on: keys past the last one that row r of this thread sees."""
+    hide(s, seen, False)
 
 
 @cute.jit
@@ -412,54 +413,6 @@ def rescaling(m, m_new, scale_log2, seen):
 
 
 @cute.jit
-def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
-    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
-    shift = reference_of(m, seen) * scale_log2
-    even, odd = Float32(0.0), Float32(0.0)
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
-    return even + odd
-
-
-@cute.jit
-def first_softmax(s, scale_log2, m, total, seen):
-    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
-    thread's part of their sums.
-    """
-    for r in cutlass.range_constexpr(2):
-        hide_columns(s, r, seen)
-        m[r] = row_max(s, r, -Float32.inf)
-        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
-
-
-@cute.jit
-def next_softmax(s, scale_log2, m, total, factor, seen):
-    """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
-    Returns whether any row of the warp has a factor other than 1.
-
-    m is at most the row's maximum so far, and at least that less SKIP_LOG2 / scale_log2: so P is at most
-    2^SKIP_LOG2 = 256, which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total
-    is rescaled.
-    """
-    moved = cutlass.Boolean(False)
-    for r in cutlass.range_constexpr(2):
-        if cutlass.const_expr(seen is not None):
-            hide_columns(s, r, seen)
-        best = row_max(s, r, m[r])
-        if (best - m[r]) * scale_log2 <= SKIP_LOG2:
-            best = m[r]
-        moved = moved | (best > m[r])
-        factor[r] = rescaling(m[r], best, scale_log2, seen)  # exactly 1 where m stays
-        m[r] = best
-    for r in cutlass.range_constexpr(2):
-        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
-    return cute.arch.vote_any_sync(moved)
-
-
-@cute.jit
 def scale_rows(x, factor):
     """Both rows of this thread, of O or of S."""
     for b in cutlass.range_constexpr(cute.size(x) // 4):
@@ -477,6 +430,54 @@ def round_by_eight(source, target, blocks: cutlass.Constexpr):
         eight = cute.make_layout(8)
         part = cute.make_tensor(source.iterator + 8 * block, eight).load()
         cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
+
+
+@cute.jit
+def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
+    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
+    shift = reference_of(m, seen) * scale_log2
+    even, odd = Float32(0.0), Float32(0.0)
+    for b in cutlass.range_constexpr(TILE_N // 8):
+        i = 4 * b + 2 * r
+        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
+        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
+        even, odd = even + s[i], odd + s[i + 1]
+    return even + odd
+
+
+@cute.jit
+def first_softmax(s, scale_log2, m, total, seen):
+    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
+    thread's part of their sums.
+    """
+    hide_columns(s, seen)
+    for r in cutlass.range_constexpr(2):
+        m[r] = row_max(s, r, -Float32.inf)
+        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
+
+
+@cute.jit
+def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
+    """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
+    Returns whether any row of the warp has a factor other than 1.
+
+    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most
+    2^SKIP_LOG2 = 256, which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total
+    is rescaled.
+    """
+    moved = cutlass.Boolean(False)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    for r in cutlass.range_constexpr(2):
+        best = row_max(s, r, m[r])
+        if (best - m[r]) * scale_log2 <= skip:
+            best = m[r]
+        moved = moved | (best > m[r])
+        factor[r] = rescaling(m[r], best, scale_log2, seen)  # exactly 1 where m stays
+        m[r] = best
+    for r in cutlass.range_constexpr(2):
+        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
+    return cute.arch.vote_any_sync(moved)
 
 
 @cute.jit

@@ -29,7 +29,8 @@
 
 A CTA works on one query tile after another: 192 query rows of a query head. A warp brings Q, and
 another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
-S of the one into P, in registers, while the tensor core still multiplies for the other.
+S of the one into P, in registers, while the tensor core multiplies for other consumers.
+Consumers take turns at issuing, so that one's softmax runs while another's MMAs do.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -87,6 +88,7 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
 )
 
 # Named barriers, one a warpgroup from here on.
+TURN_BARRIER = 1
 OWN_BARRIER = 4
 
 LOG2_E = 1.4426950408889634
@@ -278,27 +280,28 @@ def expect(bar, transaction_bytes: cutlass.Constexpr):
 
 
 @cute.jit
-def hide(s, r: cutlass.Constexpr, column, before: cutlass.Constexpr):
-    """-inf in row r's columns before this one, or from it on. Bits tell which of the thread's elements these are: the
-    hardware makes seven predicates of them at a time.
+def hide(s, columns, before: cutlass.Constexpr):
+    """-inf in each row's columns before the one that is named for it, or from that on. Bits tell which of the thread's
+    elements these are: the hardware makes seven predicates of them at a time.
     """
-    column = cutlass.min(cutlass.max(column - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
-    elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
-    for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
-        bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
-        for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
-            i = (first + j) // 2 * 4 + 2 * r + j % 2
-            is_before = (bits & (1 << j)) != 0
-            if cutlass.const_expr(before):
-                s[i] = -Float32.inf if is_before else s[i]
-            else:
-                s[i] = s[i] if is_before else -Float32.inf
+    for r in cutlass.range_constexpr(2):
+        column = cutlass.min(cutlass.max(columns[r] - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
+        elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
+        for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
+            bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
+            for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
+                i = (first + j) // 2 * 4 + 2 * r + j % 2
+                is_before = (bits & (1 << j)) != 0
+                if cutlass.const_expr(before):
+                    s[i] = -Float32.inf if is_before else s[i]
+                else:
+                    s[i] = s[i] if is_before else -Float32.inf
 
 
 @cute.jit
-def hide_columns(s, r: cutlass.Constexpr, seen):
-    """-inf in every column of the tile from seen[r] on: keys past the last one that row r sees."""
-    hide(s, r, seen[r], False)
+def hide_columns(s, seen):
+    """-inf in every column of the tile from seen[r] on: keys past the last one that row r of this thread sees."""
+    hide(s, seen, False)
 
 
 @cute.jit
@@ -327,98 +330,6 @@ def rescaling(m, m_new, scale_log2, seen):
 
 
 @cute.jit
-def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
-    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
-    shift = reference_of(m, seen) * scale_log2
-    even, odd = Float32(0.0), Float32(0.0)
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
-    return even + odd
-
-
-@cute.jit
-def first_softmax(s, scale_log2, m, total, seen):
-    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
-    thread's part of their sums.
-    """
-    for r in cutlass.range_constexpr(2):
-        hide_columns(s, r, seen)
-        m[r] = row_max(s, r, -Float32.inf)
-        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
-
-
-@cute.jit
-def next_softmax(s, scale_log2, m, total, factor, seen):
-    """S becomes exp2((S - m) scale_log2) in place, m the rows' maxima so far; m, total and factor, by which O is to be
-    multiplied, are updated.
-    """
-    for r in cutlass.range_constexpr(2):
-        if cutlass.const_expr(seen is not None):
-            hide_columns(s, r, seen)
-        best = row_max(s, r, m[r])
-        factor[r] = rescaling(m[r], best, scale_log2, seen)
-        m[r] = best
-        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
-
-
-@cute.jit
-def kept_softmax(s, scale_log2, m, total, parts, seen):
-    """S becomes exp2((S - m) scale_log2) in place, parts this thread's part of the rows' sums. m stays, whatever the
-    rows' maxima: they are not looked for. Returns whether a part is too large for any row of the warp: beyond what 16
-    bits hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1,
-    which P need not round.
-    """
-    too_large = cutlass.Boolean(False)
-    for r in cutlass.range_constexpr(2):
-        if cutlass.const_expr(seen is not None):
-            hide_columns(s, r, seen)
-        parts[r] = exponentiate(s, r, scale_log2, m[r], seen)
-        limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
-        too_large = too_large | (parts[r] > limit)
-    return cute.arch.vote_any_sync(too_large)
-
-
-@cute.jit
-def raise_reference(s, raw, stage, scale_log2, m, total, factor, seen):
-    """Rows of the warp whose exponentials are too large, `factor` their parts of the sums, are taken relative to the
-    largest of them; where some are infinite all rows to their maxima, of scores computed again. S, m, total and factor,
-    by which O is to be multiplied, are updated.
-    """
-    infinite = (factor[0] == Float32.inf) | (factor[1] == Float32.inf)
-    if cute.arch.vote_any_sync(infinite):
-        scores_again(s, raw, stage)
-        next_softmax(s, scale_log2, m, total, factor, seen)
-    else:
-        for r in cutlass.range_constexpr(2):
-            largest = row_max(s, r, Float32(1.0))
-            raised = m[r] + cute.math.log2(largest, fastmath=True) / scale_log2
-            less = rescaling(m[r], raised, scale_log2, seen)
-            total[r] = (total[r] + factor[r]) * less
-            m[r], factor[r] = raised, less
-        scale_rows(s, factor)
-
-
-@cute.jit
-def scores_again(s, raw, stage):
-    """S of the KV tile in this stage, by ordinary instructions of this warp alone, one product after another."""
-    q_smem, k_smem, row = raw
-    column = cute.arch.lane_idx() % 4 * 2
-    s.fill(0.0)
-    for d in cutlass.range(HEAD_DIM, unroll=1):
-        q = [Float32(q_smem[row + 8 * r, d]) for r in range(2)]
-        for b in cutlass.range_constexpr(TILE_N // 8):
-            for e in cutlass.range_constexpr(2):
-                k = Float32(k_smem[8 * b + column + e, d, stage])
-                for r in cutlass.range_constexpr(2):
-                    s[4 * b + 2 * r + e] = s[4 * b + 2 * r + e] + q[r] * k
-    cute.arch.fence_view_async_shared()  # TMA may overwrite what was read once one lane has told it so for all
-    cute.arch.sync_warp()
-
-
-@cute.jit
 def scale_rows(x, factor):
     """Both rows of this thread, of O or of S."""
     for b in cutlass.range_constexpr(cute.size(x) // 4):
@@ -436,6 +347,76 @@ def round_by_eight(source, target, blocks: cutlass.Constexpr):
         eight = cute.make_layout(8)
         part = cute.make_tensor(source.iterator + 8 * block, eight).load()
         cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
+
+
+@cute.jit
+def exponentiate(s, p, scale_log2, m, seen):
+    """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
+    shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
+    parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
+    for block in cutlass.range_constexpr(TILE_N // 16):
+        eight = cute.make_rmem_tensor(8, Float32)
+        for i in cutlass.range_constexpr(8):
+            r, e = i // 2 % 2, i % 2
+            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
+            parts[r][e] = parts[r][e] + eight[i]
+        rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
+        rounded.store(eight.load().to(DTYPE))
+        pairs = cute.recast_tensor(rounded, Int32)
+        for i in cutlass.range_constexpr(4):
+            pairs[i] = apart(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
+    return [parts[r][0] + parts[r][1] for r in range(2)]
+
+
+def apart(x, dtype):
+    """x, of which the compiler is not to know that: so it does not move or share what was computed for two ways."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
+
+
+@cute.jit
+def first_softmax(s, p, scale_log2, m, total, seen):
+    """P of a query tile's first KV tile, relative to m, the rows' maxima; total: this thread's part of their sums."""
+    hide_columns(s, seen)
+    for r in cutlass.range_constexpr(2):
+        m[r] = row_max(s, r, -Float32.inf)
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    for r in cutlass.range_constexpr(2):
+        total[r] = parts[r]
+
+
+@cute.jit
+def next_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S, relative to m, the rows' maxima so far. m, total and factor, by which O is to be multiplied, are
+    updated.
+    """
+    for r in cutlass.range_constexpr(2):
+        best = row_max(s, r, m[r])
+        factor[r] = rescaling(m[r], best, scale_log2, seen)
+        m[r] = best
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    for r in cutlass.range_constexpr(2):
+        total[r] = total[r] * factor[r] + parts[r]
+
+
+@cute.jit
+def kept_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
+    """
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    too_large = cutlass.Boolean(False)
+    for r in cutlass.range_constexpr(2):
+        limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
+        too_large = too_large | (parts[r] > limit)
+    too_large = cute.arch.vote_any_sync(too_large)
+    if too_large:
+        next_softmax(s, p, apart(scale_log2, Float32), m, total, factor, seen)
+    else:
+        for r in cutlass.range_constexpr(2):
+            total[r] = total[r] + parts[r]
+    return too_large
 
 
 @cute.jit
@@ -504,75 +485,51 @@ def arrive_warp(bar):
 
 
 @cute.jit
+def await_turn(group):
+    cute.arch.barrier(barrier_id=TURN_BARRIER + group, number_of_threads=2 * GROUP_THREADS)
+
+
+@cute.jit
+def pass_turn(group):
+    follower = group + 1 if group + 1 < CONSUMERS else 0
+    cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + follower, number_of_threads=2 * GROUP_THREADS)
+
+
+@cute.jit
 def multiply_qk(s, q, k, stage):
-    """S = Q K^T of the KV tile in this stage; not waited for."""
+    """S = Q K^T of the KV tile in this stage; not committed."""
     qk = qk_mma()
     warpgroup.fence()
     for block in cutlass.range_constexpr(HEAD_DIM // 16):
         qk.set(Field.ACCUMULATE, block > 0)
         cute.gemm(qk, s, q[None, None, block], k[None, None, block, stage], s)
-    warpgroup.commit_group()
 
 
 @cute.jit
 def multiply_pv(o, p, v, stage):
-    """O += P V of the KV tile in this stage; not waited for."""
+    """O += P V of the KV tile in this stage; not committed."""
     pv = pv_mma()
     warpgroup.fence()
     pv.set(Field.ACCUMULATE, True)
     for block in cutlass.range_constexpr(TILE_N // 16):
         cute.gemm(pv, o, p[None, None, block], v[None, None, block, stage], o)
-    warpgroup.commit_group()
-
-
-@cute.jit
-def first_tile(operands, bars, place, seen, scale_log2, stats):
-    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
-    (s, p, _, q, k, _), (m, total, _) = operands, stats
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    multiply_qk(s, q, k, stage)
-    warpgroup.wait_group(0)
-    arrive_warp(bars + K_EMPTY + stage)
-    first_softmax(s, scale_log2, m, total, seen)
-    round_by_eight(s, p, TILE_N // 16)
-    return after(place)
 
 
 @cute.jit
 def multiply_next(operands, bars, group, place, before):
-    """QK of the KV tile at this place in the rings, which is waited for, and PV of the one before it, which is not."""
+    """QK of the KV tile at this place in the rings and PV of the one before it; both are waited for."""
     s, p, o, q, k, v = operands
     (stage, phase), (stage_before, phase_before) = place, before
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    await_turn(group)
     multiply_qk(s, q, k, stage)
     cute.arch.mbarrier_wait(bars + V_FULL + stage_before, phase_before)
     multiply_pv(o, p, v, stage_before)
-    warpgroup.wait_group(1)
-
-
-@cute.jit
-def kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats):
-    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
-    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
-    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
-    """
-    (s, p, o, _, _, _), (m, total, factor) = operands, stats
-    stage, stage_before = place[0], before[0]
-    multiply_next(operands, bars, group, place, before)
-    too_large = kept_softmax(s, scale_log2, m, total, factor, seen)
-    if too_large:  # the branch also keeps the exponentials before the wait, where they overlap with PV
-        warpgroup.wait_group(0)
-        raise_reference(s, raw, stage, scale_log2, m, total, factor, seen)
-        scale_rows(o, factor)
-    else:
-        warpgroup.wait_group(0)
-        for r in cutlass.range_constexpr(2):
-            total[r] = total[r] + factor[r]
+    warpgroup.commit_group()
+    pass_turn(group)
+    warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
     arrive_warp(bars + V_EMPTY + stage_before)
-    round_by_eight(s, p, TILE_N // 16)
-    return after(place)
 
 
 @cute.jit
@@ -582,8 +539,38 @@ def last_pv(operands, bars, place):
     stage, phase = place
     cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
     multiply_pv(o, p, v, stage)
+    warpgroup.commit_group()
     warpgroup.wait_group(0)
     arrive_warp(bars + V_EMPTY + stage)
+
+
+@cute.jit
+def first_tile(operands, bars, place, seen, scale_log2, stats):
+    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
+    (s, p, _, q, k, _), (m, total, _) = operands, stats
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    arrive_warp(bars + K_EMPTY + stage)
+    first_softmax(s, p, scale_log2, m, total, seen)
+    return after(place)
+
+
+@cute.jit
+def kept_tile(operands, bars, group, place, before, seen, scale_log2, stats):
+    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
+    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
+    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
+    """
+    (s, p, o, _, _, _), (m, total, factor) = operands, stats
+    multiply_next(operands, bars, group, place, before)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    if kept_softmax(s, p, scale_log2, m, total, factor, seen):
+        scale_rows(o, factor)
+    return after(place)
 
 
 @cute.jit
@@ -601,9 +588,10 @@ def consume(smem_tiles, out, rows, bars, scale, call):
     m, total, factor = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
     operands, stats = (s, p, o, q, k, v), (m, total, factor)
     row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
-    raw = q_smem[None, None, group], k_smem, row
     scale_log2 = scale * LOG2_E
     first_row = group * GROUP_ROWS + row
+    if group == CONSUMERS - 1:
+        pass_turn(group)  # consumer 0 begins
 
     place = Int32(0), Int32(0)  # stage and phase of the KV tile that is multiplied next, in the rings of K and V
     before = place
@@ -623,10 +611,10 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         if kv_tiles > 0:
             before, place = place, first_tile(operands, bars, place, seen_of(0, bounds, span), scale_log2, stats)
         for _ in cutlass.range(1, whole_tiles, unroll=1):
-            before, place = place, kept_tile(operands, raw, bars, group, place, before, None, scale_log2, stats)
+            before, place = place, kept_tile(operands, bars, group, place, before, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles, unroll=1):
             seen = seen_of(j, bounds, span)
-            before, place = place, kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats)
+            before, place = place, kept_tile(operands, bars, group, place, before, seen, scale_log2, stats)
         release_q(bars, group)
         if kv_tiles > 0:
             last_pv(operands, bars, before)

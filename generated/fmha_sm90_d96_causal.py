@@ -3,18 +3,18 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 fe79bfdb5f50d5ad4b9e12fce4fde64bc698f8f9a5c215be4689fabb62477469
 #
-# Shared memory: 222208 of 232448 bytes
+# Shared memory: 209920 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
 #   barriers       0    176       1  mbarriers
 #   sQ          1024  36864       3  64 x 96 a consumer
-#   sK         37888  73728       4  96 x 96 a stage
-#   sV        111616  73728       4  96 x 96 a stage
-#   sO        185344  36864       3  64 x 96 a consumer
+#   sK         37888  86016       4  112 x 96 a stage
+#   sV        123904  86016       4  112 x 96 a stage
+#   sO          1024  36864       3  64 x 96 a consumer, each over its part of sQ once its last QK is done
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
 #   q_full        0       3         1  TMA: Q of a consumer has landed
-#   q_empty      24       3         4  a consumer, one lane a warp: its last QK has read Q
+#   q_empty      24       3         1  a consumer, its first warp: its O has been stored
 #   k_full       48       4         1  TMA: a K tile has landed
 #   k_empty      80       4        12  consumers, one lane a warp: QK has read the K tile
 #   v_full      112       4         1  TMA: a V tile has landed
@@ -22,14 +22,14 @@
 #
 # Warps: 512 threads, 65536 of 65536 registers handed out
 #   role      first warp  warps  registers  why
-#   consumer           0     12        160  setmaxnreg: S 48, P 24, O 48, 28 else by estimate
+#   consumer           0     12        160  setmaxnreg: S 56, P 28, O 48, 28 else by estimate
 #   tma               12      2         32  setmaxnreg: coordinates, loop state; one loads Q, one K and V
 #   idle              14      2         32  setmaxnreg counts whole warpgroups
 """Attention forward on sm_90a: 3 consumer warpgroups with 64 query rows each, softmax between the two GEMMs.
 
 A CTA works on one query tile after another: 192 query rows of a query head. A warp brings Q, and
 another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
-S of the one into P, in registers, while the tensor core still multiplies for the other.
+S of the one into P, in registers, while the tensor core multiplies for other consumers.
 Consumers take turns at issuing, so that one's softmax runs while another's MMAs do.
 
 Grid: as many CTAs as run at once, at most one a query tile.
@@ -46,15 +46,15 @@ DTYPE = BFloat16
 HEAD_DIM = 96
 HEAD_DIM_V = 96
 TILE_M = 192
-TILE_N = 96
+TILE_N = 112
 CONSUMERS = 3
 GROUP_ROWS = 64  # query rows of a consumer: M of wgmma
 GROUP_THREADS = 128
 O_WIDTH = HEAD_DIM_V  # columns of O that a consumer holds
 KV_STAGES = 4
 Q_BYTES = 12288  # of one consumer
-K_TILE_BYTES = 18432
-V_TILE_BYTES = 18432
+K_TILE_BYTES = 21504
+V_TILE_BYTES = 21504
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_tile: P fits into 16 bits
 OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 
@@ -64,12 +64,12 @@ CONSUMER_REGISTERS = 160
 PRODUCER_REGISTERS = 32
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 222208
+SMEM_BYTES = 209920
 BARRIERS_OFFSET = 0
 SQ_OFFSET = 1024
 SK_OFFSET = 37888
-SV_OFFSET = 111616
-SO_OFFSET = 185344
+SV_OFFSET = 123904
+SO_OFFSET = 1024
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
@@ -80,7 +80,7 @@ V_FULL = 14
 V_EMPTY = 18
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 3, 1),
-    (Q_EMPTY, 3, 4),
+    (Q_EMPTY, 3, 1),
     (K_FULL, 4, 1),
     (K_EMPTY, 4, 12),
     (V_FULL, 4, 1),
@@ -304,27 +304,28 @@ def expect(bar, transaction_bytes: cutlass.Constexpr):
 
 
 @cute.jit
-def hide(s, r: cutlass.Constexpr, column, before: cutlass.Constexpr):
-    """-inf in row r's columns before this one, or from it on. Bits tell which of the thread's elements these are: the
-    hardware makes seven predicates of them at a time.
+def hide(s, columns, before: cutlass.Constexpr):
+    """-inf in each row's columns before the one that is named for it, or from that on. Bits tell which of the thread's
+    elements these are: the hardware makes seven predicates of them at a time.
     """
-    column = cutlass.min(cutlass.max(column - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
-    elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
-    for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
-        bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
-        for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
-            i = (first + j) // 2 * 4 + 2 * r + j % 2
-            is_before = (bits & (1 << j)) != 0
-            if cutlass.const_expr(before):
-                s[i] = -Float32.inf if is_before else s[i]
-            else:
-                s[i] = s[i] if is_before else -Float32.inf
+    for r in cutlass.range_constexpr(2):
+        column = cutlass.min(cutlass.max(columns[r] - cute.arch.lane_idx() % 4 * 2, 0), TILE_N)
+        elements = (column >> 3) * 2 + cutlass.min(column & 7, 2)  # of this thread and row, in the columns before
+        for first in cutlass.range_constexpr(0, TILE_N // 4, 16):
+            bits = (Int32(1) << cutlass.min(cutlass.max(elements - first, 0), 16)) - 1
+            for j in cutlass.range_constexpr(min(16, TILE_N // 4 - first)):
+                i = (first + j) // 2 * 4 + 2 * r + j % 2
+                is_before = (bits & (1 << j)) != 0
+                if cutlass.const_expr(before):
+                    s[i] = -Float32.inf if is_before else s[i]
+                else:
+                    s[i] = s[i] if is_before else -Float32.inf
 
 
 @cute.jit
-def hide_columns(s, r: cutlass.Constexpr, seen):
-    """-inf in every column of the tile from seen[r] on: keys past the last one that row r sees."""
-    hide(s, r, seen[r], False)
+def hide_columns(s, seen):
+    """-inf in every column of the tile from seen[r] on: keys past the last one that row r of this thread sees."""
+    hide(s, seen, False)
 
 
 @cute.jit
@@ -353,98 +354,6 @@ def rescaling(m, m_new, scale_log2, seen):
 
 
 @cute.jit
-def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
-    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
-    shift = reference_of(m, seen) * scale_log2
-    even, odd = Float32(0.0), Float32(0.0)
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
-    return even + odd
-
-
-@cute.jit
-def first_softmax(s, scale_log2, m, total, seen):
-    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
-    thread's part of their sums.
-    """
-    for r in cutlass.range_constexpr(2):
-        hide_columns(s, r, seen)
-        m[r] = row_max(s, r, -Float32.inf)
-        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
-
-
-@cute.jit
-def next_softmax(s, scale_log2, m, total, factor, seen):
-    """S becomes exp2((S - m) scale_log2) in place, m the rows' maxima so far; m, total and factor, by which O is to be
-    multiplied, are updated.
-    """
-    for r in cutlass.range_constexpr(2):
-        if cutlass.const_expr(seen is not None):
-            hide_columns(s, r, seen)
-        best = row_max(s, r, m[r])
-        factor[r] = rescaling(m[r], best, scale_log2, seen)
-        m[r] = best
-        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
-
-
-@cute.jit
-def kept_softmax(s, scale_log2, m, total, parts, seen):
-    """S becomes exp2((S - m) scale_log2) in place, parts this thread's part of the rows' sums. m stays, whatever the
-    rows' maxima: they are not looked for. Returns whether a part is too large for any row of the warp: beyond what 16
-    bits hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1,
-    which P need not round.
-    """
-    too_large = cutlass.Boolean(False)
-    for r in cutlass.range_constexpr(2):
-        if cutlass.const_expr(seen is not None):
-            hide_columns(s, r, seen)
-        parts[r] = exponentiate(s, r, scale_log2, m[r], seen)
-        limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
-        too_large = too_large | (parts[r] > limit)
-    return cute.arch.vote_any_sync(too_large)
-
-
-@cute.jit
-def raise_reference(s, raw, stage, scale_log2, m, total, factor, seen):
-    """Rows of the warp whose exponentials are too large, `factor` their parts of the sums, are taken relative to the
-    largest of them; where some are infinite all rows to their maxima, of scores computed again. S, m, total and factor,
-    by which O is to be multiplied, are updated.
-    """
-    infinite = (factor[0] == Float32.inf) | (factor[1] == Float32.inf)
-    if cute.arch.vote_any_sync(infinite):
-        scores_again(s, raw, stage)
-        next_softmax(s, scale_log2, m, total, factor, seen)
-    else:
-        for r in cutlass.range_constexpr(2):
-            largest = row_max(s, r, Float32(1.0))
-            raised = m[r] + cute.math.log2(largest, fastmath=True) / scale_log2
-            less = rescaling(m[r], raised, scale_log2, seen)
-            total[r] = (total[r] + factor[r]) * less
-            m[r], factor[r] = raised, less
-        scale_rows(s, factor)
-
-
-@cute.jit
-def scores_again(s, raw, stage):
-    """S of the KV tile in this stage, by ordinary instructions of this warp alone, one product after another."""
-    q_smem, k_smem, row = raw
-    column = cute.arch.lane_idx() % 4 * 2
-    s.fill(0.0)
-    for d in cutlass.range(HEAD_DIM, unroll=1):
-        q = [Float32(q_smem[row + 8 * r, d]) for r in range(2)]
-        for b in cutlass.range_constexpr(TILE_N // 8):
-            for e in cutlass.range_constexpr(2):
-                k = Float32(k_smem[8 * b + column + e, d, stage])
-                for r in cutlass.range_constexpr(2):
-                    s[4 * b + 2 * r + e] = s[4 * b + 2 * r + e] + q[r] * k
-    cute.arch.fence_view_async_shared()  # TMA may overwrite what was read once one lane has told it so for all
-    cute.arch.sync_warp()
-
-
-@cute.jit
 def scale_rows(x, factor):
     """Both rows of this thread, of O or of S."""
     for b in cutlass.range_constexpr(cute.size(x) // 4):
@@ -462,6 +371,76 @@ def round_by_eight(source, target, blocks: cutlass.Constexpr):
         eight = cute.make_layout(8)
         part = cute.make_tensor(source.iterator + 8 * block, eight).load()
         cute.make_tensor(target.iterator + 8 * block, eight).store(part.to(DTYPE))
+
+
+@cute.jit
+def exponentiate(s, p, scale_log2, m, seen):
+    """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
+    shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
+    parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
+    for block in cutlass.range_constexpr(TILE_N // 16):
+        eight = cute.make_rmem_tensor(8, Float32)
+        for i in cutlass.range_constexpr(8):
+            r, e = i // 2 % 2, i % 2
+            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
+            parts[r][e] = parts[r][e] + eight[i]
+        rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
+        rounded.store(eight.load().to(DTYPE))
+        pairs = cute.recast_tensor(rounded, Int32)
+        for i in cutlass.range_constexpr(4):
+            pairs[i] = apart(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
+    return [parts[r][0] + parts[r][1] for r in range(2)]
+
+
+def apart(x, dtype):
+    """x, of which the compiler is not to know that: so it does not move or share what was computed for two ways."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
+
+
+@cute.jit
+def first_softmax(s, p, scale_log2, m, total, seen):
+    """P of a query tile's first KV tile, relative to m, the rows' maxima; total: this thread's part of their sums."""
+    hide_columns(s, seen)
+    for r in cutlass.range_constexpr(2):
+        m[r] = row_max(s, r, -Float32.inf)
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    for r in cutlass.range_constexpr(2):
+        total[r] = parts[r]
+
+
+@cute.jit
+def next_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S, relative to m, the rows' maxima so far. m, total and factor, by which O is to be multiplied, are
+    updated.
+    """
+    for r in cutlass.range_constexpr(2):
+        best = row_max(s, r, m[r])
+        factor[r] = rescaling(m[r], best, scale_log2, seen)
+        m[r] = best
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    for r in cutlass.range_constexpr(2):
+        total[r] = total[r] * factor[r] + parts[r]
+
+
+@cute.jit
+def kept_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
+    """
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    too_large = cutlass.Boolean(False)
+    for r in cutlass.range_constexpr(2):
+        limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
+        too_large = too_large | (parts[r] > limit)
+    too_large = cute.arch.vote_any_sync(too_large)
+    if too_large:
+        next_softmax(s, p, apart(scale_log2, Float32), m, total, factor, seen)
+    else:
+        for r in cutlass.range_constexpr(2):
+            total[r] = total[r] + parts[r]
+    return too_large
 
 
 @cute.jit
@@ -504,8 +483,6 @@ def store_o(o, o_smem, out, block, group):
     slab = o_smem[None, None, group]
     rounded = cute.make_rmem_tensor(o.layout, DTYPE)
     round_by_eight(o, rounded, O_WIDTH // 16)
-    if first_warp:
-        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store of the turn before has read the slab
     cute.arch.barrier(barrier_id=OWN_BARRIER + group, number_of_threads=GROUP_THREADS)
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), DTYPE)
     copy = cute.make_tiled_copy_C(atom, pv_mma()).get_slice(cute.arch.thread_idx()[0] % GROUP_THREADS)
@@ -542,24 +519,22 @@ def pass_turn(group):
 
 @cute.jit
 def multiply_qk(s, q, k, stage):
-    """S = Q K^T of the KV tile in this stage; not waited for."""
+    """S = Q K^T of the KV tile in this stage; not committed."""
     qk = qk_mma()
     warpgroup.fence()
     for block in cutlass.range_constexpr(HEAD_DIM // 16):
         qk.set(Field.ACCUMULATE, block > 0)
         cute.gemm(qk, s, q[None, None, block], k[None, None, block, stage], s)
-    warpgroup.commit_group()
 
 
 @cute.jit
 def multiply_pv(o, p, v, stage):
-    """O += P V of the KV tile in this stage; not waited for."""
+    """O += P V of the KV tile in this stage; not committed."""
     pv = pv_mma()
     warpgroup.fence()
     pv.set(Field.ACCUMULATE, True)
     for block in cutlass.range_constexpr(TILE_N // 16):
         cute.gemm(pv, o, p[None, None, block], v[None, None, block, stage], o)
-    warpgroup.commit_group()
 
 
 @cute.jit
@@ -581,22 +556,8 @@ def pass_by(bars, group, place, first):
 
 
 @cute.jit
-def first_tile(operands, bars, place, seen, scale_log2, stats):
-    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
-    (s, p, _, q, k, _), (m, total, _) = operands, stats
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    multiply_qk(s, q, k, stage)
-    warpgroup.wait_group(0)
-    arrive_warp(bars + K_EMPTY + stage)
-    first_softmax(s, scale_log2, m, total, seen)
-    round_by_eight(s, p, TILE_N // 16)
-    return after(place)
-
-
-@cute.jit
 def multiply_next(operands, bars, group, place, before):
-    """QK of the KV tile at this place in the rings, which is waited for, and PV of the one before it, which is not."""
+    """QK of the KV tile at this place in the rings and PV of the one before it; both are waited for."""
     s, p, o, q, k, v = operands
     (stage, phase), (stage_before, phase_before) = place, before
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
@@ -604,32 +565,11 @@ def multiply_next(operands, bars, group, place, before):
     multiply_qk(s, q, k, stage)
     cute.arch.mbarrier_wait(bars + V_FULL + stage_before, phase_before)
     multiply_pv(o, p, v, stage_before)
+    warpgroup.commit_group()
     pass_turn(group)
-    warpgroup.wait_group(1)
-
-
-@cute.jit
-def kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats):
-    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
-    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
-    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
-    """
-    (s, p, o, _, _, _), (m, total, factor) = operands, stats
-    stage, stage_before = place[0], before[0]
-    multiply_next(operands, bars, group, place, before)
-    too_large = kept_softmax(s, scale_log2, m, total, factor, seen)
-    if too_large:  # the branch also keeps the exponentials before the wait, where they overlap with PV
-        warpgroup.wait_group(0)
-        raise_reference(s, raw, stage, scale_log2, m, total, factor, seen)
-        scale_rows(o, factor)
-    else:
-        warpgroup.wait_group(0)
-        for r in cutlass.range_constexpr(2):
-            total[r] = total[r] + factor[r]
+    warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
     arrive_warp(bars + V_EMPTY + stage_before)
-    round_by_eight(s, p, TILE_N // 16)
-    return after(place)
 
 
 @cute.jit
@@ -639,8 +579,38 @@ def last_pv(operands, bars, place):
     stage, phase = place
     cute.arch.mbarrier_wait(bars + V_FULL + stage, phase)
     multiply_pv(o, p, v, stage)
+    warpgroup.commit_group()
     warpgroup.wait_group(0)
     arrive_warp(bars + V_EMPTY + stage)
+
+
+@cute.jit
+def first_tile(operands, bars, place, seen, scale_log2, stats):
+    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
+    (s, p, _, q, k, _), (m, total, _) = operands, stats
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    arrive_warp(bars + K_EMPTY + stage)
+    first_softmax(s, p, scale_log2, m, total, seen)
+    return after(place)
+
+
+@cute.jit
+def kept_tile(operands, bars, group, place, before, seen, scale_log2, stats):
+    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
+    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
+    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
+    """
+    (s, p, o, _, _, _), (m, total, factor) = operands, stats
+    multiply_next(operands, bars, group, place, before)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    if kept_softmax(s, p, scale_log2, m, total, factor, seen):
+        scale_rows(o, factor)
+    return after(place)
 
 
 @cute.jit
@@ -658,7 +628,6 @@ def consume(smem_tiles, out, rows, bars, scale, call):
     m, total, factor = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
     operands, stats = (s, p, o, q, k, v), (m, total, factor)
     row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
-    raw = q_smem[None, None, group], k_smem, row
     scale_log2 = scale * LOG2_E
     first_row = group * GROUP_ROWS + row
     if group == CONSUMERS - 1:
@@ -694,24 +663,25 @@ def consume(smem_tiles, out, rows, bars, scale, call):
                 pass_turn(group)
             before, place = place, first_tile(operands, bars, place, seen_of(own_begin, bounds, own), scale_log2, stats)
         for _ in cutlass.range(own_known, own_whole, unroll=1):
-            before, place = place, kept_tile(operands, raw, bars, group, place, before, None, scale_log2, stats)
+            before, place = place, kept_tile(operands, bars, group, place, before, None, scale_log2, stats)
         for t in cutlass.range(cutlass.max(own_whole, own_known), own_stop, unroll=1):
             seen = seen_of(t, bounds, own)
-            before, place = place, kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats)
-        release_q(bars, group)
+            before, place = place, kept_tile(operands, bars, group, place, before, seen, scale_log2, stats)
         if own_begin < own_stop:
             last_pv(operands, bars, before)
         for _ in cutlass.range(own_stop, stop, unroll=1):
             place = pass_by(bars, group, place, False)
         store_outputs(o, m, total, o_smem, out, rows, scale, block, group, first_row, tokens, seqlen_q)
+        release_q(bars, group)
     cute.arch.cp_async_bulk_wait_group(0)
 
 
 @cute.jit
 def release_q(bars, group):
-    """Q of the next turn may come: every warp of this consumer has waited for its last QK."""
-    with cute.arch.elect_one():  # which waits for all lanes
-        cute.arch.mbarrier_arrive(bars + Q_EMPTY + group)
+    """Q of the next turn may come once O of this one, which lies over it, has been read by its store."""
+    if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        arrive_warp(bars + Q_EMPTY + group)
 
 
 def seen_of(t, bounds, own):

@@ -40,7 +40,8 @@ class Tiling:
     "chunks": both in chunks through one ring, whose buffers kv_stages counts; passes: into how many passes it splits
     O's columns. "pair": as chunks, by a CTA pair.
     "warpgroups": consumer warpgroups of 64 of the tile_m rows each; turns: they issue their MMAs one after another;
-    lazy: O is rescaled only where a row's maximum has moved much. "columns": one warpgroup of 64 rows for S, two more
+    lazy: O is rescaled only where a row's maximum has moved much; beside_pv: the softmax of a consumer runs beside its
+    product of the KV tile before with V, not after it. "columns": one warpgroup of 64 rows for S, two more
     with half of O's columns each; tile_m counts the rows of a cluster.
     """
 
@@ -56,6 +57,7 @@ class Tiling:
     v_keys: int = 0  # keys of V in a buffer of the ring; 0: V has none of its own
     turns: bool = False
     lazy: bool = False
+    beside_pv: bool = True
 
     def __str__(self) -> str:
         reuse = "sO over sQ" if self.o_over_q else "own sO"
@@ -70,6 +72,7 @@ class Tiling:
         }[self.strategy]
         how += "in turns, " if self.turns else ""
         how += "rescaled lazily, " if self.lazy else ""
+        how += "" if self.beside_pv else "softmax after PV, "
         if self.passes > 1:
             how += f"O in {self.passes} passes, "
         if self.k_chunk:

@@ -59,7 +59,8 @@ class HopperPlan(Plan):
 
     @property
     def partials(self) -> Partials:
-        found = PARTIALS[self.tiling.strategy]
+        after = "" if self.beside_pv else "_after"
+        found = PARTIALS[self.tiling.strategy + after]
         if self.part.sink:
             found = with_part(found, "_sink", "_finish")
         if self.spec.split_kv:
@@ -82,6 +83,11 @@ class HopperPlan(Plan):
         where a window's tiles come in rotated order, or are cut on both sides.
         """
         return self.mask.left is None or (self.own_spans and not self.cut_twice)
+
+    @property
+    def scores_again(self) -> bool:
+        """Where a reference must be raised the scores are gone, and may have to be computed again."""
+        return self.keeps_reference and self.beside_pv
 
     @property
     def looks_for_maxima(self) -> bool:
@@ -180,6 +186,11 @@ class HopperPlan(Plan):
     def takes_turns(self) -> bool:
         """Consumers issue their MMAs one after another, so that one's softmax runs while another's MMAs do."""
         return self.tiling.turns
+
+    @property
+    def beside_pv(self) -> bool:
+        """A consumer's softmax runs beside its product of the KV tile before with V, not after it."""
+        return self.tiling.beside_pv
 
     @property
     def lazy(self) -> bool:

@@ -264,7 +264,7 @@ def tune_cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def _tile(tiling: Any) -> str:
-    words = [name for name, on in (("turns", tiling.turns), ("lazy", tiling.lazy)) if on]
+    words = [name for name, on in (("turns", tiling.turns), ("beside", tiling.beside_pv)) if on]
     return " ".join([f"{tiling.tile_m}x{tiling.tile_n}", *words])
 
 

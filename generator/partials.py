@@ -22,6 +22,17 @@ def _partials(overview: str, constants: str, *parts: str) -> Partials:
 _CHUNKS = ("overview_chunks", "constants_chunks", "operands_chunks", "tiles", "mask")
 _APART = ("tma_views", "load_chunks", "mma_chunks", "tmem")  # chunks of V in buffers of their own
 _OUT = ("rows", "store_columns", "stage", "kernel_chunks", "launch_chunks")
+
+
+def _warpgroups(schedule: str) -> Partials:
+    """schedule: where a consumer's softmax runs, "beside" its product of the tile before with V, or "after" it."""
+    return _partials(
+        *("overview_sm90", "constants_sm90", "operands_sm90", "ring_sm90", "mask", "work", "spans_sm90", "load_sm90"),
+        *("softmax_sm90", f"softmax_{schedule}_sm90", "finish_sm90", "epilogue_sm90", "multiply_sm90"),
+        *(f"tile_{schedule}_sm90", "consumer_sm90", "kernel_sm90", "launch_sm90"),
+    )
+
+
 PARTIALS = {
     "tiles": _partials(
         *("overview_tiles", "constants_tiles", "operands", "tiles", "mask", "tma_views", "load", "mma"),
@@ -40,14 +51,12 @@ PARTIALS = {
     "chunks": _partials(*_CHUNKS, *_APART, "softmax", *_OUT),
     "chunks_shared": _partials(*_CHUNKS, "tma_views", "load_shared", "mma_shared", "tmem", "softmax", *_OUT),
     "pair": _partials(*_CHUNKS, *_APART, "softmax_pair", *_OUT),
-    "warpgroups": _partials(
-        *("overview_sm90", "constants_sm90", "operands_sm90", "ring_sm90", "mask", "work", "spans_sm90", "load_sm90"),
-        *("softmax_sm90", "finish_sm90", "epilogue_sm90", "consumer_sm90", "kernel_sm90", "launch_sm90"),
-    ),
+    "warpgroups": _warpgroups("beside"),
+    "warpgroups_after": _warpgroups("after"),
     "columns": _partials(
         *("overview_columns", "constants_columns", "operands_columns", "ring_columns", "mask", "work", "spans_sm90"),
-        *("load_columns", "softmax_sm90", "finish_sm90", "scores_columns", "outputs_columns", "kernel_columns"),
-        "launch_columns",
+        *("load_columns", "softmax_sm90", "softmax_beside_sm90", "finish_sm90", "scores_columns", "outputs_columns"),
+        *("kernel_columns", "launch_columns"),
     ),
 }
 

@@ -1,8 +1,8 @@
 """The fastest plan by measurement: candidates of a specification compiled, checked, timed in one run, the winner kept.
 
-Candidates are the tiles that the model ranks first, and the one that the table has now, each with every schedule
-(turns, lazy) that it can have. How far the model's own pick is from the measured best says what the table is worth, and
-what the model is.
+Candidates are the tiles that the model ranks first, and the one that the table has now, each with every
+schedule (turns, beside_pv) that it can have. How far the model's own pick is from the measured best says what the table
+is worth, and what the model is.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Result:
             return None
         tiling = best.tiling
         tflops = {str(tokens): round(value) for tokens, value in best.tflops.items()}
-        tile = (tiling.tile_m, tiling.tile_n, tiling.turns, tiling.lazy)
+        tile = (tiling.tile_m, tiling.tile_n, tiling.turns, tiling.beside_pv)
         return Winner(spec.arch, spec.head_dim, spec.v_dim, self.case.mask, *tile, tflops, device, date)
 
     def as_dict(self) -> dict[str, Any]:
@@ -198,13 +198,13 @@ def _ranked_columns(spec: KernelSpec, arch: Arch) -> list[Tiling]:
 
 
 def schedules(tiling: Tiling, arch: Arch) -> list[Tiling]:
-    """The tiling as it is, then with the other schedules that it can have: one consumer takes no turns with itself, and
-    columns have one schedule.
+    """The tiling as it is, then the other ways, in turns or not, the softmax beside PV or after it: one consumer has no
+    other to take turns with, and columns have one schedule. Whether O is rescaled lazily does not matter where nobody
+    looks for maxima.
     """
-    if tiling.strategy == "columns":
+    if tiling.strategy == "columns" or consumers(tiling, arch) == 1:
         return [tiling]
-    turns = (False, True) if consumers(tiling, arch) > 1 else (False,)
-    others = [replace(tiling, turns=turn, lazy=lazy) for turn in turns for lazy in (False, True)]
+    others = [replace(tiling, turns=turns, beside_pv=beside) for turns in (False, True) for beside in (False, True)]
     return list(dict.fromkeys([tiling, *others]))
 
 

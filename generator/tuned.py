@@ -29,7 +29,7 @@ class Winner:
     tile_m: int
     tile_n: int
     turns: bool
-    lazy: bool
+    beside_pv: bool
     tflops: dict[str, float]
     device: str
     date: str

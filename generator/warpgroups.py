@@ -51,6 +51,10 @@ NARROW = 2048  # keys: of a window that a KV tile may be a large part of, so tha
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile: fp16 ends at 65504
 OUTWEIGHING = 4.0  # times all before: of random scores hardly ever, of a new key that is nearly all of a row at once
 WIDE = 128  # columns of O from which on its rescaling costs more than asking whether it is needed
+# Columns of K and V together up to which other consumers' products hide one's softmax: it may then come after its own
+# PV, so that P is rounded as it comes, and K and V are released sooner. On an H200 (2026-11-29) worth 2 to 7 % up to
+# head_dim 80, nothing at 128.
+AFTER_PV = 160
 # By consumers: which part of the time that the exponentials take is not hidden behind the tensor core's, see
 # predicted_cycles.
 EXPOSED = {1: 1.6, 2: 0.88, 3: 0.65, 4: 0.66}
@@ -87,21 +91,23 @@ def warpgroup_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
 
 
 def schedule(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> dict[str, bool]:
-    """turns and lazy of a Tiling: the measured winner's for its tile, else by how wide O is."""
-    found = winner(spec)
+    """turns, lazy and beside_pv of a Tiling: as measured for the winner's tile (but lazy), else by the widths."""
+    found, usual = winner(spec), default_schedule(spec, arch, tile_m)
     if found and (tile_m, tile_n) == (found.tile_m, found.tile_n):
-        return {"turns": found.turns, "lazy": found.lazy}
-    return default_schedule(spec, arch, tile_m)
+        return {**usual, "turns": found.turns, "beside_pv": found.beside_pv}
+    return usual
 
 
 def default_schedule(spec: KernelSpec, arch: Arch, tile_m: int) -> dict[str, bool]:
-    """turns and lazy where nothing was measured: by how wide O is. O is rescaled lazily too where consumers have spans
+    """turns, lazy and beside_pv where nothing was measured: by the widths. O is rescaled lazily too where consumers have spans
     of their own within windows: ptxas keeps the exponentials before the wait for PV only if a branch comes between (97
     us and 88 on an H200 at head_dim 64 with 128 keys, 302 and 295 with 1024, 2026-11-29).
     """
     wide = spec.v_dim > WIDE
     windows = spec.window_left is not None and has_own_spans(spec, arch, tile_m)
-    return {"turns": tile_m > arch.mma_m and not wide, "lazy": wide or windows}
+    alone = tile_m == arch.mma_m
+    beside = alone or spec.head_dim + spec.v_dim > AFTER_PV
+    return {"turns": not (alone or wide), "lazy": wide or windows, "beside_pv": beside}
 
 
 def has_own_spans(spec: KernelSpec, arch: Arch, tile_m: int) -> bool:
@@ -288,9 +294,9 @@ def window_tiles(spec: KernelSpec, arch: Arch, tiling: Tiling, seen: int) -> flo
 
 def cycles_a_score(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:
     """Predicted SM cycles of a score that is seen. Of narrow windows the constants are fitted to what an H200 took at
-    head_dim 64, 64 heads on 8 (2026-11-29): of 128 keys 81 us at 192x80, 85 at 256x48, 86 at 256x64, 88 at 192x48 and
-    192x64, 89 at 192x96, 92 at 128x144; of 1024 keys 279 at 192x96, 293 at 192x112, 298 at 192x128 and 256x64, 304 at
-    192x80.
+    head_dim 64, 64 heads on 8 (2026-11-29), when softmax still ran beside PV; after it, of 128 keys 80 us at 192x80, 84
+    at 256x48, 85 at 256x64 and 192x96, 92 at 192x64; of 1024 keys 253 at 256x64, 257 at 192x96, which the model takes,
+    260 at 192x128, 262 at 192x112.
     """
     each, seen = predicted_cycles(spec, arch, tiling), narrow_window(spec)
     if seen is None:

@@ -44,7 +44,7 @@ def winner(head_dim, mask="full", **fields):
         "tile_m": 128,
         "tile_n": 128,
         "turns": True,
-        "lazy": False,
+        "beside_pv": True,
         "tflops": {"4096": 1},
         "device": "d",
         "date": "t",
@@ -82,9 +82,9 @@ def test_tiles_are_distinct_fitting_and_in_the_models_order(head_dim):
 def test_schedules_are_all_there_are():
     usual = plan_kernel(spec_of(128)).tiling
     found = schedules(usual, SM90)
-    assert found[0] == usual and len(found) == 4 == len({(item.turns, item.lazy) for item in found})
+    assert found[0] == usual and len(found) == 4 == len({(item.turns, item.beside_pv) for item in found})
     alone = replace(usual, tile_m=64, turns=False)
-    assert [(item.turns, item.lazy) for item in schedules(alone, SM90)] == [(False, False), (False, True)]
+    assert schedules(alone, SM90) == [alone]
 
 
 def test_cases_hold_the_models_pick():
@@ -169,9 +169,9 @@ def test_the_winner_is_a_record_of_the_table():
     tiling = result.candidates[1].tiling
     found = result.winner("NVIDIA H200", "2026-01-02")
     assert found.key == (ARCH, 64, 64, "causal") and found.tflops == {"4096": 1000, "16384": 500}
-    assert (found.tile_m, found.tile_n, found.turns, found.lazy) == (
+    assert (found.tile_m, found.tile_n, found.turns, found.beside_pv) == (
         *(tiling.tile_m, tiling.tile_n),
-        *(tiling.turns, tiling.lazy),
+        *(tiling.turns, tiling.beside_pv),
     )
 
 

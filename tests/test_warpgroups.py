@@ -1,5 +1,7 @@
 """Consumer warpgroups (sm_90a): the budget by hand, what is refused, the choice, turns, rescaling, schedules."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,7 +36,7 @@ def refusal(kind, **fields):
 # -- the budget --------------------------------------------------------------------------------------------------------
 def test_budget_of_head_dim_128():
     """Two consumers, 160 keys a tile, two stages."""
-    chosen = plan(head_dim=128)
+    chosen = plan(head_dim=128, tile_m=128, tile_n=160)
     budget = chosen.budget
     assert [(b.name, b.offset, b.bytes, b.stages, b.alias_of) for b in budget.buffers] == [
         ("barriers", 0, 12 * 8, 1, None),
@@ -242,8 +244,9 @@ def test_a_narrow_window_has_narrow_tiles():
     wider = plan(**windowed, window_left=1023)
     assert (wider.tile_m, wider.tile_n) == (192, 96) and wider.lazy
     for left in (2047, 10**6):
-        assert plan(**windowed, window_left=left).tiling == plan(**windowed).tiling
-    assert plan(head_dim=64, window_left=100).tiling == plan(head_dim=64, causal=True).tiling, "all keys to the right"
+        assert plan(**windowed, window_left=left).tiling == replace(plan(**windowed).tiling, lazy=True)
+    to_the_right = plan(head_dim=64, window_left=100).tiling
+    assert to_the_right == replace(plan(head_dim=64, causal=True).tiling, lazy=True), "all keys to the right"
 
 
 def test_the_order_of_preference():
@@ -269,8 +272,14 @@ def test_turns_and_lazy_follow_the_width_of_o(v_dim, tile_m, turns, lazy):
     assert (chosen.takes_turns, chosen.lazy, chosen.skip_log2) == (turns, lazy, 8.0 if lazy else 0.0)
 
 
+@pytest.mark.parametrize("rows, dims, beside", [(128, 80, False), (128, 96, True), (64, 64, True)])
+def test_a_narrow_softmax_runs_after_its_own_pv_where_others_are(rows, dims, beside):
+    chosen = plan(head_dim=dims, tile_m=rows, tile_n=48)
+    assert chosen.beside_pv == beside and ("softmax after PV" in str(chosen.tiling)) != beside
+
+
 def test_the_protocol_tells_turns_and_who_frees_q():
-    rows = {row.barrier: row for row in protocol(plan(head_dim=128))}
+    rows = {row.barrier: row for row in protocol(plan(head_dim=128, tile_m=128, tile_n=160))}
     assert rows["k_full"].arrivals == f"1 and {160 * 128 * 2} bytes" and rows["q_full"].arrivals == "1 and 16384 bytes"
     assert "consumer 1" in rows["bar.sync 1"].arrives and rows["bar.sync 1"].waits.startswith("consumer 0")
     assert "at the start" in rows["bar.sync 1"].arrives and "at the start" not in rows["bar.sync 2"].arrives
@@ -398,7 +407,8 @@ def stepped(step, **fields):
     k = np.zeros((1, KV_TILES * 32, 1, 32), np.float32)
     q[..., 0] = 1
     k[..., 0] = (np.arange(KV_TILES * 32) // 32 * step)[None, :, None]
-    v = np.random.default_rng(0).standard_normal((1, KV_TILES * 32, 1, 144)).astype(np.float32)
+    v_dim = binary.spec.v_dim
+    v = np.random.default_rng(0).standard_normal((1, KV_TILES * 32, 1, v_dim)).astype(np.float32)
     q, k, v = (x.astype(ml_dtypes.bfloat16) for x in (q, k, v))
     o, lse, m = (output.array for output in run_observed(binary, q, k, v, scale=float(np.log(2))).outputs)
     p = np.exp2(np.arange(KV_TILES * 32) // 32 * step - (KV_TILES - 1) * step)
@@ -422,13 +432,22 @@ def test_a_lazy_kernel_rescales_only_where_the_maximum_moves_by_more_than_2_to_t
 @pytest.mark.parametrize(
     "step, reference", [(1.75, 0), (2.25, 2.25), (4.0, 16.0), (9.0, 36.0), (200.0, 800.0), (-200.0, 0)]
 )
-def test_a_reference_is_kept_until_a_part_of_the_sum_is_too_large(step, reference):
+@pytest.mark.parametrize("v_dim, beside", [(144, True), (64, False)])
+def test_a_reference_is_kept_until_a_part_of_the_sum_is_too_large(step, reference, v_dim, beside):
     """The second tile's part is 2^1.75 times the first one's, which stays the reference; 2^2.25 is more than 4 times,
     and its maximum becomes the reference, the third one's is less than 4 times both. 2^200 is infinite: there the
-    scores are computed again.
+    scores are computed again, unless they are still there.
     """
-    chosen, m = stepped(step)
-    assert chosen.keeps_reference and np.allclose(m, reference, atol=2e-5)
+    chosen, m = stepped(step, head_dim_v=v_dim)
+    assert (chosen.keeps_reference, chosen.beside_pv, chosen.scores_again) == (True, beside, beside)
+    assert np.allclose(m, reference, atol=2e-5)
+
+
+def test_a_reference_is_raised_to_the_maximum_where_maxima_are_followed_lazily():
+    """A window whose first tiles follow the maxima, up to 2^8 behind; then parts of the sums are looked at."""
+    chosen, m = stepped(2.25, head_dim_v=64, window_left=4000)
+    assert chosen.lazy and chosen.keeps_reference and chosen.looks_for_maxima and not chosen.beside_pv
+    assert np.allclose(m, 2.25, atol=2e-5)
 
 
 JUMPS = {
