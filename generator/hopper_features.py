@@ -18,9 +18,10 @@ from .spec import KernelSpec, SpecError, load_spec
 FACTORS: dict[str, tuple[Any, ...]] = {
     "head_dim": (16, 64, 96, 128, 160, 192, 256),  # swizzle spans of 32, 64 and 128 bytes
     "V": ("as wide", "narrower", "wider"),
-    "consumers": (1, 2, 3),
+    "consumers": (1, 2, 3, 4),
     "heads": ("one", "packed", "apart"),  # of a group: none, in one tile, a tile each
-    "schedule": ("plain", "turns", "lazy"),  # head_dim 144 and 224 have winners that do both
+    "schedule": ("plain", "turns", "lazy"),  # windows may have both
+    "softmax": ("beside PV", "after PV"),
     "causal": (False, True),
     "left": (False, True),
     "right": (False, True),
@@ -43,6 +44,12 @@ IMPOSSIBLE = {  # pair -> why no specification has it
     ("V", "wider", "shared", True): "V is a prefix of K's columns",
     ("V", "wider", "sO over sQ", True): "sO is larger than sQ",
     ("consumers", 1, "schedule", "turns"): "nobody to take turns with",
+    ("consumers", 1, "softmax", "after PV"): "nobody to multiply meanwhile",
+    **{("consumers", n, "schedule", "plain"): "consumers take turns, but where O is wide" for n in (2, 3, 4)},
+    ("schedule", "plain", "softmax", "after PV"): "one consumer alone",
+    **{("head_dim", d, "softmax", "after PV"): "K and V are wide" for d in (160, 192, 256)},
+    **{("head_dim", d, "consumers", 4): "their registers do not hold O" for d in (160, 192, 256)},
+    ("consumers", 4, "schedule", "lazy"): "their registers do not hold a wide O",
     ("shared", True, "one kv stage", True): "QK of the next tile is issued before PV of this one",
     ("output", "unnormalized", "lse", False): "without LSE partial results do not merge",
     ("output", "unnormalized", "sO over sQ", True): "float32 O goes from registers to global memory",
@@ -61,6 +68,7 @@ def features(spec: KernelSpec) -> Row:
         "consumers": plan.consumers,
         "heads": "one" if spec.q_heads_per_kv == 1 else "packed" if plan.packed else "apart",
         "schedule": ", ".join([*["turns"] * plan.takes_turns, *["lazy"] * plan.lazy]) or "plain",
+        "softmax": "beside PV" if plan.beside_pv else "after PV",
         "causal": spec.causal,
         "left": spec.window_left is not None,
         "right": spec.window_right is not None,

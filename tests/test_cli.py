@@ -61,7 +61,7 @@ def test_budget_of_sm_90a_shows_registers_in_the_place_of_tensor_memory():
 
 
 def test_budget_document_of_sm_90a():
-    words = ("--arch", "sm_90a", "--head-dim", "128", "--kv-stage", "2", "--json")
+    words = ("--arch", "sm_90a", "--head-dim", "128", "--tile-m", "128", "--tile-n", "160", "--kv-stage", "2", "--json")
     (row,) = json.loads(bespoke("budget", *words).stdout)
     assert row["registers"] == {"S": 80, "P": 40, "O": 64, "other": 28}
     assert (row["registers_used"], row["registers_limit"]) == (212, 240) and "tmem" not in row
@@ -70,7 +70,7 @@ def test_budget_document_of_sm_90a():
 
 def test_plan_of_sm_90a_has_no_table_of_tensor_memory():
     text = bespoke("plan", "--arch", "sm_90a", "--head-dim", "128", "--explain").stdout
-    assert "registers of a thread, consumer: 212 of 240" in text and "TMEM" not in text and "tcgen05" not in text
+    assert "registers of a thread, consumer: 152 of 160" in text and "TMEM" not in text and "tcgen05" not in text
     assert "wgmma" in text and "4096 FLOP" in text and "consumer 1 may issue its MMAs" in text
     wide = bespoke("plan", "--arch", "sm_90a", "--head-dim", "512", "--explain").stdout
     assert (

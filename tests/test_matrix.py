@@ -42,7 +42,6 @@ SWEPT = {  # kernels, with all their shapes
     "fmha_sm90_d512_causal",
     "fmha_sm90_d64_causal",
     "fmha_sm90_d96",
-    "fmha_sm90_d96_v144_gqa3_kv2_limit2",
 }
 BRIEF = {  # kernels whose shapes beyond the edges wait
     "fmha_sm100_d112_gqa3_kv2_kvshared_tiles",
@@ -71,9 +70,9 @@ BRIEF = {  # kernels whose shapes beyond the edges wait
     "fmha_sm100_d96_v128_gqa3_kv2_limit2_nolse_tiles_stage1",
     "fmha_sm100_d96_v64_fp16_gqa2_causal_wl99_wr5_seqlens_sink_kv2_kvshared_unnorm_psmem_n32",
     "fmha_sm90_d128_v160_gqa3_seqlens_kv2_unnorm_stage1_n64",
-    "fmha_sm90_d128_v80_fp16_gqa2_wr40_sink_kv2_limit2_kvshared_nolse_stage16_n48",
-    "fmha_sm90_d160_v96_fp16_gqa2_causal_wl163_wr5_seqlens_sink_kv2_kvshared_unnorm_split_m128",
-    "fmha_sm90_d160_v96_fp16_gqa2_causal_wl163_wr5_seqlens_sink_kv2_limit2_kvshared_unnorm_n176",
+    "fmha_sm90_d128_v80_kv2_limit2_nolse_split_stage1_m256",
+    "fmha_sm90_d160_v96_gqa4_kv2_limit2_stage3_n112",
+    "fmha_sm90_d16_v48_n64",
     "fmha_sm90_d160_v96_gqa3_kv2_m64",
     "fmha_sm90_d192_v128_fp16_gqa2_causal_wl195_wr5_seqlens_sink_kv2_kvshared_unnorm_split_m128",
     "fmha_sm90_d192_v128_fp16_gqa2_causal_wl195_wr5_seqlens_sink_kv2_limit2_kvshared_unnorm_n176",
@@ -88,8 +87,9 @@ BRIEF = {  # kernels whose shapes beyond the edges wait
     "fmha_sm90_d512_gqa8_causal_wl127_seqlens_sink",
     "fmha_sm90_d64_v144_gqa3_kv2_limit2",
     "fmha_sm90_d64_v32_fp16_gqa4_seqlens_kv2_limit2_stage14_n80",
-    "fmha_sm90_d64_v32_gqa3_causal_wl67_wr40_sink_kv2_kvshared_unnorm_m64_n48",
     "fmha_sm90_d96_gqa4_wr40_kv2_kvshared_n176",
+    "fmha_sm90_d96_stage8_m256_n48",
+    "fmha_sm90_d96_v64_fp16_gqa3_causal_wl99_wr5_seqlens_sink_kvshared_unnorm_split_m256_n48",
 }
 EDGES = sweeps()[0]  # of every kernel but those of a group of 128
 
