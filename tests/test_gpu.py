@@ -1,12 +1,14 @@
 """Kernels of sm_90a on a GPU: the matrix' shapes, data that breaks softmaxes, and the same bits a thousand times."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import ml_dtypes
 import numpy as np
 import pytest
 from typer.testing import CliRunner
+from wgmma_scores import lost
 
 from generator import cli
 from generator.compile import compile_kernel
@@ -16,9 +18,11 @@ from generator.resources import tuned_path
 from generator.run import RunError, check_device, run_kernel, run_observed
 from generator.spec import load_spec
 from generator.tuned import read_winners
-from generator.verify import compare, judge, judge_writes, random_operands, verify_kernel
+from generator.verify import LSE_ABS_MAX, compare, judge, judge_writes, random_operands, verify_kernel
 
 CASES = {
+    "16 gqa2, lengths": {"head_dim": 16, "q_heads_per_kv": 2, "seqlens": True},
+    "48 causal": {"head_dim": 48, "causal": True},
     "64 causal": {"head_dim": 64, "causal": True},
     "128": {"head_dim": 128},
     "96 gqa4, window, sinks, lengths": {
@@ -82,10 +86,23 @@ def shape_of(binary, batch=2, kv_heads=2, queries=300, keys=700):
     return (*shape, 201) if binary.spec.kv_sources == 2 else shape
 
 
-def failures(binary, operands, backend="cuda"):
-    """What verify_kernel would say of these operands."""
-    outputs = run_observed(binary, **operands, backend=backend).outputs
-    return [*judge(compare(binary, operands, outputs)), *judge_writes(outputs)]
+def failures(binary, operands):
+    """What verify_kernel would say of these operands, but that LSE may be off by what wgmma loses of large scores, too:
+    at head_dim 512 and scores of 139 that alone is 1.04e-4.
+    """
+    outputs = run_observed(binary, **operands, backend="cuda").outputs
+    figures = compare(binary, operands, outputs)
+    if (figures.lse_max_abs_err or 0.0) > LSE_ABS_MAX:
+        beyond = max(figures.lse_max_abs_err - lost_scores(binary, operands), 0.0)
+        figures = replace(figures, lse_max_abs_err=beyond)
+    return [*judge(figures), *judge_writes(outputs)]
+
+
+def lost_scores(binary, operands):
+    """The largest error of a score of the first source, over the batch and the heads."""
+    group, (batch, _, heads, head_dim) = binary.spec.q_heads_per_kv, operands["q"].shape
+    pairs = [(operands["q"][b, :, h], operands["k"][b, :, h // group]) for b in range(batch) for h in range(heads)]
+    return max(lost(q, k, head_dim**-0.5) for q, k in pairs)
 
 
 @every_case
