@@ -447,7 +447,7 @@ def smem_overflows(budget: Budget, remedy: str) -> Iterator[Overflow]:
     if over is not None and over.bytes > budget.buffer(over.alias_of).bytes:
         limit = budget.buffer(over.alias_of).bytes
         reason = f"{over.name} cannot lie over {over.alias_of}: {over.name}"
-        yield Overflow("smem", "bytes", over.bytes, limit, reason, "a smaller o_chunk, or sO of its own")
+        yield Overflow("smem", "bytes", over.bytes, limit, reason, "sO of its own, or fewer columns of O at a time")
 
 
 def register_overflow(budget: Budget) -> Iterator[Overflow]:

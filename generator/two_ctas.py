@@ -137,7 +137,7 @@ def _regions(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Region, ...], int]
 
 def _overflows(budget: Budget, tiling: Tiling) -> Iterator[Overflow]:
     options = ["a lower kv_stage"] if tiling.kv_stages > 1 else ["a smaller tile_n"]
-    yield from smem_overflows(budget, " or ".join([*options, "a narrower o_chunk"]))
+    yield from smem_overflows(budget, " or ".join([*options, "one CTA (strategy = tiles)"]))
     if budget.tmem_used > budget.tmem_limit:
         reason = " + ".join(f"{name} {budget.region(name).columns}" for name in ("S0", "S1", "O"))
         yield Overflow("tmem", "columns", budget.tmem_used, budget.tmem_limit, reason, "a smaller tile_n")

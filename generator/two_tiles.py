@@ -34,7 +34,7 @@ from .budget import (
     smem_overflows,
 )
 from .lifetime import check_overlaps
-from .spec import HEAD_DIM_STEP, KernelSpec
+from .spec import KernelSpec
 
 QUERY_TILES = 2
 # P is at most 2^SKIP_LOG2 then, which 16 bits hold with the same relative error as 1, and a row's sum of 2^20 of them
@@ -158,7 +158,6 @@ def _regions(spec: KernelSpec, tiling: Tiling) -> tuple[tuple[Region, ...], int]
 
 def _overflows(budget: Budget, spec: KernelSpec, tiling: Tiling) -> Iterator[Overflow]:
     options = ["a lower kv_stage"] if tiling.kv_stages > 1 else ["a smaller tile_n"]
-    options += ["a narrower o_chunk"] if tiling.o_chunk > HEAD_DIM_STEP else []
     yield from smem_overflows(budget, " or ".join([*options, "one query tile (strategy = tiles)"]))
     yield from shared_ring_overflow(spec, tiling)
     if budget.tmem_used > budget.tmem_limit:

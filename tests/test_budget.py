@@ -58,7 +58,7 @@ def test_so_larger_than_sq_cannot_lie_over_it():
     assert [str(over) for over in budget.overflows] == [
         "smem: sO cannot lie over sQ: sO = 32768 bytes of 16384, over by 16384"
     ]
-    assert budget.overflows[0].remedy == "a smaller o_chunk, or sO of its own"
+    assert budget.overflows[0].remedy == "sO of its own, or fewer columns of O at a time"
 
 
 def test_overflows_say_the_sum_and_the_excess():
