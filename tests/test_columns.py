@@ -1,13 +1,16 @@
 """sm_90a beyond head_dim 256 (strategy columns): its budget by hand, what it refuses, what the planner prefers."""
 
+import numpy as np
 import pytest
+from wgmma_scores import lost
 
 from generator import columns
 from generator.arch import SM90A
 from generator.compile import compile_kernel
 from generator.plan import NotImplementedYet, plan_kernel
+from generator.run import run_observed
 from generator.spec import load_spec
-from generator.verify import verify_kernel
+from generator.verify import compare, random_operands, verify_kernel
 
 
 def plan_of(head_dim, **fields):
@@ -128,3 +131,20 @@ def test_what_is_refused(fields, message):
     with pytest.raises(NotImplementedYet) as caught:
         plan_of(**fields)
     assert message in str(caught.value) and caught.value.remedy
+
+
+def test_lse_of_large_scores_is_off_by_what_wgmma_loses():
+    """By the bit model of its sums, as an H200 was: not by what the kernel does with the scores."""
+
+    def exact(gpu, outputs):
+        gpu.accumulation = "exact"
+
+    binary = compile_kernel(plan_of(512))
+    operands = random_operands(binary.spec, (1, 1, 1, 64, 400), 0)
+    operands["q"] = (30 * operands["q"].astype(np.float32)).astype(operands["q"].dtype)
+
+    def error(prepare):
+        return compare(binary, operands, run_observed(binary, **operands, prepare=prepare).outputs).lse_max_abs_err
+
+    of_scores = lost(operands["q"][0, :, 0], operands["k"][0, :, 0], 512**-0.5)
+    assert error(None) < 3e-5 and 1e-4 < error(exact) < of_scores + 2e-5
