@@ -379,9 +379,9 @@ def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr 
     """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
     Returns whether any row of the warp has a factor other than 1.
 
-    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most
-    2^SKIP_LOG2 = 256, which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total
-    is rescaled.
+    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most 2^skip (256 by
+    SKIP_LOG2), which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total is
+    rescaled.
     """
     moved = cutlass.Boolean(False)
     if cutlass.const_expr(seen is not None):
@@ -463,6 +463,20 @@ def multiply_pv(o, p, v, stage):
 
 
 @cute.jit
+def first_tile(operands, bars, place, seen, scale_log2, stats):
+    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
+    (s, p, _, q, k, _), (m, total, _) = operands, stats
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    first_softmax(s, scale_log2, m, total, seen)
+    round_by_eight(s, p, TILE_N // 16)
+    return after(place)
+
+
+@cute.jit
 def multiply_next(operands, bars, group, place, before):
     """QK of the KV tile at this place in the rings, which is waited for, and PV of the one before it, which is not."""
     s, p, o, q, k, v = operands
@@ -484,20 +498,6 @@ def last_pv(operands, bars, place):
     warpgroup.commit_group()
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
-
-
-@cute.jit
-def first_tile(operands, bars, place, seen, scale_log2, stats):
-    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
-    (s, p, _, q, k, _), (m, total, _) = operands, stats
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    multiply_qk(s, q, k, stage)
-    warpgroup.commit_group()
-    warpgroup.wait_group(0)
-    first_softmax(s, scale_log2, m, total, seen)
-    round_by_eight(s, p, TILE_N // 16)
-    return after(place)
 
 
 @cute.jit

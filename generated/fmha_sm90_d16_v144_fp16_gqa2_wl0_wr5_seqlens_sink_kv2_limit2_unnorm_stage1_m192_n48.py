@@ -423,12 +423,14 @@ def exponentiate(s, p, scale_log2, m, seen):
         rounded.store(eight.load().to(DTYPE))
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
-            pairs[i] = apart(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
+            pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
     return [parts[r][0] + parts[r][1] for r in range(2)]
 
 
-def apart(x, dtype):
-    """x, of which the compiler is not to know that: so it does not move or share what was computed for two ways."""
+def opaque(x, dtype):
+    """x, of 32 bits, by an instruction that the compiler does not see through: it neither moves what x was computed by
+    to where two ways meet, nor shares with one way what the other computes from x.
+    """
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
 
 
@@ -446,8 +448,8 @@ def first_softmax(s, p, scale_log2, m, total, seen):
 @cute.jit
 def next_softmax(s, p, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
     """P of S, relative to m, which is at most the rows' maxima so far, and at least those less skip / scale_log2: so P
-    is at most 2^SKIP_LOG2 = 256, which 16 bits hold with the same relative error as 1. m, total and factor, by which O
-    is to be multiplied, are updated. Returns whether any row of the warp has a factor other than 1.
+    is at most 2^skip (256 by SKIP_LOG2), which 16 bits hold with the same relative error as 1. m, total and factor, by
+    which O is to be multiplied, are updated. Returns whether any row of the warp has a factor other than 1.
     """
     moved = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(2):
@@ -547,6 +549,20 @@ def multiply_pv(o, p, v, stage):
 
 
 @cute.jit
+def first_tile(operands, bars, place, seen, scale_log2, stats):
+    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
+    (s, p, _, q, k, _), (m, total, _) = operands, stats
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    arrive_warp(bars + K_EMPTY + stage)
+    first_softmax(s, p, scale_log2, m, total, seen)
+    return after(place)
+
+
+@cute.jit
 def multiply_next(operands, bars, group, place, before):
     """QK of the KV tile at this place in the rings and PV of the one before it; both are waited for."""
     s, p, o, q, k, v = operands
@@ -571,20 +587,6 @@ def last_pv(operands, bars, place):
     warpgroup.commit_group()
     warpgroup.wait_group(0)
     arrive_warp(bars + V_EMPTY + stage)
-
-
-@cute.jit
-def first_tile(operands, bars, place, seen, scale_log2, stats):
-    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
-    (s, p, _, q, k, _), (m, total, _) = operands, stats
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    multiply_qk(s, q, k, stage)
-    warpgroup.commit_group()
-    warpgroup.wait_group(0)
-    arrive_warp(bars + K_EMPTY + stage)
-    first_softmax(s, p, scale_log2, m, total, seen)
-    return after(place)
 
 
 @cute.jit

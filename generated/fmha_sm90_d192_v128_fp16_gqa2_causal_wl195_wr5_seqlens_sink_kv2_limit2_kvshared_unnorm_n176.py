@@ -525,6 +525,20 @@ def multiply_pv(o, p, v, stage):
 
 
 @cute.jit
+def first_tile(operands, bars, place, seen, scale_log2, stats):
+    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
+    (s, p, _, q, k, _), (m, total, _) = operands, stats
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    first_softmax(s, scale_log2, m, total, seen)
+    round_by_eight(s, p, TILE_N // 16)
+    return after(place)
+
+
+@cute.jit
 def multiply_next(operands, bars, group, place, before):
     """QK of the KV tile at this place in the rings, which is waited for, and PV of the one before it, which is not."""
     s, p, o, q, k, v = operands
@@ -548,20 +562,6 @@ def last_pv(operands, bars, place):
     warpgroup.commit_group()
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
-
-
-@cute.jit
-def first_tile(operands, bars, place, seen, scale_log2, stats):
-    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
-    (s, p, _, q, k, _), (m, total, _) = operands, stats
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    multiply_qk(s, q, k, stage)
-    warpgroup.commit_group()
-    warpgroup.wait_group(0)
-    first_softmax(s, scale_log2, m, total, seen)
-    round_by_eight(s, p, TILE_N // 16)
-    return after(place)
 
 
 @cute.jit

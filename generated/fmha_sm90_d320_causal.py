@@ -446,9 +446,9 @@ def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr 
     """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
     Returns whether any row of the warp has a factor other than 1.
 
-    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most
-    2^SKIP_LOG2 = 256, which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total
-    is rescaled.
+    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most 2^skip (256 by
+    SKIP_LOG2), which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total is
+    rescaled.
     """
     moved = cutlass.Boolean(False)
     if cutlass.const_expr(seen is not None):

@@ -31,7 +31,7 @@
 A CTA works on one query tile after another: 128 query rows of a query head. A warp brings Q, and
 another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
 S of the one into P, in registers, while the tensor core multiplies for other consumers.
-Consumers take turns at issuing, so that one's softmax runs while another's MMAs do.
+Consumers take turns at issuing.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -57,7 +57,7 @@ KV_STAGES = 1
 Q_BYTES = 8192  # of one consumer
 K_TILE_BYTES = 22528
 V_TILE_BYTES = 33792
-PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_tile: P fits into 16 bits
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
 OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 
 THREADS = 384
@@ -415,12 +415,14 @@ def exponentiate(s, p, scale_log2, m, seen):
         rounded.store(eight.load().to(DTYPE))
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
-            pairs[i] = apart(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
+            pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
     return [parts[r][0] + parts[r][1] for r in range(2)]
 
 
-def apart(x, dtype):
-    """x, of which the compiler is not to know that: so it does not move or share what was computed for two ways."""
+def opaque(x, dtype):
+    """x, of 32 bits, by an instruction that the compiler does not see through: it neither moves what x was computed by
+    to where two ways meet, nor shares with one way what the other computes from x.
+    """
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
 
 
@@ -463,7 +465,7 @@ def kept_softmax(s, p, scale_log2, m, total, factor, seen):
         too_large = too_large | (parts[r] > limit)
     too_large = cute.arch.vote_any_sync(too_large)
     if too_large:
-        next_softmax(s, p, apart(scale_log2, Float32), m, total, factor, seen)
+        next_softmax(s, p, opaque(scale_log2, Float32), m, total, factor, seen)
     else:
         for r in cutlass.range_constexpr(2):
             total[r] = total[r] + parts[r]
@@ -564,6 +566,20 @@ def multiply_pv(o, p, v, stage):
 
 
 @cute.jit
+def first_tile(operands, bars, place, seen, scale_log2, stats):
+    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
+    (s, p, _, q, k, _), (m, total, _) = operands, stats
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    arrive_warp(bars + K_EMPTY + stage)
+    first_softmax(s, p, scale_log2, m, total, seen)
+    return after(place)
+
+
+@cute.jit
 def multiply_next(operands, bars, group, place, before):
     """QK of the KV tile at this place in the rings and PV of the one before it; both are waited for."""
     s, p, o, q, k, v = operands
@@ -590,20 +606,6 @@ def last_pv(operands, bars, place):
     warpgroup.commit_group()
     warpgroup.wait_group(0)
     arrive_warp(bars + V_EMPTY + stage)
-
-
-@cute.jit
-def first_tile(operands, bars, place, seen, scale_log2, stats):
-    """QK and softmax of a query tile's first KV tile; returns the place of the next in the rings."""
-    (s, p, _, q, k, _), (m, total, _) = operands, stats
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-    multiply_qk(s, q, k, stage)
-    warpgroup.commit_group()
-    warpgroup.wait_group(0)
-    arrive_warp(bars + K_EMPTY + stage)
-    first_softmax(s, p, scale_log2, m, total, seen)
-    return after(place)
 
 
 @cute.jit

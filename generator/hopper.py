@@ -12,7 +12,17 @@ from .partials import PARTIALS, Partials, with_part
 from .signature import signature
 from .split import COMBINE_WARPS, LANE_COLUMNS, PARTS_AHEAD, SPLITS_MAX, combine_bytes, lane_steps
 from .two_tiles import SKIP_LOG2
-from .warpgroups import OUTWEIGHING, PART_MAX, consumers, has_own_spans, heads_in_tile, packs
+from .warpgroups import (
+    OUTWEIGHING,
+    PART_MAX,
+    consumers,
+    cut_twice,
+    has_own_spans,
+    heads_in_tile,
+    keeps_reference,
+    looks_for_maxima,
+    packs,
+)
 
 
 class HopperPlan(Plan):
@@ -79,10 +89,8 @@ class HopperPlan(Plan):
 
     @property
     def keeps_reference(self) -> bool:
-        """Of KV tiles before which every row has seen some key no maximum is looked for. Which they are is not known
-        where a window's tiles come in rotated order, or are cut on both sides.
-        """
-        return self.mask.left is None or (self.own_spans and not self.cut_twice)
+        """Of some KV tiles no maximum is looked for: see warpgroups.keeps_reference."""
+        return keeps_reference(self.spec, self.arch, self.tile_m, self.tile_n)
 
     @property
     def scores_again(self) -> bool:
@@ -92,7 +100,7 @@ class HopperPlan(Plan):
     @property
     def looks_for_maxima(self) -> bool:
         """Of some KV tiles after a query tile's first one."""
-        return not self.keeps_reference or self.mask.left is not None or self.part.kv_sources == 2
+        return looks_for_maxima(self.spec, self.arch, self.tile_m, self.tile_n)
 
     @property
     def part_max(self) -> float:
@@ -110,13 +118,8 @@ class HopperPlan(Plan):
 
     @property
     def cut_twice(self) -> bool:
-        """With own_spans: a KV tile can have columns on its left that one row of a consumer does not see, and on its
-        right that another one does not. Not where the first row's keys end more than a tile after the last row's begin.
-        """
-        if self.mask.left is None:
-            return False
-        tokens = -(-self.arch.mma_m // self.heads_per_tile) + 1
-        return self.mask.left + 1 < self.tile_n + tokens
+        """With own_spans: a KV tile can be cut on both sides, see warpgroups.cut_twice."""
+        return cut_twice(self.spec, self.arch, self.tile_m, self.tile_n)
 
     @property
     def load_tiles(self) -> str:
@@ -278,6 +281,10 @@ class ColumnsPlan(HopperPlan):
     @property
     def keeps_reference(self) -> bool:
         return False
+
+    @property
+    def looks_for_maxima(self) -> bool:
+        return True
 
     @property
     def own_spans(self) -> bool:

@@ -45,11 +45,9 @@ IMPOSSIBLE = {  # pair -> why no specification has it
     ("V", "wider", "sO over sQ", True): "sO is larger than sQ",
     ("consumers", 1, "schedule", "turns"): "nobody to take turns with",
     ("consumers", 1, "softmax", "after PV"): "nobody to multiply meanwhile",
-    **{("consumers", n, "schedule", "plain"): "consumers take turns, but where O is wide" for n in (2, 3, 4)},
+    **{("consumers", 4, "schedule", x): "their registers do not hold an O so wide" for x in ("plain", "lazy")},
     ("schedule", "plain", "softmax", "after PV"): "one consumer alone",
     **{("head_dim", d, "softmax", "after PV"): "K and V are wide" for d in (160, 192, 256)},
-    **{("head_dim", d, "consumers", 4): "their registers do not hold O" for d in (160, 192, 256)},
-    ("consumers", 4, "schedule", "lazy"): "their registers do not hold a wide O",
     ("shared", True, "one kv stage", True): "QK of the next tile is issued before PV of this one",
     ("output", "unnormalized", "lse", False): "without LSE partial results do not merge",
     ("output", "unnormalized", "sO over sQ", True): "float32 O goes from registers to global memory",
@@ -110,6 +108,8 @@ def _fields(row: Row) -> Iterator[dict[str, Any]]:
     narrower = d * 2 // 3 // 16 * 16
     if lazy:
         narrower = max(narrower, min(d - 16, LAZY_COLUMNS))
+    elif row["consumers"] == 4:
+        narrower = min(narrower, 64)
     elif d > 160:
         narrower = min(narrower, 128)
     fields = {

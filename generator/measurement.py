@@ -264,8 +264,8 @@ def tune_cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def _tile(tiling: Any) -> str:
-    words = [name for name, on in (("turns", tiling.turns), ("beside", tiling.beside_pv)) if on]
-    return " ".join([f"{tiling.tile_m}x{tiling.tile_n}", *words])
+    words = [name for name, on in (("turns", tiling.turns), ("after PV", not tiling.beside_pv)) if on]
+    return ", ".join([f"{tiling.tile_m}x{tiling.tile_n}", *words])
 
 
 def tune_notes(results: Sequence[Result], left: Sequence[Case], budget_seconds: float | None) -> list[str]:

@@ -183,7 +183,7 @@ def ranked_tiles(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     fitting = [tiling for tiling in warpgroup_tilings(spec, arch) if budget_of(spec, arch, tiling).fits]
     best: dict[tuple[int, int], Tiling] = {}
     for tiling in sorted(fitting, key=lambda item: model_preference(spec, arch, item)):
-        usual = replace(tiling, **default_schedule(spec, arch, tiling.tile_m))
+        usual = replace(tiling, **default_schedule(spec, arch, tiling.tile_m, tiling.tile_n))
         best.setdefault((tiling.tile_m, tiling.tile_n), usual)
     return list(best.values())
 

@@ -52,8 +52,8 @@ PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile: fp16 ends a
 OUTWEIGHING = 4.0  # times all before: of random scores hardly ever, of a new key that is nearly all of a row at once
 WIDE = 128  # columns of O from which on its rescaling costs more than asking whether it is needed
 # Columns of K and V together up to which other consumers' products hide one's softmax: it may then come after its own
-# PV, so that P is rounded as it comes, and K and V are released sooner. On an H200 (2026-11-29) worth 2 to 7 % up to
-# head_dim 80, nothing at 128.
+# PV, so that P is rounded as it comes, and K and V are released sooner. On an H200 (2026-11-29) worth up to 7 % up to
+# head_dim 80, from -2 to 2 % at 96 and 128, where tuned.json decides.
 AFTER_PV = 160
 # By consumers: which part of the time that the exponentials take is not hidden behind the tensor core's, see
 # predicted_cycles.
@@ -92,23 +92,49 @@ def warpgroup_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
 
 def schedule(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> dict[str, bool]:
     """turns, lazy and beside_pv of a Tiling: as measured for the winner's tile (but lazy), else by the widths."""
-    found, usual = winner(spec), default_schedule(spec, arch, tile_m)
+    found, usual = winner(spec), default_schedule(spec, arch, tile_m, tile_n)
     if found and (tile_m, tile_n) == (found.tile_m, found.tile_n):
         return {**usual, "turns": found.turns, "beside_pv": found.beside_pv}
     return usual
 
 
-def default_schedule(spec: KernelSpec, arch: Arch, tile_m: int) -> dict[str, bool]:
-    """turns, lazy and beside_pv where nothing was measured: by the widths. O is rescaled lazily too where consumers
-    have spans of their own within windows: beside PV ptxas keeps the exponentials before the wait for that only if a
-    branch comes between (97 us and 88 on an H200 at head_dim 64 with 128 keys, 302 and 295 with 1024, 2026-11-29);
-    after PV it matters little (80.3 and 81.2, 256.9 both).
+def default_schedule(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> dict[str, bool]:
+    """turns, lazy and beside_pv where nothing was measured: by the widths. O is rescaled lazily, where maxima are
+    looked for, if it is wide, or consumers have spans of their own within windows: beside PV ptxas keeps the exponentials
+    before the wait for that only if a branch comes between (97 us and 88 on an H200 at head_dim 64 with 128 keys, 302
+    and 295 with 1024, 2026-11-29); after PV it matters little (80.3 and 81.2, 256.9 both).
     """
     wide = spec.v_dim > WIDE
     windows = spec.window_left is not None and has_own_spans(spec, arch, tile_m)
     alone = tile_m == arch.mma_m
     beside = alone or spec.head_dim + spec.v_dim > AFTER_PV
-    return {"turns": not (alone or wide), "lazy": wide or windows, "beside_pv": beside}
+    lazy = (wide or windows) and looks_for_maxima(spec, arch, tile_m, tile_n)
+    return {"turns": not (alone or wide), "lazy": lazy, "beside_pv": beside}
+
+
+def cut_twice(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> bool:
+    """With own spans: a KV tile can have columns on its left that one row of a consumer does not see, and on its right
+    that another one does not. Not where the first row's keys end more than a tile after the last row's begin.
+    """
+    left = mask_of(spec).left
+    if left is None:
+        return False
+    heads = heads_in_tile(spec.q_heads_per_kv, tile_m) if packs(spec, arch, tile_m) else 1
+    return left + 1 < tile_n + -(-arch.mma_m // heads) + 1
+
+
+def keeps_reference(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> bool:
+    """Of KV tiles before which every row has seen some key no maximum is looked for. Which they are is not known where
+    a window's tiles come in rotated order, or are cut on both sides.
+    """
+    known = has_own_spans(spec, arch, tile_m) and not cut_twice(spec, arch, tile_m, tile_n)
+    return mask_of(spec).left is None or known
+
+
+def looks_for_maxima(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> bool:
+    """Of some KV tiles after a query tile's first one."""
+    kept = keeps_reference(spec, arch, tile_m, tile_n)
+    return not kept or mask_of(spec).left is not None or spec.kv_sources == 2
 
 
 def has_own_spans(spec: KernelSpec, arch: Arch, tile_m: int) -> bool:

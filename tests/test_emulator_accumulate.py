@@ -245,11 +245,9 @@ def test_an_unknown_mode():
         Gpu(accumulation="best")
 
 
-@pytest.mark.parametrize("head_dim, least, most", [(128, 3e-6, 6e-5), (512, 8e-5, 1.3e-4), (576, 9e-5, 1.5e-4)])
-def test_large_scores_lose_what_an_h200_lost(head_dim, least, most):
-    """Scores of 130 to 158, thirty times random ones: on an H200 LSE of such was 1.04e-4 to 1.37e-4 off at 512 columns
-    and more, and that is not the kernel's doing.
-    """
+@pytest.mark.parametrize("head_dim, least, most", [(128, 2e-5, 4e-5), (512, 8e-5, 1.3e-4), (576, 9e-5, 1.5e-4)])
+def test_large_scores_lose_what_the_bit_model_says(head_dim, least, most):
+    """Scores of up to 146, thirty times random ones: the more columns, the more cuts."""
     rng = np.random.default_rng(7)
     q, k = (rng.standard_normal((rows, head_dim)).astype(np.float32) for rows in (300, 700))
     found = lost((30 * q).astype(ml_dtypes.bfloat16), k.astype(ml_dtypes.bfloat16), head_dim**-0.5)

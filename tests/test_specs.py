@@ -91,7 +91,8 @@ def test_specifications_have_the_features_that_they_are_asked_for(design):
 @pytest.mark.parametrize("pair", WARPGROUPS.impossible, ids=str)
 def test_a_pair_that_sm_90a_leaves_out_is_refused_or_never_chosen(pair):
     """With everything else plain. What the planner alone decides (schedules, where sO lies) it never decides so,
-    whatever the tile and the depth of the rings; the rest is refused.
+    whatever the tile, with V as wide and of 64 columns, and with rings of one to four stages, of one to sixteen where
+    it is about sO; the rest is refused.
     """
     a, x, b, y = pair
     asked = {a: x, b: y}
@@ -117,9 +118,11 @@ def test_a_pair_that_sm_90a_leaves_out_is_refused_or_never_chosen(pair):
     rows = [fields["tile_m"]] if "consumers" in asked else (64, 128, 192, 256)
     depths = range(1, 17) if "sO over sQ" in (a, b) else range(1, 5)
     planned = 0
-    for head_dim, tile_m, tile_n, depth in product((16, 96, 192, 256), rows, range(16, 257, 48), depths):
-        v_dim = min(256, head_dim + 16) if asked.get("V") == "wider" else head_dim
-        if asked.get("V") == "wider" and v_dim <= head_dim:
+    widths = (16,) if asked.get("V") == "wider" else (0, -64)
+    dims_tried = (asked["head_dim"],) if "head_dim" in asked else (16, 96, 112, 192, 256)
+    for head_dim, more, tile_m, tile_n, depth in product(dims_tried, widths, rows, range(16, 257, 48), depths):
+        v_dim = min(256, head_dim + more) if more > 0 else head_dim if not more else 64
+        if v_dim == head_dim and more:
             continue
         dims = {"head_dim": head_dim, "head_dim_v": v_dim}
         try:

@@ -31,7 +31,7 @@ def test_records_are_well_formed():
         assert set(record) == names
         assert record["arch"] == "sm_90a" and record["mask"] in ("full", "causal")
         assert record["tile_m"] % 64 == 0 and record["tile_n"] % 16 == 0
-        assert type(record["turns"]) is bool
+        assert type(record["turns"]) is bool and type(record["beside_pv"]) is bool
         assert record["tflops"] and all(int(n) > 0 and 0 < rate < 989 for n, rate in record["tflops"].items())
         assert record["device"] and len(record["date"].split("-")) == 3
     keys = [Winner(**record).key for record in RECORDS]
@@ -47,7 +47,7 @@ def test_every_record_can_be_planned_and_is(record):
         assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"]) and plan.lazy and plan.budget.fits
         return
     assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"]) and plan.kv_stages >= 2
-    assert plan.takes_turns == record["turns"] and plan.budget.fits
+    assert (plan.takes_turns, plan.beside_pv) == (record["turns"], record["beside_pv"]) and plan.budget.fits
 
 
 def test_a_winner_serves_whatever_else_is_asked_for():

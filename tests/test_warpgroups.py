@@ -268,8 +268,12 @@ def test_the_order_of_preference():
     "v_dim, tile_m, turns, lazy", [(96, 64, False, False), (128, 128, True, False), (144, 128, False, True)]
 )
 def test_turns_and_lazy_follow_the_width_of_o(v_dim, tile_m, turns, lazy):
-    chosen = plan(head_dim=176, head_dim_v=v_dim, tile_m=tile_m)
+    """Lazy only where maxima are looked for, as of a second source."""
+    chosen = plan(head_dim=176, head_dim_v=v_dim, tile_m=tile_m, kv_sources=2)
     assert (chosen.takes_turns, chosen.lazy, chosen.skip_log2) == (turns, lazy, 8.0 if lazy else 0.0)
+    assert chosen.looks_for_maxima
+    kept = plan(head_dim=176, head_dim_v=v_dim, tile_m=tile_m)
+    assert not kept.looks_for_maxima and not kept.lazy and kept.takes_turns == turns
 
 
 @pytest.mark.parametrize("rows, dims, beside", [(128, 80, False), (128, 96, True), (64, 64, True)])
