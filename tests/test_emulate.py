@@ -453,6 +453,7 @@ def test_compiled_inside_cannot_be_called_outside(capfd):
 # --- foreign kernels -------------------------------------------------------------------------------------------------
 
 
+FA4_SWEPT = ("D 192/128, B 1, H 1/1, S 200×300, causal", "D 96", "D 256", "pack_gqa=True", "varlen")  # like others
 FA4_CASES = [  # words that choose a case of foreign_fa4.py, CTAs a cluster
     ("sm_90a", "D 64, B 1, H 2/1, S 200×300", 1),
     ("sm_90a", "D 128, B 1, H 2/1, S 200×300, causal", 1),
@@ -470,7 +471,10 @@ FA4_CASES = [  # words that choose a case of foreign_fa4.py, CTAs a cluster
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch, words, cluster", FA4_CASES)
+@pytest.mark.parametrize(
+    "arch, words, cluster",
+    [pytest.param(*case, marks=[pytest.mark.sweep] * any(word in case[1] for word in FA4_SWEPT)) for case in FA4_CASES],
+)
 def test_flash_attention_4(arch, words, cluster):
     """Through its own interface, on random inputs: what foreign.py runs for docs/foreign.md."""
     if not all(list(metadata.distributions(name=name)) for name in ("flash-attn-4", "triton")):

@@ -301,7 +301,8 @@ SMALL = {
     "shared": {"kv_shared": True, "head_dim_v": 16, "tile_m": 192},
     "two sources": {"kv_sources": 2, "limit2": True, "seqlens": True, "tile_m": 128},
     "one stage": {"kv_stage": 1, "window_left": 40, "sink": True, "tile_m": 128},
-    "lazy": {"head_dim_v": 144, "output": "unnormalized", "causal": True, "tile_m": 128},
+    "beside PV": {"head_dim_v": 144, "output": "unnormalized", "causal": True, "tile_m": 128},
+    "lazy": {"head_dim_v": 144, "causal": True, "window_left": 60, "tile_m": 128},
     "packed window": {"q_heads_per_kv": 8, "causal": True, "window_left": 50, "seqlens": True, "tile_m": 192},
 }
 
@@ -316,6 +317,11 @@ def small():
         return made[name]
 
     return binary_of
+
+
+def test_the_small_kernels_are_what_their_names_say(small):
+    assert small("lazy").plan.lazy and small("lazy").plan.looks_for_maxima
+    assert small("beside PV").plan.scores_again and not small("causal").plan.beside_pv
 
 
 def sized(name, batch, heads, kv_heads, *rest):
@@ -371,7 +377,11 @@ def test_consumers_multiply_the_tiles_that_their_own_rows_see(name, shape):
     assert chosen.own_spans and wgmma == each * tiles
 
 
-@pytest.mark.parametrize("name", SMALL)
+LIKE_OTHERS = ("one consumer", "causal", "one stage")
+INTERLEAVED = [pytest.param(name, marks=[pytest.mark.sweep] * (name in LIKE_OTHERS)) for name in SMALL]
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
 def test_the_same_bits_in_several_interleavings(small, name):
     """Every style of schedule with every delay of asynchronous work; a CTA has several turns."""
 
@@ -480,7 +490,7 @@ def test_scores_that_jump_from_tile_to_tile(name):
 
 
 # -- the mutation test: docs/mutation.md has all of it, the suite what is sm_90a's own ---------------------------------
-OWN_KINDS = ("bar.warp.sync", "wgmma.", "bar.arrive", "bar.sync")
+OWN_KINDS = ("bar.warp.sync", "wgmma.", "bar.arrive removed", "bar.sync removed", "bar.sync: another barrier")
 
 
 def test_what_orders_wgmma_and_turns_is_missed_by_none_when_broken(monkeypatch):
