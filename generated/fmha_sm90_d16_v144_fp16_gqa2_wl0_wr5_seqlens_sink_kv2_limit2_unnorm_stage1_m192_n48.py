@@ -31,7 +31,7 @@
 
 A CTA works on one query tile after another: 96 query tokens of a KV head's 2 query heads. A warp brings Q, and
 another K and V through rings, by TMA. A consumer issues QK of a KV tile and PV of the one before it together, and turns
-S of the one into P, in registers, while the tensor core multiplies for other consumers.
+S of the one into P, in registers, while the tensor core still multiplies for the other.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -409,49 +409,41 @@ def round_by_eight(source, target, blocks: cutlass.Constexpr):
 
 
 @cute.jit
-def exponentiate(s, p, scale_log2, m, seen):
-    """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
-    shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
-    parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    for block in cutlass.range_constexpr(TILE_N // 16):
-        eight = cute.make_rmem_tensor(8, Float32)
-        for i in cutlass.range_constexpr(8):
-            r, e = i // 2 % 2, i % 2
-            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
-            parts[r][e] = parts[r][e] + eight[i]
-        rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
-        rounded.store(eight.load().to(DTYPE))
-        pairs = cute.recast_tensor(rounded, Int32)
-        for i in cutlass.range_constexpr(4):
-            pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return [parts[r][0] + parts[r][1] for r in range(2)]
-
-
-def opaque(x, dtype):
-    """x, of 32 bits, by an instruction that the compiler does not see through: it neither moves what x was computed by
-    to where two ways meet, nor shares with one way what the other computes from x.
-    """
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
+def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
+    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
+    shift = reference_of(m, seen) * scale_log2
+    even, odd = Float32(0.0), Float32(0.0)
+    for b in cutlass.range_constexpr(TILE_N // 8):
+        i = 4 * b + 2 * r
+        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
+        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
+        even, odd = even + s[i], odd + s[i + 1]
+    return even + odd
 
 
 @cute.jit
-def first_softmax(s, p, scale_log2, m, total, seen):
-    """P of a query tile's first KV tile, relative to m, the rows' maxima; total: this thread's part of their sums."""
+def first_softmax(s, scale_log2, m, total, seen):
+    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
+    thread's part of their sums.
+    """
     hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         m[r] = row_max(s, r, -Float32.inf)
-    parts = exponentiate(s, p, scale_log2, m, seen)
-    for r in cutlass.range_constexpr(2):
-        total[r] = parts[r]
+        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
 
 
 @cute.jit
-def next_softmax(s, p, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
-    """P of S, relative to m, which is at most the rows' maxima so far, and at least those less skip / scale_log2: so P
-    is at most 2^skip (256 by SKIP_LOG2), which 16 bits hold with the same relative error as 1. m, total and factor, by
-    which O is to be multiplied, are updated. Returns whether any row of the warp has a factor other than 1.
+def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
+    """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
+    Returns whether any row of the warp has a factor other than 1.
+
+    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most 2^skip (256 by
+    SKIP_LOG2), which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total is
+    rescaled.
     """
     moved = cutlass.Boolean(False)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         best = row_max(s, r, m[r])
         if (best - m[r]) * scale_log2 <= skip:
@@ -459,9 +451,8 @@ def next_softmax(s, p, scale_log2, m, total, factor, seen, skip: cutlass.Constex
         moved = moved | (best > m[r])
         factor[r] = rescaling(m[r], best, scale_log2, seen)  # exactly 1 where m stays
         m[r] = best
-    parts = exponentiate(s, p, scale_log2, m, seen)
     for r in cutlass.range_constexpr(2):
-        total[r] = total[r] * factor[r] + parts[r]
+        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
     return cute.arch.vote_any_sync(moved)
 
 
@@ -558,23 +549,23 @@ def first_tile(operands, bars, place, seen, scale_log2, stats):
     warpgroup.commit_group()
     warpgroup.wait_group(0)
     arrive_warp(bars + K_EMPTY + stage)
-    first_softmax(s, p, scale_log2, m, total, seen)
+    first_softmax(s, scale_log2, m, total, seen)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 
 @cute.jit
 def multiply_next(operands, bars, group, place, before):
-    """QK of the KV tile at this place in the rings and PV of the one before it; both are waited for."""
+    """QK of the KV tile at this place in the rings, which is waited for, and PV of the one before it, which is not."""
     s, p, o, q, k, v = operands
     (stage, phase), (stage_before, phase_before) = place, before
     cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
     multiply_qk(s, q, k, stage)
+    warpgroup.commit_group()
     cute.arch.mbarrier_wait(bars + V_FULL + stage_before, phase_before)
     multiply_pv(o, p, v, stage_before)
     warpgroup.commit_group()
-    warpgroup.wait_group(0)
-    arrive_warp(bars + K_EMPTY + stage)
-    arrive_warp(bars + V_EMPTY + stage_before)
+    warpgroup.wait_group(1)
 
 
 @cute.jit
@@ -596,11 +587,17 @@ def next_tile(operands, bars, group, place, before, seen, scale_log2, stats):
     seen: columns of the tile that each of this thread's rows sees, None for all.
     """
     (s, p, o, _, _, _), (m, total, factor) = operands, stats
+    stage_before = before[0]
     multiply_next(operands, bars, group, place, before)
-    if cutlass.const_expr(seen is not None):
-        hide_columns(s, seen)
-    if next_softmax(s, p, scale_log2, m, total, factor, seen):
+    arrive_warp(bars + K_EMPTY + place[0])
+    moved = next_softmax(s, scale_log2, m, total, factor, seen)
+    if moved:  # the branch also keeps the exponentials before the wait, where they overlap with PV
+        warpgroup.wait_group(0)
         scale_rows(o, factor)
+    else:
+        warpgroup.wait_group(0)
+    arrive_warp(bars + V_EMPTY + stage_before)
+    round_by_eight(s, p, TILE_N // 16)
     return after(place)
 
 

@@ -46,7 +46,7 @@ IMPOSSIBLE = {  # pair -> why no specification has it
     ("consumers", 1, "schedule", "turns"): "nobody to take turns with",
     ("consumers", 1, "softmax", "after PV"): "nobody to multiply meanwhile",
     **{("consumers", 4, "schedule", x): "their registers do not hold an O so wide" for x in ("plain", "lazy")},
-    ("schedule", "plain", "softmax", "after PV"): "one consumer alone",
+    **{("schedule", x, "softmax", "after PV"): "after PV consumers take turns" for x in ("plain", "lazy")},
     **{("head_dim", d, "softmax", "after PV"): "K and V are wide" for d in (160, 192, 256)},
     ("shared", True, "one kv stage", True): "QK of the next tile is issued before PV of this one",
     ("output", "unnormalized", "lse", False): "without LSE partial results do not merge",

@@ -53,7 +53,8 @@ OUTWEIGHING = 4.0  # times all before: of random scores hardly ever, of a new ke
 WIDE = 128  # columns of O from which on its rescaling costs more than asking whether it is needed
 # Columns of K and V together up to which other consumers' products hide one's softmax: it may then come after its own
 # PV, so that P is rounded as it comes, and K and V are released sooner. On an H200 (2026-11-29) worth up to 7 % up to
-# head_dim 80, from -2 to 2 % at 96 and 128, where tuned.json decides.
+# head_dim 80, from -2 to 2 % at 96 and 128, where tuned.json decides. Not for a wide O, whose consumers take no turns:
+# with three of them that cost 4 to 24 % at head_dim 32 to 80.
 AFTER_PV = 160
 # By consumers: which part of the time that the exponentials take is not hidden behind the tensor core's, see
 # predicted_cycles.
@@ -107,7 +108,7 @@ def default_schedule(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> 
     wide = spec.v_dim > WIDE
     windows = spec.window_left is not None and has_own_spans(spec, arch, tile_m)
     alone = tile_m == arch.mma_m
-    beside = alone or spec.head_dim + spec.v_dim > AFTER_PV
+    beside = alone or wide or spec.head_dim + spec.v_dim > AFTER_PV
     lazy = (wide or windows) and looks_for_maxima(spec, arch, tile_m, tile_n)
     return {"turns": not (alone or wide), "lazy": lazy, "beside_pv": beside}
 

@@ -91,7 +91,7 @@ def test_specifications_have_the_features_that_they_are_asked_for(design):
 @pytest.mark.parametrize("pair", WARPGROUPS.impossible, ids=str)
 def test_a_pair_that_sm_90a_leaves_out_is_refused_or_never_chosen(pair):
     """With everything else plain. What the planner alone decides (schedules, where sO lies) it never decides so,
-    whatever the tile, with V as wide and of 64 columns, and with rings of one to four stages, of one to sixteen where
+    whatever the tile, with V as wide and of 64 and 144 columns, and with rings of one to four stages, of one to sixteen where
     it is about sO; the rest is refused.
     """
     a, x, b, y = pair
@@ -118,11 +118,11 @@ def test_a_pair_that_sm_90a_leaves_out_is_refused_or_never_chosen(pair):
     rows = [fields["tile_m"]] if "consumers" in asked else (64, 128, 192, 256)
     depths = range(1, 17) if "sO over sQ" in (a, b) else range(1, 5)
     planned = 0
-    widths = (16,) if asked.get("V") == "wider" else (0, -64)
+    widths = (16,) if asked.get("V") == "wider" else (None, 64, 144)
     dims_tried = (asked["head_dim"],) if "head_dim" in asked else (16, 96, 112, 192, 256)
-    for head_dim, more, tile_m, tile_n, depth in product(dims_tried, widths, rows, range(16, 257, 48), depths):
-        v_dim = min(256, head_dim + more) if more > 0 else head_dim if not more else 64
-        if v_dim == head_dim and more:
+    for head_dim, width, tile_m, tile_n, depth in product(dims_tried, widths, rows, range(16, 257, 48), depths):
+        v_dim = head_dim if width is None else head_dim + width if asked.get("V") == "wider" else width
+        if v_dim > 256:
             continue
         dims = {"head_dim": head_dim, "head_dim_v": v_dim}
         try:
