@@ -54,7 +54,7 @@ WIDE = 128  # columns of O from which on its rescaling costs more than asking wh
 # Columns of K and V together up to which other consumers' products hide one's softmax: it may then come after its own
 # PV, so that P is rounded as it comes, and K and V are released sooner. On an H200 (2026-11-29) worth up to 7 % up to
 # head_dim 80, from -2 to 2 % at 96 and 128, where tuned.json decides. Not for a wide O, whose consumers take no turns:
-# with three of them that cost 4 to 24 % at head_dim 32 to 80.
+# with three of them that cost 9 to 23 % at head_dim 32 to 64.
 AFTER_PV = 160
 # By consumers: which part of the time that the exponentials take is not hidden behind the tensor core's, see
 # predicted_cycles.

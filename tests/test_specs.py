@@ -91,8 +91,8 @@ def test_specifications_have_the_features_that_they_are_asked_for(design):
 @pytest.mark.parametrize("pair", WARPGROUPS.impossible, ids=str)
 def test_a_pair_that_sm_90a_leaves_out_is_refused_or_never_chosen(pair):
     """With everything else plain. What the planner alone decides (schedules, where sO lies) it never decides so,
-    whatever the tile, with V as wide and of 64 and 144 columns, and with rings of one to four stages, of one to sixteen where
-    it is about sO; the rest is refused.
+    whatever the tile, with V as wide and of 64 and 144 columns, and with rings of one to four stages, of one to sixteen
+    where it is about sO; the rest is refused.
     """
     a, x, b, y = pair
     asked = {a: x, b: y}
