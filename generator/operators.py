@@ -17,6 +17,7 @@ import torch
 
 from .arrays import check_kinds
 from .compile import Binary
+from .kernel import kernel_of
 from .launch import torch_dtype
 from .layout import Plan
 from .run import RunError
@@ -36,12 +37,16 @@ def operator_of(kernel: Any) -> Any:
     limit2 and sink, each an optional Tensor, and scale, an optional float. It returns what the kernel's call returns,
     in memory of its own.
     """
-    return getattr(getattr(torch.ops, NAMESPACE), operator_name(kernel)).default
+    return getattr(getattr(torch.ops, NAMESPACE), operator_name(kernel.handle)).default
 
 
 @torch.compiler.assume_constant_result  # a trace calls it and goes on with the name
-def operator_name(kernel: Any) -> str:
-    """The operator's name within the namespace; registers it on first use."""
+def operator_name(handle: str) -> str:
+    """The operator's name within the namespace of the kernel with this handle; registers it on first use.
+
+    By the handle, since PyTorch 2.11 takes no object where a trace's constant is computed.
+    """
+    kernel = kernel_of(handle)
     name = kernel.__dict__.get("_operator_name")
     if name is None:
         with _registering:
