@@ -499,8 +499,54 @@ def finish_rows(m, total, rows, scale, block, first_row, tokens, seqlen_q):
             m_out[batch, q_head, tokens[r]] = m[r] * scale
 
 
+def keys_are_whole(lengths):
+    """Whether the keys are not shared out: then there is one part, which is the result, and nothing to combine."""
+    return lengths[-1][1] == 1
+
+
 @cute.jit
-def store_outputs(o, m, total, mo, rows, scale, block, first_row, tokens, seqlen_q):
+def finish_whole(m, total, factor, results, scale, block, first_row, tokens, seqlen_q):
+    """finish_rows where the keys are whole: what O is to be multiplied with put into factor."""
+    _, head, batch = block
+    _, lse = results
+    row_sums(total)
+    for r in cutlass.range_constexpr(2):
+        q_head = head
+        row_total = total[r]
+        factor[r] = cute.arch.rcp_approx(row_total) if row_total > 0.0 else Float32(0.0)  # nothing seen: O = 0
+        if (tokens[r] < seqlen_q) & (cute.arch.lane_idx() % 4 == 0):
+            lse[batch, q_head, tokens[r]] = m[r] * scale + cute.math.log2(row_total, fastmath=True) * LN_2
+
+
+@cute.jit
+def store_whole(o, results, factor, block, first_row, tokens, seqlen_q, first_pair=0):
+    """Both rows of this thread of O itself, each multiplied with its factor; its columns begin with this pair."""
+    _, head, batch = block
+    for r in cutlass.range_constexpr(2):
+        q_head = head
+        if tokens[r] < seqlen_q:
+            row = results[0][batch, tokens[r], q_head, None]
+            for b in cutlass.range_constexpr(O_WIDTH // 8):
+                pair = cute.make_tensor(o.iterator + 4 * b + 2 * r, cute.make_layout(2))
+                stored = cute.make_rmem_tensor(2, DTYPE)
+                stored.store((pair.load() * factor[r]).to(stored.element_type))
+                there = first_pair + 4 * b + cute.arch.lane_idx() % 4
+                cute.autovec_copy(stored, cute.local_tile(row, (2,), (there,)))
+
+
+@cute.jit
+def store_outputs(o, m, total, factor, out, rows, scale, block, lengths, first_row, tokens, seqlen_q):
+    """Both rows of this thread out: of a part, or of the result where the keys are whole."""
+    mo, results = out
+    if keys_are_whole(lengths):
+        finish_whole(m, total, factor, results, scale, block, first_row, tokens, seqlen_q)
+        store_whole(o, results, factor, block, first_row, tokens, seqlen_q)
+    else:
+        store_part(o, m, total, mo, rows, scale, part_of(block, lengths), first_row, tokens, seqlen_q)
+
+
+@cute.jit
+def store_part(o, m, total, mo, rows, scale, block, first_row, tokens, seqlen_q):
     """Both rows of this thread out: O as it is, LSE and m."""
     finish_rows(m, total, rows, scale, block, first_row, tokens, seqlen_q)
     q_tile, head, batch = block
@@ -650,7 +696,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         release_q(bars, group)
         if kv_tiles > 0:
             last_pv(operands, bars, before)
-        store_outputs(o, m, total, out, rows, scale, part_of(block, lengths), first_row, tokens, seqlen_q)
+        store_outputs(o, m, total, factor, out, rows, scale, block, lengths, first_row, tokens, seqlen_q)
 
 
 @cute.jit
@@ -687,6 +733,8 @@ def fmha_sm90_d16_split(
     mo: cute.Tensor,
     lse: cute.Tensor,
     m_out: cute.Tensor,
+    whole_o: cute.Tensor,
+    whole_lse: cute.Tensor,
     heads: Int32,
     batches: Int32,
     splits: Int32,
@@ -720,7 +768,7 @@ def fmha_sm90_d16_split(
             load_kv((tma_k, mk, tma_v, mv), k_smem, v_smem, bars, call)
     else:
         cute.arch.setmaxregister_decrease(CONSUMER_REGISTERS)
-        consume((q_smem, k_smem, v_smem), mo, (lse, m_out), bars, scale, call)
+        consume((q_smem, k_smem, v_smem), (mo, (whole_o, whole_lse)), (lse, m_out), bars, scale, call)
 
 
 @cute.jit
@@ -864,15 +912,17 @@ def launch(
     heads = q.shape[2]
     tiles = query_tiles(q.shape[1]) * heads * q.shape[0] * splits
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, mo)
-    arguments = (*matrices, lse_parts, m_parts, heads, q.shape[0], splits, scale)
+    results = (o, lse)
+    arguments = (*matrices, lse_parts, m_parts, *results, heads, q.shape[0], splits, scale)
     kernel = fmha_sm90_d16_split(*arguments)
     grid = (cutlass.min(tiles, ctas), 1, 1)
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream, use_pdl=True)
-    row_warps = Int32(1)  # the fewest that have all parts of a row on their way at once
-    for _ in cutlass.range_constexpr(COMBINE_WARPS.bit_length() - 1):
-        if splits > AHEAD * row_warps:
-            row_warps *= 2
-    combine = combine_parts(o_parts, lse_parts, m_parts, o, lse, splits, row_warps)
-    rows_a_cta = COMBINE_WARPS // row_warps
-    grid = ((o.shape[0] * o.shape[1] * o.shape[2] + rows_a_cta - 1) // rows_a_cta, 1, 1)
-    combine.launch(grid=grid, block=(COMBINE_THREADS, 1, 1), smem=COMBINE_BYTES, stream=stream, use_pdl=True)
+    if splits > 1:
+        row_warps = Int32(1)  # the fewest that have all parts of a row on their way at once
+        for _ in cutlass.range_constexpr(COMBINE_WARPS.bit_length() - 1):
+            if splits > AHEAD * row_warps:
+                row_warps *= 2
+        combine = combine_parts(o_parts, lse_parts, m_parts, o, lse, splits, row_warps)
+        rows_a_cta = COMBINE_WARPS // row_warps
+        grid = ((o.shape[0] * o.shape[1] * o.shape[2] + rows_a_cta - 1) // rows_a_cta, 1, 1)
+        combine.launch(grid=grid, block=(COMBINE_THREADS, 1, 1), smem=COMBINE_BYTES, stream=stream, use_pdl=True)

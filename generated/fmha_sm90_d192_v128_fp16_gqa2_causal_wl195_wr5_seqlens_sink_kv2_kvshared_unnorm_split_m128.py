@@ -463,6 +463,19 @@ def next_softmax(s, scale_log2, m, total, factor, seen):
 
 
 @cute.jit
+def join_sink(m, total, logit, scale_log2):
+    """exp(logit) joins the row's sum: (weight of what was summed against m, the new sum, its reference top in log2).
+
+    The reference is the larger of the row's maximum and the logit, so that neither exponential overflows.
+    """
+    own, sink = m * scale_log2, logit * LOG2_E
+    top = cute.arch.fmax(own, sink)
+    reference = top if top > -Float32.inf else Float32(0.0)  # no key and no sink: -inf - -inf would be NaN
+    weight = cute.math.exp2(own - reference, fastmath=True)
+    return weight, total * weight + cute.math.exp2(sink - reference, fastmath=True), top
+
+
+@cute.jit
 def row_sums(total):
     """Sums of whole rows from those of the four threads that share them."""
     for r in cutlass.range_constexpr(2):
@@ -489,8 +502,56 @@ def finish_rows(m, total, rows, scale, block, first_row, tokens, seqlen_q):
             m_out[batch, q_head, tokens[r]] = m[r] * scale
 
 
+def keys_are_whole(lengths):
+    """Whether the keys are not shared out: then there is one part, which is the result, and nothing to combine."""
+    return lengths[-1][1] == 1
+
+
 @cute.jit
-def store_outputs(o, m, total, mo, rows, scale, block, first_row, tokens, seqlen_q):
+def finish_whole(m, total, factor, results, scale, block, first_row, tokens, seqlen_q):
+    """finish_rows where the keys are whole: the sink joined, what O is to be multiplied with put into factor."""
+    _, head, batch = block
+    _, sink, lse, m_out = results
+    row_sums(total)
+    scale_log2 = scale * LOG2_E
+    for r in cutlass.range_constexpr(2):
+        q_head = query_head(head, first_row + 8 * r)
+        weight, row_total, top = join_sink(m[r], total[r], sink[q_head], scale_log2)
+        factor[r] = Float32(1.0)
+        if (tokens[r] < seqlen_q) & (cute.arch.lane_idx() % 4 == 0):
+            lse[batch, q_head, tokens[r]] = (top + cute.math.log2(row_total, fastmath=True)) * LN_2
+            m_out[batch, q_head, tokens[r]] = m[r] * scale
+
+
+@cute.jit
+def store_whole(o, results, factor, block, first_row, tokens, seqlen_q, first_pair=0):
+    """Both rows of this thread of O itself, each multiplied with its factor; its columns begin with this pair."""
+    _, head, batch = block
+    for r in cutlass.range_constexpr(2):
+        q_head = query_head(head, first_row + 8 * r)
+        if tokens[r] < seqlen_q:
+            row = results[0][batch, tokens[r], q_head, None]
+            for b in cutlass.range_constexpr(O_WIDTH // 8):
+                pair = cute.make_tensor(o.iterator + 4 * b + 2 * r, cute.make_layout(2))
+                stored = cute.make_rmem_tensor(2, Float32)
+                stored.store((pair.load() * factor[r]).to(stored.element_type))
+                there = first_pair + 4 * b + cute.arch.lane_idx() % 4
+                cute.autovec_copy(stored, cute.local_tile(row, (2,), (there,)))
+
+
+@cute.jit
+def store_outputs(o, m, total, factor, out, rows, scale, block, lengths, first_row, tokens, seqlen_q):
+    """Both rows of this thread out: of a part, or of the result where the keys are whole."""
+    mo, results = out
+    if keys_are_whole(lengths):
+        finish_whole(m, total, factor, results, scale, block, first_row, tokens, seqlen_q)
+        store_whole(o, results, factor, block, first_row, tokens, seqlen_q)
+    else:
+        store_part(o, m, total, mo, rows, scale, part_of(block, lengths), first_row, tokens, seqlen_q)
+
+
+@cute.jit
+def store_part(o, m, total, mo, rows, scale, block, first_row, tokens, seqlen_q):
     """Both rows of this thread out: O as it is, LSE and m."""
     finish_rows(m, total, rows, scale, block, first_row, tokens, seqlen_q)
     q_tile, head, batch = block
@@ -649,7 +710,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         release_q(bars, group)
         if kv_tiles > 0:
             last_pv(operands, bars, before)
-        store_outputs(o, m, total, out, rows, scale, part_of(block, lengths), first_row, tokens, seqlen_q)
+        store_outputs(o, m, total, factor, out, rows, scale, block, lengths, first_row, tokens, seqlen_q)
 
 
 @cute.jit
@@ -689,6 +750,10 @@ def fmha_sm90_d192_v128_fp16_gqa2_causal_wl195_wr5_seqlens_sink_kv2_kvshared_unn
     seqlens2: cute.Tensor,
     lse: cute.Tensor,
     m_out: cute.Tensor,
+    whole_o: cute.Tensor,
+    sink: cute.Tensor,
+    whole_lse: cute.Tensor,
+    whole_m: cute.Tensor,
     heads: Int32,
     batches: Int32,
     splits: Int32,
@@ -723,7 +788,7 @@ def fmha_sm90_d192_v128_fp16_gqa2_causal_wl195_wr5_seqlens_sink_kv2_kvshared_unn
             load_kv((tma_k, mk), (tma_k2, mk2), k_smem, bars, call)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-        consume((q_smem, k_smem, v_smem), mo, (lse, m_out), bars, scale, call)
+        consume((q_smem, k_smem, v_smem), (mo, (whole_o, sink, whole_lse, whole_m)), (lse, m_out), bars, scale, call)
 
 
 @cute.jit
@@ -895,15 +960,17 @@ def launch(
     heads = k.shape[2]
     tiles = query_tiles(q.shape[1]) * heads * q.shape[0] * splits
     matrices = (tma_q, mq, tma_k, mk, tma_k2, mk2, mo)
-    arguments = (*matrices, seqlens, seqlens2, lse_parts, m_parts, heads, q.shape[0], splits, scale)
+    results = (o, sink, lse, m_out)
+    arguments = (*matrices, seqlens, seqlens2, lse_parts, m_parts, *results, heads, q.shape[0], splits, scale)
     kernel = fmha_sm90_d192_v128_fp16_gqa2_causal_wl195_wr5_seqlens_sink_kv2_kvshared_unnorm_split_m128(*arguments)
     grid = (cutlass.min(tiles, ctas), 1, 1)
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream, use_pdl=True)
-    row_warps = Int32(1)  # the fewest that have all parts of a row on their way at once
-    for _ in cutlass.range_constexpr(COMBINE_WARPS.bit_length() - 1):
-        if splits > AHEAD * row_warps:
-            row_warps *= 2
-    combine = combine_parts(o_parts, lse_parts, m_parts, sink, o, lse, m_out, splits, row_warps)
-    rows_a_cta = COMBINE_WARPS // row_warps
-    grid = ((o.shape[0] * o.shape[1] * o.shape[2] + rows_a_cta - 1) // rows_a_cta, 1, 1)
-    combine.launch(grid=grid, block=(COMBINE_THREADS, 1, 1), smem=COMBINE_BYTES, stream=stream, use_pdl=True)
+    if splits > 1:
+        row_warps = Int32(1)  # the fewest that have all parts of a row on their way at once
+        for _ in cutlass.range_constexpr(COMBINE_WARPS.bit_length() - 1):
+            if splits > AHEAD * row_warps:
+                row_warps *= 2
+        combine = combine_parts(o_parts, lse_parts, m_parts, sink, o, lse, m_out, splits, row_warps)
+        rows_a_cta = COMBINE_WARPS // row_warps
+        grid = ((o.shape[0] * o.shape[1] * o.shape[2] + rows_a_cta - 1) // rows_a_cta, 1, 1)
+        combine.launch(grid=grid, block=(COMBINE_THREADS, 1, 1), smem=COMBINE_BYTES, stream=stream, use_pdl=True)

@@ -18,9 +18,9 @@
 #   q_full        0       2         1  TMA: a chunk of Q has landed
 #   q_empty      16       2         4  score warps, one lane each: it is in registers, or the last QK has read it
 #   k_full       32       6         1  TMA: a chunk of K has landed
-#   k_empty      80       6         4  score warps, one lane each: it has been read
+#   k_empty      80       6         8  score warps, one lane each, in both CTAs: it has been read
 #   v_full      128       3         1  TMA: a slice of V has landed
-#   v_empty     152       3         8  output warps, one lane each: PV has read it
+#   v_empty     152       3        16  output warps, one lane each, in both CTAs: PV has read it
 #   p_full      176       2         4  score warps, one lane each: P and the factors of O are written
 #   p_empty     192       2         8  output warps, one lane each: P and factors have been read
 #   scored      208       2         4  score warps, one lane each: QK of the next KV tile is done
@@ -35,10 +35,11 @@
 warps load for them.
 
 A CTA works on one query tile after another:
-64 query rows of a query head.
+64 of a cluster's 128 query rows of a query head.
 Q stays in the score warpgroup's registers. K streams through a ring in
 chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory. The second half
 of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
+Two CTAs are a cluster: neighbouring query rows, the same K and V. Each loads half of every piece for both.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -54,7 +55,7 @@ DTYPE = Float16
 HEAD_DIM = 304
 HEAD_DIM_V = 304
 Q_HEADS_PER_KV = 3
-TILE_M = 64
+TILE_M = 128  # query rows of a cluster
 TILE_N = 128
 GROUP_ROWS = 64  # query rows of a CTA: M of wgmma
 GROUP_THREADS = 128
@@ -63,6 +64,7 @@ K_CHUNKS = 5
 Q_CHUNKS = 5  # of them, in registers
 Q_STAGES = 2
 K_STAGES = 6
+K_STEP = 1  # chunks of K that are multiplied between one signal and the next
 V_KEYS = 32  # keys of V in a buffer
 V_SLICES = 4  # of a KV tile
 V_STAGES = 3
@@ -70,10 +72,12 @@ P_STAGES = 2
 O_WIDTH = 160  # columns of O that an output warpgroup holds
 O_PARTS = (160,)  # of them, by one wgmma
 O_CHUNK = 32  # of them, staged at a time
+BOTH_CTAS = cutlass.Int16(0b11)
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 16384
 V_SLICE_BYTES = 20480
-SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 
 THREADS = 512
 LOAD_WARP = 12
@@ -106,9 +110,9 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 2, 1),
     (Q_EMPTY, 2, 4),
     (K_FULL, 6, 1),
-    (K_EMPTY, 6, 4),
+    (K_EMPTY, 6, 8),
     (V_FULL, 3, 1),
-    (V_EMPTY, 3, 8),
+    (V_EMPTY, 3, 16),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
@@ -187,8 +191,20 @@ def arrive_warp(bar):
 
 @cute.jit
 def release(bar):
-    """A buffer has been read by this warp."""
-    arrive_warp(bar)
+    """A buffer that both CTAs fill has been read by this warp: told to both."""
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        for rank in cutlass.range_constexpr(2):
+            cute.arch.mbarrier_arrive(bar, rank)
+
+
+@cute.jit
+def leave():
+    """No CTA goes while the other's loads or arrivals may still come to it. Each role says so for itself: where their
+    ways met again before the end, ptxas would give all of them the fewest registers and wait for every wgmma.
+    """
+    cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
 
 
 def end_key(token, seqlen_q, seqlen_k):
@@ -209,8 +225,8 @@ def kv_span(q_tile, seqlen_q, seqlen_k):
 
 @cute.jit
 def place_in_turn(turn):
-    """This CTA's place among the CTAs. Every other turn goes through them backwards: who had much gets little."""
-    workers, place = cute.arch.grid_dim()[0], cute.arch.block_idx()[0]
+    """This pair's place among the pairs. Every other turn goes through them backwards: who had much gets little."""
+    workers, place = cute.arch.grid_dim()[0] // 2, cute.arch.block_idx()[0] // 2
     return place if turn % 2 == 0 else workers - 1 - place
 
 
@@ -220,9 +236,9 @@ def query_tiles(seqlen_q):
 
 @cute.jit
 def turns(call):
-    """How many query tiles this CTA works on."""
+    """How many query tiles this pair works on."""
     seqlen_q, heads, batches = call[:3]
-    workers, tiles = cute.arch.grid_dim()[0], query_tiles(seqlen_q) * heads * batches
+    workers, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
     whole = tiles // workers
     rest = tiles - whole * workers
     return whole + (1 if place_in_turn(whole) < rest else 0)
@@ -236,10 +252,10 @@ def divided(number, by):
 
 @cute.jit
 def work(turn, call):
-    """(query tile, head, batch entry) of this CTA's turn, and lengths."""
+    """(query tile, head, batch entry) of this pair's turn, and lengths."""
     seqlen_q, heads, batches, seqlen_k = call
     q_tiles = query_tiles(seqlen_q)
-    i = turn * cute.arch.grid_dim()[0] + place_in_turn(turn)
+    i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
     # The last query tiles see the most keys: all heads' first, then the tiles before them.
     rest, head = divided(i, heads)
     from_last, batch = divided(rest, batches)
@@ -255,19 +271,20 @@ def spans_of(q_tile, lengths):
     return span
 
 
-def load_views(source, smem, piece, kv_head, batch):
+def load_views(source, smem, piece, kv_head, batch, rank):
     """K or V of a KV source: its TMA atom and both sides of a load, mode 0 one piece, then its stage or where it comes
     from.
     """
     tma, matrix = source
     tiles = cute.local_tile(matrix[None, None, kv_head, batch], piece, (None, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (smem, tiles)]
-    return tma, *cpasync.tma_partition(tma, 0, cute.make_layout(1), *flat)
+    return tma, *cpasync.tma_partition(tma, rank, cute.make_layout(2), *flat)
 
 
 @cute.jit
 def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
     """A producer: Q of every query tile, then its K tiles, chunk by chunk."""
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     q_place, k_place = (Int32(0), Int32(0)), (Int32(0), Int32(0))
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
@@ -277,12 +294,12 @@ def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
         gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, K_CHUNK), (None, None))
         flat = [cute.group_modes(tensor, 0, 2) for tensor in (q_smem, gq)]
         q_stages, q_chunks = cpasync.tma_partition(tma_q, 0, cute.make_layout(1), *flat)
-        k = load_views(source, k_smem, (TILE_N, K_CHUNK), kv_head, batch)
+        k = load_views(source, k_smem, (TILE_N, K_CHUNK), kv_head, batch, rank)
         for chunk in cutlass.range_constexpr(K_CHUNKS):
             stage, phase = q_place
             cute.arch.mbarrier_wait(bars + Q_EMPTY + stage, phase ^ 1)  # passes at once in the ring's first round
             expect(bars + Q_FULL + stage, Q_CHUNK_BYTES)
-            rows = q_chunks[None, q_tile, chunk]
+            rows = q_chunks[None, q_tile * 2 + rank, chunk]
             cute.copy(tma_q, rows, q_stages[None, stage], tma_bar_ptr=bars + Q_FULL + stage)
             q_place = after(q_place, Q_STAGES)
         for j in cutlass.range(kv_tiles, unroll=1):
@@ -292,13 +309,14 @@ def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
 @cute.jit
 def load_v_alone(source, v_smem, bars, call):
     """Another producer, so that V need not wait for room in K's ring: the V tiles, slice by slice."""
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     v_place = Int32(0), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         span = spans_of(q_tile, lengths)
         kv_head = head // Q_HEADS_PER_KV
         kv_tiles = span[0]
-        v = load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch)
+        v = load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch, rank)
         for j in cutlass.range(kv_tiles, unroll=1):
             v_place = load_v(v, bars, v_place, j, span)
 
@@ -315,7 +333,7 @@ def load_k(k, bars, place, j, span):
         expect(full, K_CHUNK_BYTES)
         tma, smem, gmem = k
         piece = gmem[None, j, chunk]
-        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
+        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         place = after(place, K_STAGES)
     return place
 
@@ -333,7 +351,7 @@ def load_v(v, bars, place, j, span):
             tma, smem, gmem = v
             one = j * V_SLICES + i
             piece = gmem[None, half, one]
-            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full)
+            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         place = after(place, V_STAGES)
     return place
 
@@ -419,51 +437,75 @@ def round_by_eight(source, target, blocks: cutlass.Constexpr):
 
 
 @cute.jit
-def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
-    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
-    shift = reference_of(m, seen) * scale_log2
-    even, odd = Float32(0.0), Float32(0.0)
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
-    return even + odd
+def exponentiate(s, p, scale_log2, m, seen):
+    """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
+    shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
+    parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
+    for block in cutlass.range_constexpr(TILE_N // 16):
+        eight = cute.make_rmem_tensor(8, Float32)
+        for i in cutlass.range_constexpr(8):
+            r, e = i // 2 % 2, i % 2
+            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
+            parts[r][e] = parts[r][e] + eight[i]
+        rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
+        rounded.store(eight.load().to(DTYPE))
+        pairs = cute.recast_tensor(rounded, Int32)
+        for i in cutlass.range_constexpr(4):
+            pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
+    return [parts[r][0] + parts[r][1] for r in range(2)]
+
+
+def opaque(x, dtype):
+    """x, of 32 bits, by an instruction that the compiler does not see through: it neither moves what x was computed by
+    to where two ways meet, nor shares with one way what the other computes from x.
+    """
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
 
 
 @cute.jit
-def first_softmax(s, scale_log2, m, total, seen):
-    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
-    thread's part of their sums.
-    """
+def first_softmax(s, p, scale_log2, m, total, seen):
+    """P of a query tile's first KV tile, relative to m, the rows' maxima; total: this thread's part of their sums."""
     hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         m[r] = row_max(s, r, -Float32.inf)
-        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    for r in cutlass.range_constexpr(2):
+        total[r] = parts[r]
 
 
 @cute.jit
-def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
-    """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
-    Returns whether any row of the warp has a factor other than 1.
-
-    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most 2^skip (256 by
-    SKIP_LOG2), which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total is
-    rescaled.
+def next_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S, relative to m, the rows' maxima so far. m, total and factor, by which O is to be multiplied, are
+    updated.
     """
-    moved = cutlass.Boolean(False)
-    if cutlass.const_expr(seen is not None):
-        hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         best = row_max(s, r, m[r])
-        if (best - m[r]) * scale_log2 <= skip:
-            best = m[r]
-        moved = moved | (best > m[r])
-        factor[r] = rescaling(m[r], best, scale_log2, seen)  # exactly 1 where m stays
+        factor[r] = rescaling(m[r], best, scale_log2, seen)
         m[r] = best
+    parts = exponentiate(s, p, scale_log2, m, seen)
     for r in cutlass.range_constexpr(2):
-        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
-    return cute.arch.vote_any_sync(moved)
+        total[r] = total[r] * factor[r] + parts[r]
+
+
+@cute.jit
+def kept_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
+    """
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    too_large = cutlass.Boolean(False)
+    for r in cutlass.range_constexpr(2):
+        limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
+        too_large = too_large | (parts[r] > limit)
+    too_large = cute.arch.vote_any_sync(too_large)
+    if too_large:
+        next_softmax(s, p, opaque(scale_log2, Float32), m, total, factor, seen)
+    else:
+        for r in cutlass.range_constexpr(2):
+            total[r] = total[r] + parts[r]
+    return too_large
 
 
 @cute.jit
@@ -523,38 +565,61 @@ def read_q(q, q_smem, bars, place):
 
 @cute.jit
 def multiply_qk(s, q, k, bars, place):
-    """S = Q K^T of a KV tile, chunk by chunk as they land, each released once it has been read; returns the place after
-    it.
+    """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; returns the
+    place after it.
     """
     qk = qk_mma()
-    before = Int32(0)
-    for chunk in cutlass.range_constexpr(K_CHUNKS):
-        stage, phase = place
-        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    before = []
+    for first in cutlass.range_constexpr(0, K_CHUNKS, K_STEP):
+        stages = []
+        for _ in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+            stage, phase = place
+            cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+            stages.append(stage)
+            place = after(place, K_STAGES)
         warpgroup.fence()
-        for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
-            qk.set(Field.ACCUMULATE, chunk + block > 0)
-            cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
+        for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+            stage = stages[chunk - first]
+            for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
+                qk.set(Field.ACCUMULATE, chunk + block > 0)
+                cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
         warpgroup.commit_group()
-        if cutlass.const_expr(chunk > 0):
+        if cutlass.const_expr(first > 0):
             warpgroup.wait_group(1)
-            release(bars + K_EMPTY + before)
-        before = stage
-        place = after(place, K_STAGES)
+        for stage in before:
+            release(bars + K_EMPTY + stage)
+        before = stages
     warpgroup.wait_group(0)
-    release(bars + K_EMPTY + before)
+    for stage in before:
+        release(bars + K_EMPTY + stage)
     return place
+
+
+@cute.jit
+def room_for_p(bars, place):
+    """P of the KV tile two before has been read. Asked before the softmax, which then has only to compute."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)  # passes at once in the first round
 
 
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)  # passes at once in the first round
+    stage, _ = place
     write_factors(factors, factor, stage)
     atom, copy = p_copy
     cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
+    arrive_warp(bars + P_FULL + stage)
+    return after(place, P_STAGES)
+
+
+@cute.jit
+def hand_over_factors(factors, factor, bars, place):
+    """Factors alone, by which O becomes the result; returns the place of the next P."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)
+    write_factors(factors, factor, stage)
     arrive_warp(bars + P_FULL + stage)
     return after(place, P_STAGES)
 
@@ -568,17 +633,20 @@ def write_factors(factors, factor, stage):
 
 
 @cute.jit
-def next_tile(operands, target, bars, places, seen, scale_log2, stats):
-    """QK and softmax of a KV tile after the first, P and the factors of O handed over; returns the places after it.
-
-    seen: columns of the tile that each of this thread's rows sees, None for all.
+def kept_tile(operands, target, bars, places, seen, scale_log2, stats):
+    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
+    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
+    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
     """
     (s, p, q, k), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
     k_place, p_place, scored = places
     k_place = multiply_qk(s, q, k, bars, k_place)
     arrive_warp(bars + SCORED + scored)
-    next_softmax(s, scale_log2, m, total, factor, seen)
-    round_by_eight(s, p, TILE_N // 16)
+    room_for_p(bars, p_place)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    if not kept_softmax(s, p, scale_log2, m, total, factor, seen):
+        factor.fill(1.0)
     p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
     return k_place, p_place, scored ^ 1
 
@@ -597,6 +665,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     m, total, factor = stats = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
     scale_log2 = scale * LOG2_E
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    first_row += cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) * GROUP_ROWS
 
     q_place, k_place, p_place = ((Int32(0), Int32(0)) for _ in range(3))
     scored = Int32(0)
@@ -616,24 +685,20 @@ def score(smem_tiles, factors, rows, bars, scale, call):
         q_all = q
         if kv_tiles > 0:
             k_place = multiply_qk(s, q_all, k, bars, k_place)
-            first_softmax(s, scale_log2, m, total, seen_of(0, bounds, span))
-            round_by_eight(s, p, TILE_N // 16)
+            room_for_p(bars, p_place)
+            first_softmax(s, p, scale_log2, m, total, seen_of(0, bounds, span))
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
         operands, target, places = (s, p, q_all, k), (p_copy, p_smem, factors), (k_place, p_place, scored)
         for _ in cutlass.range(1, whole_tiles, unroll=1):
-            places = next_tile(operands, target, bars, places, None, scale_log2, stats)
+            places = kept_tile(operands, target, bars, places, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles, unroll=1):
-            places = next_tile(operands, target, bars, places, seen_of(j, bounds, span), scale_log2, stats)
+            places = kept_tile(operands, target, bars, places, seen_of(j, bounds, span), scale_log2, stats)
         k_place, p_place, scored = places
         if kv_tiles > 0:
             arrive_warp(bars + SCORED + scored)  # there is no next KV tile
             scored ^= 1
         finish_rows(m, total, factor, rows, scale, block, first_row, tokens, seqlen_q)
-        stage, phase = p_place
-        cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)
-        write_factors(factors, factor, stage)
-        arrive_warp(bars + P_FULL + stage)  # factors alone: O is normalized
-        p_place = after(p_place, P_STAGES)
+        p_place = hand_over_factors(factors, factor, bars, p_place)
 
 
 def seen_of(j, bounds, span):
@@ -648,6 +713,16 @@ def read_factors(factors, factor, stage):
     for r in cutlass.range_constexpr(2):
         factor[r] = factors[row + 8 * r, stage]
     return cute.arch.vote_any_sync((factor[0] != 1.0) | (factor[1] != 1.0))
+
+
+@cute.jit
+def take_factors(factors, factor, bars, place):
+    """By which O becomes the result; returns the place of the next P."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_FULL + stage, phase)
+    read_factors(factors, factor, stage)
+    arrive_warp(bars + P_EMPTY + stage)
+    return after(place, P_STAGES)
 
 
 def parts_of(o, v_smem):
@@ -723,11 +798,7 @@ def output(smem_tiles, factors, out, bars, call):
             warpgroup.wait_group(0)
             release(bars + V_EMPTY + v_before)
             arrive_warp(bars + P_EMPTY + p_before)
-        stage, phase = p_place
-        cute.arch.mbarrier_wait(bars + P_FULL + stage, phase)
-        read_factors(factors, factor, stage)
-        arrive_warp(bars + P_EMPTY + stage)
-        p_place = after(p_place, P_STAGES)
+        p_place = take_factors(factors, factor, bars, p_place)
         scale_rows(o, factor)
         store_o(o, o_smem, out, block, half)
     cute.arch.cp_async_bulk_wait_group(0)
@@ -740,7 +811,7 @@ def store_o(o, o_smem, out, block, half):
     q_tile, head, batch = block
     first_warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
     slab = o_smem[None, None, half]
-    row_tile = q_tile
+    row_tile = q_tile * 2 + cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     tiles = cute.local_tile(mo[None, None, head, batch], (GROUP_ROWS, O_CHUNK), (row_tile, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
@@ -805,7 +876,8 @@ def fmha_sm90_d304_fp16_gqa3_causal_sink(
         cute.arch.mbarrier_init_fence()
         for tma in (tma_q, tma_k, tma_v, tma_o):
             cpasync.prefetch_descriptor(tma)
-    cute.arch.sync_threads()
+    cute.arch.cluster_arrive()  # each CTA signals the other's mbarriers, so both must have initialized theirs
+    cute.arch.cluster_wait()
 
     q_smem = smem_tile(smem, SQ_OFFSET, q_layout(), DTYPE)
     k_smem = smem_tile(smem, SK_OFFSET, k_layout(), DTYPE)
@@ -820,12 +892,15 @@ def fmha_sm90_d304_fp16_gqa3_causal_sink(
             load_q_and_k(tma_q, mq, q_smem, (tma_k, mk), k_smem, bars, call)
         if warp_idx == LOAD_WARP + 1:
             load_v_alone((tma_v, mv), v_smem, bars, call)
+        leave()
     elif warp_idx >= OUTPUT_WARP:
         cute.arch.setmaxregister_decrease(OUTPUT_REGISTERS)
         output((p_smem, v_smem, o_smem), factors, (tma_o, mo), bars, call)
+        leave()
     else:
         cute.arch.setmaxregister_increase(SCORE_REGISTERS)
         score((q_smem, k_smem, p_smem), factors, (sink, lse), bars, scale, call)
+        leave()
 
 
 @cute.jit
@@ -850,7 +925,7 @@ def launch(
     # TMA tensors put the tile's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
     mq, mk, mo = (cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, o))
     load = cpasync.CopyBulkTensorTileG2SOp()
-    load_both, ctas_each = load, 1
+    load_both, ctas_each = cpasync.CopyBulkTensorTileG2SMulticastOp(), 2
     k_tile, v_tile = (TILE_N, K_CHUNK), (O_WIDTH, V_KEYS)
     tma_q, mq = cpasync.make_tiled_tma_atom(load, mq, one_tile(q_layout()), (GROUP_ROWS, K_CHUNK))
     tma_k, mk = cpasync.make_tiled_tma_atom(load_both, mk, one_tile(k_layout()), k_tile, ctas_each)
@@ -863,5 +938,6 @@ def launch(
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo)
     arguments = (*matrices, sink, lse, heads, q.shape[0], scale)
     kernel = fmha_sm90_d304_fp16_gqa3_causal_sink(*arguments)
-    grid = (cutlass.min(tiles, ctas), 1, 1)
-    kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)
+    grid = (2 * cutlass.min(tiles, cutlass.max(ctas // 2, 1)), 1, 1)
+    size = {"grid": grid, "block": (THREADS, 1, 1), "cluster": (2, 1, 1)}
+    kernel.launch(**size, smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

@@ -62,6 +62,7 @@ K_CHUNKS = 5
 Q_CHUNKS = 5  # of them, in registers
 Q_STAGES = 2
 K_STAGES = 7
+K_STEP = 1  # chunks of K that are multiplied between one signal and the next
 V_KEYS = 32  # keys of V in a buffer
 V_SLICES = 3  # of a KV tile
 V_STAGES = 4
@@ -72,7 +73,8 @@ O_CHUNK = 32  # of them, staged at a time
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 12288
 V_SLICE_BYTES = 20480
-SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 
 THREADS = 512
 LOAD_WARP = 12
@@ -418,51 +420,75 @@ def round_by_eight(source, target, blocks: cutlass.Constexpr):
 
 
 @cute.jit
-def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
-    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
-    shift = reference_of(m, seen) * scale_log2
-    even, odd = Float32(0.0), Float32(0.0)
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
-    return even + odd
+def exponentiate(s, p, scale_log2, m, seen):
+    """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
+    shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
+    parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
+    for block in cutlass.range_constexpr(TILE_N // 16):
+        eight = cute.make_rmem_tensor(8, Float32)
+        for i in cutlass.range_constexpr(8):
+            r, e = i // 2 % 2, i % 2
+            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
+            parts[r][e] = parts[r][e] + eight[i]
+        rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
+        rounded.store(eight.load().to(DTYPE))
+        pairs = cute.recast_tensor(rounded, Int32)
+        for i in cutlass.range_constexpr(4):
+            pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
+    return [parts[r][0] + parts[r][1] for r in range(2)]
+
+
+def opaque(x, dtype):
+    """x, of 32 bits, by an instruction that the compiler does not see through: it neither moves what x was computed by
+    to where two ways meet, nor shares with one way what the other computes from x.
+    """
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
 
 
 @cute.jit
-def first_softmax(s, scale_log2, m, total, seen):
-    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
-    thread's part of their sums.
-    """
+def first_softmax(s, p, scale_log2, m, total, seen):
+    """P of a query tile's first KV tile, relative to m, the rows' maxima; total: this thread's part of their sums."""
     hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         m[r] = row_max(s, r, -Float32.inf)
-        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    for r in cutlass.range_constexpr(2):
+        total[r] = parts[r]
 
 
 @cute.jit
-def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
-    """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
-    Returns whether any row of the warp has a factor other than 1.
-
-    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most 2^skip (256 by
-    SKIP_LOG2), which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total is
-    rescaled.
+def next_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S, relative to m, the rows' maxima so far. m, total and factor, by which O is to be multiplied, are
+    updated.
     """
-    moved = cutlass.Boolean(False)
-    if cutlass.const_expr(seen is not None):
-        hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         best = row_max(s, r, m[r])
-        if (best - m[r]) * scale_log2 <= skip:
-            best = m[r]
-        moved = moved | (best > m[r])
-        factor[r] = rescaling(m[r], best, scale_log2, seen)  # exactly 1 where m stays
+        factor[r] = rescaling(m[r], best, scale_log2, seen)
         m[r] = best
+    parts = exponentiate(s, p, scale_log2, m, seen)
     for r in cutlass.range_constexpr(2):
-        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
-    return cute.arch.vote_any_sync(moved)
+        total[r] = total[r] * factor[r] + parts[r]
+
+
+@cute.jit
+def kept_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
+    """
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    too_large = cutlass.Boolean(False)
+    for r in cutlass.range_constexpr(2):
+        limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
+        too_large = too_large | (parts[r] > limit)
+    too_large = cute.arch.vote_any_sync(too_large)
+    if too_large:
+        next_softmax(s, p, opaque(scale_log2, Float32), m, total, factor, seen)
+    else:
+        for r in cutlass.range_constexpr(2):
+            total[r] = total[r] + parts[r]
+    return too_large
 
 
 @cute.jit
@@ -508,38 +534,61 @@ def read_q(q, q_smem, bars, place):
 
 @cute.jit
 def multiply_qk(s, q, k, bars, place):
-    """S = Q K^T of a KV tile, chunk by chunk as they land, each released once it has been read; returns the place after
-    it.
+    """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; returns the
+    place after it.
     """
     qk = qk_mma()
-    before = Int32(0)
-    for chunk in cutlass.range_constexpr(K_CHUNKS):
-        stage, phase = place
-        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    before = []
+    for first in cutlass.range_constexpr(0, K_CHUNKS, K_STEP):
+        stages = []
+        for _ in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+            stage, phase = place
+            cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+            stages.append(stage)
+            place = after(place, K_STAGES)
         warpgroup.fence()
-        for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
-            qk.set(Field.ACCUMULATE, chunk + block > 0)
-            cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
+        for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+            stage = stages[chunk - first]
+            for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
+                qk.set(Field.ACCUMULATE, chunk + block > 0)
+                cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
         warpgroup.commit_group()
-        if cutlass.const_expr(chunk > 0):
+        if cutlass.const_expr(first > 0):
             warpgroup.wait_group(1)
-            release(bars + K_EMPTY + before)
-        before = stage
-        place = after(place, K_STAGES)
+        for stage in before:
+            release(bars + K_EMPTY + stage)
+        before = stages
     warpgroup.wait_group(0)
-    release(bars + K_EMPTY + before)
+    for stage in before:
+        release(bars + K_EMPTY + stage)
     return place
+
+
+@cute.jit
+def room_for_p(bars, place):
+    """P of the KV tile two before has been read. Asked before the softmax, which then has only to compute."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)  # passes at once in the first round
 
 
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)  # passes at once in the first round
+    stage, _ = place
     write_factors(factors, factor, stage)
     atom, copy = p_copy
     cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
+    arrive_warp(bars + P_FULL + stage)
+    return after(place, P_STAGES)
+
+
+@cute.jit
+def hand_over_factors(factors, factor, bars, place):
+    """Factors alone, by which O becomes the result; returns the place of the next P."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)
+    write_factors(factors, factor, stage)
     arrive_warp(bars + P_FULL + stage)
     return after(place, P_STAGES)
 
@@ -553,17 +602,20 @@ def write_factors(factors, factor, stage):
 
 
 @cute.jit
-def next_tile(operands, target, bars, places, seen, scale_log2, stats):
-    """QK and softmax of a KV tile after the first, P and the factors of O handed over; returns the places after it.
-
-    seen: columns of the tile that each of this thread's rows sees, None for all.
+def kept_tile(operands, target, bars, places, seen, scale_log2, stats):
+    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
+    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
+    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
     """
     (s, p, q, k), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
     k_place, p_place, scored = places
     k_place = multiply_qk(s, q, k, bars, k_place)
     arrive_warp(bars + SCORED + scored)
-    next_softmax(s, scale_log2, m, total, factor, seen)
-    round_by_eight(s, p, TILE_N // 16)
+    room_for_p(bars, p_place)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    if not kept_softmax(s, p, scale_log2, m, total, factor, seen):
+        factor.fill(1.0)
     p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
     return k_place, p_place, scored ^ 1
 
@@ -601,24 +653,20 @@ def score(smem_tiles, factors, rows, bars, scale, call):
         q_all = q
         if kv_tiles > 0:
             k_place = multiply_qk(s, q_all, k, bars, k_place)
-            first_softmax(s, scale_log2, m, total, seen_of(0, bounds, span))
-            round_by_eight(s, p, TILE_N // 16)
+            room_for_p(bars, p_place)
+            first_softmax(s, p, scale_log2, m, total, seen_of(0, bounds, span))
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
         operands, target, places = (s, p, q_all, k), (p_copy, p_smem, factors), (k_place, p_place, scored)
         for _ in cutlass.range(1, whole_tiles, unroll=1):
-            places = next_tile(operands, target, bars, places, None, scale_log2, stats)
+            places = kept_tile(operands, target, bars, places, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles, unroll=1):
-            places = next_tile(operands, target, bars, places, seen_of(j, bounds, span), scale_log2, stats)
+            places = kept_tile(operands, target, bars, places, seen_of(j, bounds, span), scale_log2, stats)
         k_place, p_place, scored = places
         if kv_tiles > 0:
             arrive_warp(bars + SCORED + scored)  # there is no next KV tile
             scored ^= 1
         finish_rows(m, total, factor, rows, scale, block, first_row, tokens, seqlen_q)
-        stage, phase = p_place
-        cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)
-        write_factors(factors, factor, stage)
-        arrive_warp(bars + P_FULL + stage)  # factors alone: O is normalized
-        p_place = after(p_place, P_STAGES)
+        p_place = hand_over_factors(factors, factor, bars, p_place)
 
 
 def seen_of(j, bounds, span):
@@ -633,6 +681,16 @@ def read_factors(factors, factor, stage):
     for r in cutlass.range_constexpr(2):
         factor[r] = factors[row + 8 * r, stage]
     return cute.arch.vote_any_sync((factor[0] != 1.0) | (factor[1] != 1.0))
+
+
+@cute.jit
+def take_factors(factors, factor, bars, place):
+    """By which O becomes the result; returns the place of the next P."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_FULL + stage, phase)
+    read_factors(factors, factor, stage)
+    arrive_warp(bars + P_EMPTY + stage)
+    return after(place, P_STAGES)
 
 
 def parts_of(o, v_smem):
@@ -708,11 +766,7 @@ def output(smem_tiles, factors, out, bars, call):
             warpgroup.wait_group(0)
             release(bars + V_EMPTY + v_before)
             arrive_warp(bars + P_EMPTY + p_before)
-        stage, phase = p_place
-        cute.arch.mbarrier_wait(bars + P_FULL + stage, phase)
-        read_factors(factors, factor, stage)
-        arrive_warp(bars + P_EMPTY + stage)
-        p_place = after(p_place, P_STAGES)
+        p_place = take_factors(factors, factor, bars, p_place)
         scale_rows(o, factor)
         store_o(o, o_smem, out, block, half)
     cute.arch.cp_async_bulk_wait_group(0)

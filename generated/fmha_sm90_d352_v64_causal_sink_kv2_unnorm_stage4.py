@@ -18,9 +18,9 @@
 #   q_full        0       2         1  TMA: a chunk of Q has landed
 #   q_empty      16       2         4  score warps, one lane each: it is in registers, or the last QK has read it
 #   k_full       32       4         1  TMA: a chunk of K has landed
-#   k_empty      64       4         4  score warps, one lane each: it has been read
+#   k_empty      64       4         8  score warps, one lane each, in both CTAs: it has been read
 #   v_full       96       8         1  TMA: a slice of V has landed
-#   v_empty     160       8         8  output warps, one lane each: PV has read it
+#   v_empty     160       8        16  output warps, one lane each, in both CTAs: PV has read it
 #   p_full      224       2         4  score warps, one lane each: P and the factors of O are written
 #   p_empty     240       2         8  output warps, one lane each: P and factors have been read
 #   scored      256       2         4  score warps, one lane each: QK of the next KV tile is done
@@ -35,10 +35,11 @@
 warps load for them.
 
 A CTA works on one query tile after another:
-64 query rows of a query head.
+64 of a cluster's 128 query rows of a query head.
 Q stays in the score warpgroup's registers. K streams through a ring in
 chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory. The second half
 of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
+Two CTAs are a cluster: neighbouring query rows, the same K and V. Each loads half of every piece for both.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -53,7 +54,7 @@ KERNEL_NAME = "fmha_sm90_d352_v64_causal_sink_kv2_unnorm_stage4"
 DTYPE = BFloat16
 HEAD_DIM = 352
 HEAD_DIM_V = 64
-TILE_M = 64
+TILE_M = 128  # query rows of a cluster
 TILE_N = 128
 GROUP_ROWS = 64  # query rows of a CTA: M of wgmma
 GROUP_THREADS = 128
@@ -62,6 +63,7 @@ K_CHUNKS = 6
 Q_CHUNKS = 6  # of them, in registers
 Q_STAGES = 2
 K_STAGES = 4
+K_STEP = 1  # chunks of K that are multiplied between one signal and the next
 V_KEYS = 32  # keys of V in a buffer
 V_SLICES = 4  # of a KV tile
 V_STAGES = 8
@@ -69,9 +71,12 @@ P_STAGES = 2
 O_WIDTH = 32  # columns of O that an output warpgroup holds
 O_PARTS = (32,)  # of them, by one wgmma
 O_CHUNK = 32  # of them, staged at a time
+BOTH_CTAS = cutlass.Int16(0b11)
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 16384
 V_SLICE_BYTES = 4096
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
 THREADS = 512
@@ -104,9 +109,9 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 2, 1),
     (Q_EMPTY, 2, 4),
     (K_FULL, 4, 1),
-    (K_EMPTY, 4, 4),
+    (K_EMPTY, 4, 8),
     (V_FULL, 8, 1),
-    (V_EMPTY, 8, 8),
+    (V_EMPTY, 8, 16),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
@@ -180,8 +185,20 @@ def arrive_warp(bar):
 
 @cute.jit
 def release(bar):
-    """A buffer has been read by this warp."""
-    arrive_warp(bar)
+    """A buffer that both CTAs fill has been read by this warp: told to both."""
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        for rank in cutlass.range_constexpr(2):
+            cute.arch.mbarrier_arrive(bar, rank)
+
+
+@cute.jit
+def leave():
+    """No CTA goes while the other's loads or arrivals may still come to it. Each role says so for itself: where their
+    ways met again before the end, ptxas would give all of them the fewest registers and wait for every wgmma.
+    """
+    cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
 
 
 def end_key(token, seqlen_q, seqlen_k):
@@ -226,8 +243,8 @@ def seen_columns(j, end, end2, span, span2):
 
 @cute.jit
 def place_in_turn(turn):
-    """This CTA's place among the CTAs. Every other turn goes through them backwards: who had much gets little."""
-    workers, place = cute.arch.grid_dim()[0], cute.arch.block_idx()[0]
+    """This pair's place among the pairs. Every other turn goes through them backwards: who had much gets little."""
+    workers, place = cute.arch.grid_dim()[0] // 2, cute.arch.block_idx()[0] // 2
     return place if turn % 2 == 0 else workers - 1 - place
 
 
@@ -237,9 +254,9 @@ def query_tiles(seqlen_q):
 
 @cute.jit
 def turns(call):
-    """How many query tiles this CTA works on."""
+    """How many query tiles this pair works on."""
     seqlen_q, heads, batches = call[:3]
-    workers, tiles = cute.arch.grid_dim()[0], query_tiles(seqlen_q) * heads * batches
+    workers, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
     whole = tiles // workers
     rest = tiles - whole * workers
     return whole + (1 if place_in_turn(whole) < rest else 0)
@@ -253,10 +270,10 @@ def divided(number, by):
 
 @cute.jit
 def work(turn, call):
-    """(query tile, head, batch entry) of this CTA's turn, and lengths."""
+    """(query tile, head, batch entry) of this pair's turn, and lengths."""
     seqlen_q, heads, batches, seqlen_k, seqlen_k2 = call
     q_tiles = query_tiles(seqlen_q)
-    i = turn * cute.arch.grid_dim()[0] + place_in_turn(turn)
+    i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
     # The last query tiles see the most keys: all heads' first, then the tiles before them.
     rest, head = divided(i, heads)
     from_last, batch = divided(rest, batches)
@@ -272,19 +289,20 @@ def spans_of(q_tile, lengths):
     return span, kv_span2(seqlen_k2, seqlen_k2)
 
 
-def load_views(source, smem, piece, kv_head, batch):
+def load_views(source, smem, piece, kv_head, batch, rank):
     """K or V of a KV source: its TMA atom and both sides of a load, mode 0 one piece, then its stage or where it comes
     from.
     """
     tma, matrix = source
     tiles = cute.local_tile(matrix[None, None, kv_head, batch], piece, (None, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (smem, tiles)]
-    return tma, *cpasync.tma_partition(tma, 0, cute.make_layout(1), *flat)
+    return tma, *cpasync.tma_partition(tma, rank, cute.make_layout(2), *flat)
 
 
 @cute.jit
 def load_q_and_k(tma_q, mq, q_smem, sources, k_smem, bars, call):
     """A producer: Q of every query tile, then its K tiles, chunk by chunk."""
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     q_place, k_place = (Int32(0), Int32(0)), (Int32(0), Int32(0))
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
@@ -294,12 +312,12 @@ def load_q_and_k(tma_q, mq, q_smem, sources, k_smem, bars, call):
         gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, K_CHUNK), (None, None))
         flat = [cute.group_modes(tensor, 0, 2) for tensor in (q_smem, gq)]
         q_stages, q_chunks = cpasync.tma_partition(tma_q, 0, cute.make_layout(1), *flat)
-        k = [load_views(source, k_smem, (TILE_N, K_CHUNK), kv_head, batch) for source in sources]
+        k = [load_views(source, k_smem, (TILE_N, K_CHUNK), kv_head, batch, rank) for source in sources]
         for chunk in cutlass.range_constexpr(K_CHUNKS):
             stage, phase = q_place
             cute.arch.mbarrier_wait(bars + Q_EMPTY + stage, phase ^ 1)  # passes at once in the ring's first round
             expect(bars + Q_FULL + stage, Q_CHUNK_BYTES)
-            rows = q_chunks[None, q_tile, chunk]
+            rows = q_chunks[None, q_tile * 2 + rank, chunk]
             cute.copy(tma_q, rows, q_stages[None, stage], tma_bar_ptr=bars + Q_FULL + stage)
             q_place = after(q_place, Q_STAGES)
         for j in cutlass.range(kv_tiles, unroll=1):
@@ -309,13 +327,14 @@ def load_q_and_k(tma_q, mq, q_smem, sources, k_smem, bars, call):
 @cute.jit
 def load_v_alone(sources, v_smem, bars, call):
     """Another producer, so that V need not wait for room in K's ring: the V tiles, slice by slice."""
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     v_place = Int32(0), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         spans = spans_of(q_tile, lengths)
         kv_head = head
         kv_tiles = spans[0][0] + spans[1][0]
-        v = [load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch) for source in sources]
+        v = [load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch, rank) for source in sources]
         for j in cutlass.range(kv_tiles, unroll=1):
             v_place = load_v(v, bars, v_place, j, spans)
 
@@ -334,10 +353,10 @@ def load_k(k, bars, place, j, spans):
         span, span2 = spans
         if j < span[0]:
             piece = gmem[None, j, chunk]
-            cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
+            cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         else:
             piece = gmem2[None, kv_tile(j - span[0], span2), chunk]
-            cute.copy(tma2, piece, smem[None, stage], tma_bar_ptr=full)
+            cute.copy(tma2, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         place = after(place, K_STAGES)
     return place
 
@@ -357,11 +376,11 @@ def load_v(v, bars, place, j, spans):
             if j < span[0]:
                 one = (j) * V_SLICES + i
                 piece = gmem[None, half, one]
-                cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full)
+                cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
             else:
                 one = (kv_tile(j - span[0], span2)) * V_SLICES + i
                 piece = gmem2[None, half, one]
-                cute.copy(tma2, piece, smem[None, there], tma_bar_ptr=full)
+                cute.copy(tma2, piece, smem[None, there], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         place = after(place, V_STAGES)
     return place
 
@@ -447,41 +466,49 @@ def round_by_eight(source, target, blocks: cutlass.Constexpr):
 
 
 @cute.jit
-def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
-    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
-    shift = reference_of(m, seen) * scale_log2
-    even, odd = Float32(0.0), Float32(0.0)
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
-    return even + odd
+def exponentiate(s, p, scale_log2, m, seen):
+    """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
+    shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
+    parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
+    for block in cutlass.range_constexpr(TILE_N // 16):
+        eight = cute.make_rmem_tensor(8, Float32)
+        for i in cutlass.range_constexpr(8):
+            r, e = i // 2 % 2, i % 2
+            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
+            parts[r][e] = parts[r][e] + eight[i]
+        rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
+        rounded.store(eight.load().to(DTYPE))
+        pairs = cute.recast_tensor(rounded, Int32)
+        for i in cutlass.range_constexpr(4):
+            pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
+    return [parts[r][0] + parts[r][1] for r in range(2)]
+
+
+def opaque(x, dtype):
+    """x, of 32 bits, by an instruction that the compiler does not see through: it neither moves what x was computed by
+    to where two ways meet, nor shares with one way what the other computes from x.
+    """
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
 
 
 @cute.jit
-def first_softmax(s, scale_log2, m, total, seen):
-    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
-    thread's part of their sums.
-    """
+def first_softmax(s, p, scale_log2, m, total, seen):
+    """P of a query tile's first KV tile, relative to m, the rows' maxima; total: this thread's part of their sums."""
     hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         m[r] = row_max(s, r, -Float32.inf)
-        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    for r in cutlass.range_constexpr(2):
+        total[r] = parts[r]
 
 
 @cute.jit
-def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
-    """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
-    Returns whether any row of the warp has a factor other than 1.
-
-    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most 2^skip (256 by
-    SKIP_LOG2), which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total is
-    rescaled.
+def next_softmax(s, p, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
+    """P of S, relative to m, which is at most the rows' maxima so far, and at least those less skip / scale_log2: so P
+    is at most 2^skip (256 by SKIP_LOG2), which 16 bits hold with the same relative error as 1. m, total and factor, by
+    which O is to be multiplied, are updated. Returns whether any row of the warp has a factor other than 1.
     """
     moved = cutlass.Boolean(False)
-    if cutlass.const_expr(seen is not None):
-        hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         best = row_max(s, r, m[r])
         if (best - m[r]) * scale_log2 <= skip:
@@ -489,9 +516,31 @@ def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr 
         moved = moved | (best > m[r])
         factor[r] = rescaling(m[r], best, scale_log2, seen)  # exactly 1 where m stays
         m[r] = best
+    parts = exponentiate(s, p, scale_log2, m, seen)
     for r in cutlass.range_constexpr(2):
-        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
+        total[r] = total[r] * factor[r] + parts[r]
     return cute.arch.vote_any_sync(moved)
+
+
+@cute.jit
+def kept_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
+    """
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    too_large = cutlass.Boolean(False)
+    for r in cutlass.range_constexpr(2):
+        limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
+        too_large = too_large | (parts[r] > limit)
+    too_large = cute.arch.vote_any_sync(too_large)
+    if too_large:
+        next_softmax(s, p, opaque(scale_log2, Float32), m, total, factor, seen, 0.0)
+    else:
+        for r in cutlass.range_constexpr(2):
+            total[r] = total[r] + parts[r]
+    return too_large
 
 
 @cute.jit
@@ -550,34 +599,47 @@ def read_q(q, q_smem, bars, place):
 
 @cute.jit
 def multiply_qk(s, q, k, bars, place):
-    """S = Q K^T of a KV tile, chunk by chunk as they land, each released once it has been read; returns the place after
-    it.
+    """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; returns the
+    place after it.
     """
     qk = qk_mma()
-    before = Int32(0)
-    for chunk in cutlass.range_constexpr(K_CHUNKS):
-        stage, phase = place
-        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    before = []
+    for first in cutlass.range_constexpr(0, K_CHUNKS, K_STEP):
+        stages = []
+        for _ in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+            stage, phase = place
+            cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+            stages.append(stage)
+            place = after(place, K_STAGES)
         warpgroup.fence()
-        for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
-            qk.set(Field.ACCUMULATE, chunk + block > 0)
-            cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
+        for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+            stage = stages[chunk - first]
+            for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
+                qk.set(Field.ACCUMULATE, chunk + block > 0)
+                cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
         warpgroup.commit_group()
-        if cutlass.const_expr(chunk > 0):
+        if cutlass.const_expr(first > 0):
             warpgroup.wait_group(1)
-            release(bars + K_EMPTY + before)
-        before = stage
-        place = after(place, K_STAGES)
+        for stage in before:
+            release(bars + K_EMPTY + stage)
+        before = stages
     warpgroup.wait_group(0)
-    release(bars + K_EMPTY + before)
+    for stage in before:
+        release(bars + K_EMPTY + stage)
     return place
+
+
+@cute.jit
+def room_for_p(bars, place):
+    """P of the KV tile two before has been read. Asked before the softmax, which then has only to compute."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)  # passes at once in the first round
 
 
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)  # passes at once in the first round
+    stage, _ = place
     write_factors(factors, factor, stage)
     atom, copy = p_copy
     cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
@@ -604,8 +666,29 @@ def next_tile(operands, target, bars, places, seen, scale_log2, stats):
     k_place, p_place, scored = places
     k_place = multiply_qk(s, q, k, bars, k_place)
     arrive_warp(bars + SCORED + scored)
-    next_softmax(s, scale_log2, m, total, factor, seen)
-    round_by_eight(s, p, TILE_N // 16)
+    room_for_p(bars, p_place)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    next_softmax(s, p, scale_log2, m, total, factor, seen)
+    p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
+    return k_place, p_place, scored ^ 1
+
+
+@cute.jit
+def kept_tile(operands, target, bars, places, seen, scale_log2, stats):
+    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
+    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
+    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
+    """
+    (s, p, q, k), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
+    k_place, p_place, scored = places
+    k_place = multiply_qk(s, q, k, bars, k_place)
+    arrive_warp(bars + SCORED + scored)
+    room_for_p(bars, p_place)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    if not kept_softmax(s, p, scale_log2, m, total, factor, seen):
+        factor.fill(1.0)
     p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
     return k_place, p_place, scored ^ 1
 
@@ -624,6 +707,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     m, total, factor = stats = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
     scale_log2 = scale * LOG2_E
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    first_row += cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) * GROUP_ROWS
 
     q_place, k_place, p_place = ((Int32(0), Int32(0)) for _ in range(3))
     scored = Int32(0)
@@ -645,12 +729,12 @@ def score(smem_tiles, factors, rows, bars, scale, call):
         q_all = q
         if kv_tiles > 0:
             k_place = multiply_qk(s, q_all, k, bars, k_place)
-            first_softmax(s, scale_log2, m, total, seen_of(0, bounds, spans))
-            round_by_eight(s, p, TILE_N // 16)
+            room_for_p(bars, p_place)
+            first_softmax(s, p, scale_log2, m, total, seen_of(0, bounds, spans))
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
         operands, target, places = (s, p, q_all, k), (p_copy, p_smem, factors), (k_place, p_place, scored)
         for _ in cutlass.range(1, whole_tiles, unroll=1):
-            places = next_tile(operands, target, bars, places, None, scale_log2, stats)
+            places = kept_tile(operands, target, bars, places, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles - whole_tiles2, unroll=1):
             places = next_tile(operands, target, bars, places, seen_of(j, bounds, spans), scale_log2, stats)
         for _ in cutlass.range(cutlass.max(kv_tiles - whole_tiles2, 1), kv_tiles, unroll=1):
@@ -753,14 +837,22 @@ def output(smem_tiles, factors, out, bars, call):
 
 
 @cute.jit
+def rows_of_thread(q_tile):
+    """The first of this thread's rows of the query tile, and the tokens of both."""
+    first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    first_row += cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) * GROUP_ROWS
+    return first_row, [q_tile * TILE_M + first_row + 8 * r for r in range(2)]
+
+
+@cute.jit
 def store_o(o, mo, block, seqlen_q, half):
     """Both rows of this thread to global memory, half of O's columns."""
     q_tile, head, batch = block
-    first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    first_row, tokens = rows_of_thread(q_tile)
     for r in cutlass.range_constexpr(2):
-        token, q_head = q_tile * TILE_M + first_row + 8 * r, head
-        if token < seqlen_q:
-            row = mo[batch, token, q_head, None]
+        q_head = head
+        if tokens[r] < seqlen_q:
+            row = mo[batch, tokens[r], q_head, None]
             for b in cutlass.range_constexpr(O_WIDTH // 8):
                 pair = cute.make_tensor(o.iterator + 4 * b + 2 * r, cute.make_layout(2))
                 there = half * (O_WIDTH // 2) + 4 * b + cute.arch.lane_idx() % 4
@@ -812,7 +904,8 @@ def fmha_sm90_d352_v64_causal_sink_kv2_unnorm_stage4(
         cute.arch.mbarrier_init_fence()
         for tma in (tma_q, tma_k, tma_v, tma_k2, tma_v2):
             cpasync.prefetch_descriptor(tma)
-    cute.arch.sync_threads()
+    cute.arch.cluster_arrive()  # each CTA signals the other's mbarriers, so both must have initialized theirs
+    cute.arch.cluster_wait()
 
     q_smem = smem_tile(smem, SQ_OFFSET, q_layout(), DTYPE)
     k_smem = smem_tile(smem, SK_OFFSET, k_layout(), DTYPE)
@@ -826,12 +919,15 @@ def fmha_sm90_d352_v64_causal_sink_kv2_unnorm_stage4(
             load_q_and_k(tma_q, mq, q_smem, ((tma_k, mk), (tma_k2, mk2)), k_smem, bars, call)
         if warp_idx == LOAD_WARP + 1:
             load_v_alone(((tma_v, mv), (tma_v2, mv2)), v_smem, bars, call)
+        leave()
     elif warp_idx >= OUTPUT_WARP:
         cute.arch.setmaxregister_decrease(OUTPUT_REGISTERS)
         output((p_smem, v_smem), factors, mo, bars, call)
+        leave()
     else:
         cute.arch.setmaxregister_increase(SCORE_REGISTERS)
         score((q_smem, k_smem, p_smem), factors, (sink, lse, m_out), bars, scale, call)
+        leave()
 
 
 @cute.jit
@@ -861,7 +957,7 @@ def launch(
     mq, mk = (cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k))
     mo = o
     load = cpasync.CopyBulkTensorTileG2SOp()
-    load_both, ctas_each = load, 1
+    load_both, ctas_each = cpasync.CopyBulkTensorTileG2SMulticastOp(), 2
     k_tile, v_tile = (TILE_N, K_CHUNK), (O_WIDTH, V_KEYS)
     tma_q, mq = cpasync.make_tiled_tma_atom(load, mq, one_tile(q_layout()), (GROUP_ROWS, K_CHUNK))
     tma_k, mk = cpasync.make_tiled_tma_atom(load_both, mk, one_tile(k_layout()), k_tile, ctas_each)
@@ -876,5 +972,6 @@ def launch(
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_k2, mk2, tma_v2, mv2, mo)
     arguments = (*matrices, sink, lse, m_out, heads, q.shape[0], scale)
     kernel = fmha_sm90_d352_v64_causal_sink_kv2_unnorm_stage4(*arguments)
-    grid = (cutlass.min(tiles, ctas), 1, 1)
-    kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)
+    grid = (2 * cutlass.min(tiles, cutlass.max(ctas // 2, 1)), 1, 1)
+    size = {"grid": grid, "block": (THREADS, 1, 1), "cluster": (2, 1, 1)}
+    kernel.launch(**size, smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

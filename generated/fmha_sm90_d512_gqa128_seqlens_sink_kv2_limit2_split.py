@@ -65,6 +65,7 @@ K_CHUNKS = 8
 Q_CHUNKS = 6  # of them, in registers; the others of Q stay in shared memory
 Q_STAGES = 4
 K_STAGES = 10
+K_STEP = 2  # chunks of K that are multiplied between one signal and the next
 V_KEYS = 32  # keys of V in a buffer
 V_SLICES = 2  # of a KV tile
 V_STAGES = 3
@@ -75,6 +76,8 @@ O_CHUNK = 64  # of them, staged at a time
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 8192
 V_SLICE_BYTES = 32768
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
 THREADS = 512
@@ -502,41 +505,49 @@ def round_by_eight(source, target, blocks: cutlass.Constexpr):
 
 
 @cute.jit
-def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
-    """Row r of S = exp2((S - m) scale_log2) in place; returns this thread's part of its sum."""
-    shift = reference_of(m, seen) * scale_log2
-    even, odd = Float32(0.0), Float32(0.0)
-    for b in cutlass.range_constexpr(TILE_N // 8):
-        i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
-    return even + odd
+def exponentiate(s, p, scale_log2, m, seen):
+    """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
+    shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
+    parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
+    for block in cutlass.range_constexpr(TILE_N // 16):
+        eight = cute.make_rmem_tensor(8, Float32)
+        for i in cutlass.range_constexpr(8):
+            r, e = i // 2 % 2, i % 2
+            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
+            parts[r][e] = parts[r][e] + eight[i]
+        rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
+        rounded.store(eight.load().to(DTYPE))
+        pairs = cute.recast_tensor(rounded, Int32)
+        for i in cutlass.range_constexpr(4):
+            pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
+    return [parts[r][0] + parts[r][1] for r in range(2)]
+
+
+def opaque(x, dtype):
+    """x, of 32 bits, by an instruction that the compiler does not see through: it neither moves what x was computed by
+    to where two ways meet, nor shares with one way what the other computes from x.
+    """
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
 
 
 @cute.jit
-def first_softmax(s, scale_log2, m, total, seen):
-    """S of a query tile's first KV tile becomes exp2((S - m) scale_log2) in place, m the rows' maxima, total this
-    thread's part of their sums.
-    """
+def first_softmax(s, p, scale_log2, m, total, seen):
+    """P of a query tile's first KV tile, relative to m, the rows' maxima; total: this thread's part of their sums."""
     hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         m[r] = row_max(s, r, -Float32.inf)
-        total[r] = exponentiate(s, r, scale_log2, m[r], seen)
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    for r in cutlass.range_constexpr(2):
+        total[r] = parts[r]
 
 
 @cute.jit
-def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
-    """S becomes exp2((S - m) scale_log2) in place; m, total and factor, by which O is to be multiplied, are updated.
-    Returns whether any row of the warp has a factor other than 1.
-
-    m is at most the row's maximum so far, and at least that less skip / scale_log2: so P is at most 2^skip (256 by
-    SKIP_LOG2), which 16 bits hold with the same relative error as 1, and as long as m stays neither O nor total is
-    rescaled.
+def next_softmax(s, p, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr = SKIP_LOG2):
+    """P of S, relative to m, which is at most the rows' maxima so far, and at least those less skip / scale_log2: so P
+    is at most 2^skip (256 by SKIP_LOG2), which 16 bits hold with the same relative error as 1. m, total and factor, by
+    which O is to be multiplied, are updated. Returns whether any row of the warp has a factor other than 1.
     """
     moved = cutlass.Boolean(False)
-    if cutlass.const_expr(seen is not None):
-        hide_columns(s, seen)
     for r in cutlass.range_constexpr(2):
         best = row_max(s, r, m[r])
         if (best - m[r]) * scale_log2 <= skip:
@@ -544,9 +555,44 @@ def next_softmax(s, scale_log2, m, total, factor, seen, skip: cutlass.Constexpr 
         moved = moved | (best > m[r])
         factor[r] = rescaling(m[r], best, scale_log2, seen)  # exactly 1 where m stays
         m[r] = best
+    parts = exponentiate(s, p, scale_log2, m, seen)
     for r in cutlass.range_constexpr(2):
-        total[r] = total[r] * factor[r] + exponentiate(s, r, scale_log2, m[r], seen)
+        total[r] = total[r] * factor[r] + parts[r]
     return cute.arch.vote_any_sync(moved)
+
+
+@cute.jit
+def kept_softmax(s, p, scale_log2, m, total, factor, seen):
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
+    """
+    parts = exponentiate(s, p, scale_log2, m, seen)
+    too_large = cutlass.Boolean(False)
+    for r in cutlass.range_constexpr(2):
+        limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
+        too_large = too_large | (parts[r] > limit)
+    too_large = cute.arch.vote_any_sync(too_large)
+    if too_large:
+        next_softmax(s, p, opaque(scale_log2, Float32), m, total, factor, seen, 0.0)
+    else:
+        for r in cutlass.range_constexpr(2):
+            total[r] = total[r] + parts[r]
+    return too_large
+
+
+@cute.jit
+def join_sink(m, total, logit, scale_log2):
+    """exp(logit) joins the row's sum: (weight of what was summed against m, the new sum, its reference top in log2).
+
+    The reference is the larger of the row's maximum and the logit, so that neither exponential overflows.
+    """
+    own, sink = m * scale_log2, logit * LOG2_E
+    top = cute.arch.fmax(own, sink)
+    reference = top if top > -Float32.inf else Float32(0.0)  # no key and no sink: -inf - -inf would be NaN
+    weight = cute.math.exp2(own - reference, fastmath=True)
+    return weight, total * weight + cute.math.exp2(sink - reference, fastmath=True), top
 
 
 @cute.jit
@@ -574,6 +620,42 @@ def finish_rows(m, total, rows, scale, block, first_row, tokens, seqlen_q):
         if (tokens[r] < seqlen_q) & (cute.arch.lane_idx() % 4 == 0):
             lse[batch, q_head, tokens[r]] = m[r] * scale + cute.math.log2(row_total, fastmath=True) * LN_2
             m_out[batch, q_head, tokens[r]] = m[r] * scale
+
+
+def keys_are_whole(lengths):
+    """Whether the keys are not shared out: then there is one part, which is the result, and nothing to combine."""
+    return lengths[-1][1] == 1
+
+
+@cute.jit
+def finish_whole(m, total, factor, results, scale, block, first_row, tokens, seqlen_q):
+    """finish_rows where the keys are whole: the sink joined, what O is to be multiplied with put into factor."""
+    _, head, batch = block
+    _, sink, lse = results
+    row_sums(total)
+    scale_log2 = scale * LOG2_E
+    for r in cutlass.range_constexpr(2):
+        q_head = query_head(head, first_row + 8 * r)
+        weight, row_total, top = join_sink(m[r], total[r], sink[q_head], scale_log2)
+        factor[r] = weight * cute.arch.rcp_approx(row_total) if row_total > 0.0 else Float32(0.0)
+        if (tokens[r] < seqlen_q) & (cute.arch.lane_idx() % 4 == 0):
+            lse[batch, q_head, tokens[r]] = (top + cute.math.log2(row_total, fastmath=True)) * LN_2
+
+
+@cute.jit
+def store_whole(o, results, factor, block, first_row, tokens, seqlen_q, first_pair=0):
+    """Both rows of this thread of O itself, each multiplied with its factor; its columns begin with this pair."""
+    _, head, batch = block
+    for r in cutlass.range_constexpr(2):
+        q_head = query_head(head, first_row + 8 * r)
+        if tokens[r] < seqlen_q:
+            row = results[0][batch, tokens[r], q_head, None]
+            for b in cutlass.range_constexpr(O_WIDTH // 8):
+                pair = cute.make_tensor(o.iterator + 4 * b + 2 * r, cute.make_layout(2))
+                stored = cute.make_rmem_tensor(2, DTYPE)
+                stored.store((pair.load() * factor[r]).to(stored.element_type))
+                there = first_pair + 4 * b + cute.arch.lane_idx() % 4
+                cute.autovec_copy(stored, cute.local_tile(row, (2,), (there,)))
 
 
 @cute.jit
@@ -605,52 +687,68 @@ def read_q(q, q_smem, bars, place):
 
 @cute.jit
 def multiply_qk(s, q, k, bars, place):
-    """S = Q K^T of a KV tile, chunk by chunk as they land, each released once it has been read; returns the place after
-    it.
+    """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; returns the
+    place after it.
     """
+    q, apart, q_stages = q
+    apart_mma = qk_mma_apart()
+    apart_mma.set(Field.ACCUMULATE, True)
     qk = qk_mma()
-    before = Int32(0)
-    q, apart, stages = q
-    for chunk in cutlass.range_constexpr(Q_CHUNKS):
-        stage, phase = place
-        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+    before = []
+    for first in cutlass.range_constexpr(0, K_CHUNKS, K_STEP):
+        stages = []
+        for _ in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+            stage, phase = place
+            cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+            stages.append(stage)
+            place = after(place, K_STAGES)
         warpgroup.fence()
-        for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
-            qk.set(Field.ACCUMULATE, chunk + block > 0)
-            cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
+        for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+            stage = stages[chunk - first]
+            for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
+                if cutlass.const_expr(chunk < Q_CHUNKS):
+                    qk.set(Field.ACCUMULATE, chunk + block > 0)
+                    cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
+                else:
+                    a = apart[None, None, block, q_stages[chunk - Q_CHUNKS]]
+                    cute.gemm(apart_mma, s, a, k[None, None, block, stage], s)
         warpgroup.commit_group()
-        if cutlass.const_expr(chunk > 0):
+        if cutlass.const_expr(first > 0):
             warpgroup.wait_group(1)
-            release(bars + K_EMPTY + before)
-        before = stage
-        place = after(place, K_STAGES)
-    qk = qk_mma_apart()
-    qk.set(Field.ACCUMULATE, True)
-    for chunk in cutlass.range_constexpr(Q_CHUNKS, K_CHUNKS):
-        stage, phase = place
-        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-        warpgroup.fence()
-        for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
-            cute.gemm(qk, s, apart[None, None, block, stages[chunk - Q_CHUNKS]], k[None, None, block, stage], s)
-        warpgroup.commit_group()
-        warpgroup.wait_group(1)
-        release(bars + K_EMPTY + before)
-        before = stage
-        place = after(place, K_STAGES)
+        for stage in before:
+            release(bars + K_EMPTY + stage)
+        before = stages
     warpgroup.wait_group(0)
-    release(bars + K_EMPTY + before)
+    for stage in before:
+        release(bars + K_EMPTY + stage)
     return place
+
+
+@cute.jit
+def room_for_p(bars, place):
+    """P of the KV tile two before has been read. Asked before the softmax, which then has only to compute."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)  # passes at once in the first round
 
 
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
-    stage, phase = place
-    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)  # passes at once in the first round
+    stage, _ = place
     write_factors(factors, factor, stage)
     atom, copy = p_copy
     cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
+    arrive_warp(bars + P_FULL + stage)
+    return after(place, P_STAGES)
+
+
+@cute.jit
+def hand_over_factors(factors, factor, bars, place):
+    """Factors alone, by which O becomes the result; returns the place of the next P."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_EMPTY + stage, phase ^ 1)
+    write_factors(factors, factor, stage)
     arrive_warp(bars + P_FULL + stage)
     return after(place, P_STAGES)
 
@@ -673,14 +771,35 @@ def next_tile(operands, target, bars, places, seen, scale_log2, stats):
     k_place, p_place, scored = places
     k_place = multiply_qk(s, q, k, bars, k_place)
     arrive_warp(bars + SCORED + scored)
-    next_softmax(s, scale_log2, m, total, factor, seen)
-    round_by_eight(s, p, TILE_N // 16)
+    room_for_p(bars, p_place)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    next_softmax(s, p, scale_log2, m, total, factor, seen)
     p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
     return k_place, p_place, scored ^ 1
 
 
 @cute.jit
-def score(smem_tiles, factors, rows, bars, scale, call):
+def kept_tile(operands, target, bars, places, seen, scale_log2, stats):
+    """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
+    it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
+    larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
+    """
+    (s, p, q, k), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
+    k_place, p_place, scored = places
+    k_place = multiply_qk(s, q, k, bars, k_place)
+    arrive_warp(bars + SCORED + scored)
+    room_for_p(bars, p_place)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    if not kept_softmax(s, p, scale_log2, m, total, factor, seen):
+        factor.fill(1.0)
+    p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
+    return k_place, p_place, scored ^ 1
+
+
+@cute.jit
+def score(smem_tiles, factors, rows, results, bars, scale, call):
     """The score warpgroup: of every query tile S = Q K^T, softmax, P and the factors of O, and LSE."""
     q_smem, k_smem, p_smem = smem_tiles
     qk = qk_mma()
@@ -719,12 +838,12 @@ def score(smem_tiles, factors, rows, bars, scale, call):
         q_all = q, apart, stages
         if kv_tiles > 0:
             k_place = multiply_qk(s, q_all, k, bars, k_place)
-            first_softmax(s, scale_log2, m, total, seen_of(0, bounds, spans))
-            round_by_eight(s, p, TILE_N // 16)
+            room_for_p(bars, p_place)
+            first_softmax(s, p, scale_log2, m, total, seen_of(0, bounds, spans))
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
         operands, target, places = (s, p, q_all, k), (p_copy, p_smem, factors), (k_place, p_place, scored)
         for _ in cutlass.range(1, whole_tiles, unroll=1):
-            places = next_tile(operands, target, bars, places, None, scale_log2, stats)
+            places = kept_tile(operands, target, bars, places, None, scale_log2, stats)
         for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles - whole_tiles2, unroll=1):
             places = next_tile(operands, target, bars, places, seen_of(j, bounds, spans), scale_log2, stats)
         for _ in cutlass.range(cutlass.max(kv_tiles - whole_tiles2, 1), kv_tiles, unroll=1):
@@ -735,7 +854,11 @@ def score(smem_tiles, factors, rows, bars, scale, call):
             scored ^= 1
         for stage in stages:
             arrive_warp(bars + Q_EMPTY + stage)
-        finish_rows(m, total, rows, scale, part_of(block, lengths), first_row, tokens, seqlen_q)
+        if keys_are_whole(lengths):
+            finish_whole(m, total, factor, results, scale, block, first_row, tokens, seqlen_q)
+            p_place = hand_over_factors(factors, factor, bars, p_place)
+        else:
+            finish_rows(m, total, rows, scale, part_of(block, lengths), first_row, tokens, seqlen_q)
 
 
 def seen_of(j, bounds, spans):
@@ -750,6 +873,16 @@ def read_factors(factors, factor, stage):
     for r in cutlass.range_constexpr(2):
         factor[r] = factors[row + 8 * r, stage]
     return cute.arch.vote_any_sync((factor[0] != 1.0) | (factor[1] != 1.0))
+
+
+@cute.jit
+def take_factors(factors, factor, bars, place):
+    """By which O becomes the result; returns the place of the next P."""
+    stage, phase = place
+    cute.arch.mbarrier_wait(bars + P_FULL + stage, phase)
+    read_factors(factors, factor, stage)
+    arrive_warp(bars + P_EMPTY + stage)
+    return after(place, P_STAGES)
 
 
 def parts_of(o, v_smem):
@@ -825,19 +958,32 @@ def output(smem_tiles, factors, out, bars, call):
             warpgroup.wait_group(0)
             release(bars + V_EMPTY + v_before)
             arrive_warp(bars + P_EMPTY + p_before)
-        store_o(o, out, part_of(block, lengths), lengths[0], half)
+        mo, results = out
+        if keys_are_whole(lengths):
+            p_place = take_factors(factors, factor, bars, p_place)
+            first_row, tokens = rows_of_thread(q_tile)
+            first_pair = half * (O_WIDTH // 2)
+            store_whole(o, results, factor, block, first_row, tokens, lengths[0], first_pair)
+        else:
+            store_o(o, mo, part_of(block, lengths), lengths[0], half)
+
+
+@cute.jit
+def rows_of_thread(q_tile):
+    """The first of this thread's rows of the query tile, and the tokens of both."""
+    first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    return first_row, [q_tile * TILE_TOKENS + (first_row + 8 * r) // TILE_HEADS for r in range(2)]
 
 
 @cute.jit
 def store_o(o, mo, block, seqlen_q, half):
     """Both rows of this thread to global memory, half of O's columns."""
     q_tile, head, batch = block
-    first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    first_row, tokens = rows_of_thread(q_tile)
     for r in cutlass.range_constexpr(2):
-        token = q_tile * TILE_TOKENS + (first_row + 8 * r) // TILE_HEADS
         q_head = query_head(head, first_row + 8 * r)
-        if token < seqlen_q:
-            row = mo[batch, token, q_head, None]
+        if tokens[r] < seqlen_q:
+            row = mo[batch, tokens[r], q_head, None]
             for b in cutlass.range_constexpr(O_WIDTH // 8):
                 pair = cute.make_tensor(o.iterator + 4 * b + 2 * r, cute.make_layout(2))
                 there = half * (O_WIDTH // 2) + 4 * b + cute.arch.lane_idx() % 4
@@ -873,6 +1019,9 @@ def fmha_sm90_d512_gqa128_seqlens_sink_kv2_limit2_split(
     limit2: cute.Tensor,
     lse: cute.Tensor,
     m_out: cute.Tensor,
+    whole_o: cute.Tensor,
+    sink: cute.Tensor,
+    whole_lse: cute.Tensor,
     heads: Int32,
     batches: Int32,
     splits: Int32,
@@ -910,10 +1059,10 @@ def fmha_sm90_d512_gqa128_seqlens_sink_kv2_limit2_split(
             load_v_alone(((tma_v, mv), (tma_v2, mv2)), v_smem, bars, call)
     elif warp_idx >= OUTPUT_WARP:
         cute.arch.setmaxregister_increase(OUTPUT_REGISTERS)
-        output((p_smem, v_smem), factors, mo, bars, call)
+        output((p_smem, v_smem), factors, (mo, (whole_o, sink, whole_lse)), bars, call)
     else:
         cute.arch.setmaxregister_increase(SCORE_REGISTERS)
-        score((q_smem, k_smem, p_smem), factors, (limit2, lse, m_out), bars, scale, call)
+        score((q_smem, k_smem, p_smem), factors, (limit2, lse, m_out), (whole_o, sink, whole_lse), bars, scale, call)
 
 
 @cute.jit
@@ -1084,15 +1233,17 @@ def launch(
     heads = q.shape[2] // TILE_HEADS
     tiles = query_tiles(q.shape[1]) * heads * q.shape[0] * splits
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_k2, mk2, tma_v2, mv2, mo)
-    arguments = (*matrices, seqlens, seqlens2, limit2, lse_parts, m_parts, heads, q.shape[0], splits, scale)
+    results = (o, sink, lse)
+    arguments = (*matrices, seqlens, seqlens2, limit2, lse_parts, m_parts, *results, heads, q.shape[0], splits, scale)
     kernel = fmha_sm90_d512_gqa128_seqlens_sink_kv2_limit2_split(*arguments)
     grid = (cutlass.min(tiles, ctas), 1, 1)
     kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream, use_pdl=True)
-    row_warps = Int32(1)  # the fewest that have all parts of a row on their way at once
-    for _ in cutlass.range_constexpr(COMBINE_WARPS.bit_length() - 1):
-        if splits > AHEAD * row_warps:
-            row_warps *= 2
-    combine = combine_parts(o_parts, lse_parts, m_parts, sink, o, lse, splits, row_warps)
-    rows_a_cta = COMBINE_WARPS // row_warps
-    grid = ((o.shape[0] * o.shape[1] * o.shape[2] + rows_a_cta - 1) // rows_a_cta, 1, 1)
-    combine.launch(grid=grid, block=(COMBINE_THREADS, 1, 1), smem=COMBINE_BYTES, stream=stream, use_pdl=True)
+    if splits > 1:
+        row_warps = Int32(1)  # the fewest that have all parts of a row on their way at once
+        for _ in cutlass.range_constexpr(COMBINE_WARPS.bit_length() - 1):
+            if splits > AHEAD * row_warps:
+                row_warps *= 2
+        combine = combine_parts(o_parts, lse_parts, m_parts, sink, o, lse, splits, row_warps)
+        rows_a_cta = COMBINE_WARPS // row_warps
+        grid = ((o.shape[0] * o.shape[1] * o.shape[2] + rows_a_cta - 1) // rows_a_cta, 1, 1)
+        combine.launch(grid=grid, block=(COMBINE_THREADS, 1, 1), smem=COMBINE_BYTES, stream=stream, use_pdl=True)

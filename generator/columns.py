@@ -66,6 +66,19 @@ def k_chunks(spec: KernelSpec) -> int:
     return -(-spec.head_dim // CHUNK)
 
 
+def looks_for_maxima(spec: KernelSpec) -> bool:
+    """Of some KV tiles after a query tile's first one: of those before which a row may have seen no key."""
+    return spec.window_left is not None or spec.kv_sources == 2
+
+
+def k_step(tiling: Tiling) -> int:
+    """Chunks of K that are multiplied between one signal and the next. Where the ring has room for as many on their way
+    as are read, and one is released while the other is multiplied, two: at head_dim 512 that took 2 to 4 % less time on
+    an H200 (2026-11-29). Signals in the midst of a chunk's products took 6 % more, for ptxas makes groups of them.
+    """
+    return 2 if tiling.kv_stages >= 8 else 1
+
+
 def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     """Every Tiling of the strategy that the specification's fields leave open. kv_stages counts chunks of K; V's ring
     takes the shared memory that is left (v_stages).
@@ -82,7 +95,7 @@ def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
                     *(arch.mma_m * cluster, tile_n, depth, "smem", False, o_chunk(spec), "columns"),
                     k_chunk=CHUNK,
                     v_keys=V_KEYS,
-                    lazy=True,
+                    lazy=looks_for_maxima(spec),
                 )
                 for depth in depths
             ]
@@ -239,14 +252,26 @@ def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
 
 
 def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
-    """column_preference as if no tile had won, by TFLOP/s on an H200 (2026-11-28).
+    """column_preference as if no tile had won, by TFLOP/s on an H200 (2026-11-29): 0.99 of the fastest of 28 cases from
+    272 to 480.
 
-    No cluster: 480 at head_dim 320, 615 without; 409 and 600 at 512. Q in registers. Three slices of V or more: 603 at
-    512, 563 with two. The widest tile: 615 with 128 keys at 320, 480 with 64. As much of K as is left.
+    Two CTAs that load for one another, where V comes in boxes of 16 or 32 columns: 551 and 411 at 480, 587 and 574 at
+    320; at 512 585 and 605. Q in registers. Three slices of V or more: 603 at 512, 563 with two. The widest tile: 587
+    with 128 keys at 320, 476 with 64. As much of K as is left.
     """
+    pairs = tiling.tile_m > arch.mma_m
     slices = min(3, v_stages(spec, arch, tiling))
     apart = max(2, chunks_apart(spec, arch, tiling))
-    return (tiling.tile_m, apart, -slices, -tiling.tile_n, -tiling.kv_stages)
+    return (pairs != prefers_pairs(spec, arch), apart, -slices, -tiling.tile_n, -tiling.kv_stages)
+
+
+def prefers_pairs(spec: KernelSpec, arch: Arch) -> bool:
+    """Whether a cluster of two CTAs is the faster one. Of narrow windows, split_kv and head dims of up to 256 that was
+    not measured; there and at the widest one CTA loads for itself.
+    """
+    wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
+    widest = OUTPUT_GROUPS * half_width(spec) == 2 * arch.mma_n_max
+    return wide and not widest and narrow_window(spec) is None and not spec.split_kv
 
 
 def check_columns(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str, str]]:

@@ -29,7 +29,8 @@ from .spec import KernelSpec
 
 __all__ = ["Binary", "CompileError", "check_budget", "compile_kernel"]
 
-_ENTRY_FORMAT = 1
+_WAIT = "wgmma.wait_group"
+_ENTRY_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Binary:
     stack_bytes: int
     spill_store_bytes: int
     spill_load_bytes: int
+    wgmma_waits: int  # in the machine code
     dsl: dict[str, str]  # distribution -> version
     seconds: float  # that tracing and compiling took, when it was done
     cached: bool  # read from the cache
@@ -125,6 +127,22 @@ def check_budget(binary: Binary) -> None:
     ]
     if wrong:
         raise CompileError(f"{binary.source_path}: does not match its plan: " + "; ".join(wrong))
+    if is_serialized(binary):
+        raise CompileError(
+            f"{binary.source_path}: ptxas found no registers for wgmma that overlap, and waits {binary.wgmma_waits} "
+            f"times where the source waits {binary.ptx.count(_WAIT)} times: correct, but slow; use a smaller tile_n, "
+            "or fewer rows (tile_m)"
+        )
+
+
+def is_serialized(binary: Binary) -> bool:
+    """Whether ptxas waits for most products that the source does not wait for (its note C7511, or C7510): it does so
+    where registers are too few, and where the ways of roles with different setmaxnreg meet again. One wait more than
+    the source's is usual.
+    """
+    products, asked = binary.ptx.count("wgmma.mma_async"), binary.ptx.count(_WAIT)
+    added = binary.wgmma_waits - asked
+    return added > 1 and 2 * added > products - asked
 
 
 def _compile(plan: Plan, path: Path, versions: dict[str, str], lineinfo: bool) -> Binary:
@@ -179,8 +197,9 @@ def _probe_launch(plan: Plan, traced: Traced, path: Path) -> Launch:
     tensors = [TensorArgument(0x10000, shape, _compact_strides(shape)) for shape in shapes]
     with attached(_LaunchProbe(spec.arch, traced.ptx), traced.ptx, traced.cubin) as session:
         function = HostFunction(redirect(traced.host_object), traced.host_symbol, library_path())
-        status = function(tensors, scalars(plan, 1.0, plan.ctas, 1))
-    wanted, count = 2 if spec.split_kv else 1, len(session.launches)
+        wanted = 2 if spec.split_kv else 1  # keys in two parts are combined by a launch of its own
+        status = function(tensors, scalars(plan, 1.0, plan.ctas, wanted))
+    count = len(session.launches)
     if status or count != wanted:
         raise CompileError(f"{path}: the host function made {count} launches (expected {wanted}) and returned {status}")
     return session.launches[0]

@@ -16,17 +16,21 @@ _REGCOUNT, _FRAME_SIZE = 0x2F, 0x11  # attributes of .nv.info, payload: u32 symb
 _VALUE_FOLLOWS = 4  # attribute format: the 16-bit field is the length of a payload
 _INSTRUCTION_BYTES = 16  # of every architecture since sm_70
 _STORE_LOCAL, _LOAD_LOCAL = 0x387, 0x983  # low 12 bits of STL and LDL
+_WARPGROUP, _WAITS = 0x9C5, 1 << 47  # low 12 bits of WARPGROUP.ARRIVE and .DEPBAR, and what tells the second
 _ACCESS_BYTES = (1, 1, 2, 2, 4, 8, 16)  # U8 S8 U16 S16 32 64 128, bits 73 to 75
 
 
 @dataclass(frozen=True)
 class CubinFacts:
-    """Of one kernel: registers a thread; stack and spill traffic in bytes a thread (static count)."""
+    """Of one kernel: registers a thread; stack and spill traffic in bytes a thread (static count); wgmma_waits: waits
+    for wgmma in its code.
+    """
 
     registers: int
     stack_bytes: int
     spill_store_bytes: int
     spill_load_bytes: int
+    wgmma_waits: int
 
 
 def read_cubin(cubin: bytes, kernel_name: str) -> CubinFacts:
@@ -42,8 +46,9 @@ def read_cubin(cubin: bytes, kernel_name: str) -> CubinFacts:
         for attribute, symbol, value in _attributes(sections[".nv.info"])
         if names.get(symbol) == kernel_name
     }
-    stores, loads = _local_traffic(sections[f".text.{kernel_name}"])
-    return CubinFacts(values[_REGCOUNT], values[_FRAME_SIZE], stores, loads)
+    code = sections[f".text.{kernel_name}"]
+    stores, loads = _local_traffic(code)
+    return CubinFacts(values[_REGCOUNT], values[_FRAME_SIZE], stores, loads, _wgmma_waits(code))
 
 
 def _sections(cubin: bytes) -> Iterator[tuple[str, bytes]]:
@@ -78,9 +83,18 @@ def _attributes(info: bytes) -> Iterator[tuple[int, int, int]]:
         at += length
 
 
+def _instructions(code: bytes) -> Iterator[tuple[int, int]]:
+    """Both halves of each."""
+    return struct.iter_unpack("<QQ", code[: len(code) // _INSTRUCTION_BYTES * _INSTRUCTION_BYTES])
+
+
+def _wgmma_waits(code: bytes) -> int:
+    return sum(low & 0xFFF == _WARPGROUP and bool(low & _WAITS) for low, _ in _instructions(code))
+
+
 def _local_traffic(code: bytes) -> tuple[int, int]:
     stores = loads = 0
-    for low, high in struct.iter_unpack("<QQ", code[: len(code) // _INSTRUCTION_BYTES * _INSTRUCTION_BYTES]):
+    for low, high in _instructions(code):
         opcode = low & 0xFFF
         if opcode == _STORE_LOCAL:
             stores += _ACCESS_BYTES[high >> 9 & 7]

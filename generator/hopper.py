@@ -6,7 +6,8 @@ from functools import cached_property
 from math import gcd
 
 from .budget import ELEMENT_BYTES, Role, swizzle_bytes
-from .columns import CHUNK, OUTPUT_GROUPS, P_STAGES, V_KEYS, chunks_apart, half_width, k_chunks, o_parts
+from .columns import CHUNK, OUTPUT_GROUPS, P_STAGES, V_KEYS, chunks_apart, half_width, k_chunks, k_step, o_parts
+from .columns import looks_for_maxima as columns_look_for_maxima
 from .layout import Plan, TileLayout
 from .partials import PARTIALS, Partials, with_part
 from .signature import signature
@@ -71,10 +72,11 @@ class HopperPlan(Plan):
     def partials(self) -> Partials:
         after = "" if self.beside_pv else "_after"
         found = PARTIALS[self.tiling.strategy + after]
-        if self.part.sink:
+        if self.spec.sink:
             found = with_part(found, "_sink", "_finish")
         if self.spec.split_kv:
             found = with_part(with_part(found, "_split_sm90", "_work"), "_combine_sm90", "_launch")
+            found = with_part(found, "_whole_sm90", "_epilogue" if self.tiling.strategy == "warpgroups" else "_scores")
         return found
 
     @property
@@ -135,6 +137,29 @@ class HopperPlan(Plan):
     def thread_o(self) -> str:
         """The tensor of the host function that an un-normalized O goes to."""
         return "o_parts" if self.spec.split_kv else "o"
+
+    @property
+    def results(self) -> list[str]:
+        """What the attention kernel writes, and reads, where there is one part: O first, as the kernel names them."""
+        names = [item.name for item in self.parameters if item.output or item.name == "sink"]
+        return sorted((name if name == "sink" else f"whole_{name}" for name in names), key=lambda n: n != "whole_o")
+
+    @property
+    def result_arguments(self) -> str:
+        """The same of the host function, as the inside of a tuple."""
+        spelled = {f"whole_{item.name}": item.spelled for item in self.parameters}
+        return ", ".join(spelled.get(name, name) for name in self.results) + "," * (len(self.results) == 1)
+
+    @property
+    def results_unpacked(self) -> str:
+        """All but O, as the target of an assignment."""
+        names = {"whole_lse": "lse", "whole_m": "m_out"}
+        return ", ".join(["_", *(names.get(name, name) for name in self.results[1:])])
+
+    @property
+    def pads_v(self) -> bool:
+        """Accumulators have columns beyond head_dim_v."""
+        return False
 
     @property
     def combine_tensors(self) -> list[str]:
@@ -280,11 +305,15 @@ class ColumnsPlan(HopperPlan):
 
     @property
     def keeps_reference(self) -> bool:
-        return False
+        return self.mask.left is None
 
     @property
     def looks_for_maxima(self) -> bool:
-        return True
+        return columns_look_for_maxima(self.part)
+
+    @property
+    def scores_again(self) -> bool:
+        return False
 
     @property
     def own_spans(self) -> bool:
@@ -341,6 +370,10 @@ class ColumnsPlan(HopperPlan):
     @property
     def k_chunks(self) -> int:
         return k_chunks(self.part)
+
+    @property
+    def k_step(self) -> int:
+        return k_step(self.tiling)
 
     @property
     def q_chunks(self) -> int:

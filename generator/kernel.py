@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 from .budget import Budget
 from .compile import Binary, compile_kernel
+from .handles import handle_of
 from .plan import Plan, plan_kernel
 from .spec import KernelSpec, load_spec
 
 if TYPE_CHECKING:
     from .launch import Launcher
-
-_handles = itertools.count()
-_kernels: WeakValueDictionary[str, Kernel] = WeakValueDictionary()
 
 
 class Kernel:
@@ -32,8 +28,7 @@ class Kernel:
     def __init__(self, plan: Plan, binary: Binary) -> None:
         self.plan = plan
         self.binary = binary
-        self.handle = str(next(_handles))  # what a trace knows it by, since a string is a constant to every tracer
-        _kernels[self.handle] = self
+        self.handle = handle_of(self)  # what a trace knows it by
 
     def __call__(
         self, q: Any, k: Any, v: Any = None, k2: Any = None, v2: Any = None, *, scale: float | None = None, **rows: Any
@@ -114,11 +109,6 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"<Kernel {self.spec.name}: {self.plan.tiling}>"
-
-
-def kernel_of(handle: str) -> Kernel:
-    """The kernel of this process that has the handle."""
-    return _kernels[handle]
 
 
 def _as_operator(arrays: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ import torch
 
 from .arrays import check_kinds
 from .compile import Binary
-from .kernel import kernel_of
+from .handles import object_of
 from .launch import torch_dtype
 from .layout import Plan
 from .run import RunError
@@ -46,7 +46,7 @@ def operator_name(handle: str) -> str:
 
     By the handle, since PyTorch 2.11 takes no object where a trace's constant is computed.
     """
-    kernel = kernel_of(handle)
+    kernel = object_of(handle)
     name = kernel.__dict__.get("_operator_name")
     if name is None:
         with _registering:

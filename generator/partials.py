@@ -55,7 +55,7 @@ PARTIALS = {
     "warpgroups_after": _warpgroups("after"),
     "columns": _partials(
         *("overview_columns", "constants_columns", "operands_columns", "ring_columns", "mask", "work", "spans_sm90"),
-        *("load_columns", "softmax_sm90", "softmax_beside_sm90", "finish_sm90", "scores_columns", "outputs_columns"),
+        *("load_columns", "softmax_sm90", "softmax_after_sm90", "finish_sm90", "scores_columns", "outputs_columns"),
         *("kernel_columns", "launch_columns"),
     ),
 }

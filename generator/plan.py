@@ -293,7 +293,7 @@ _SPLIT_RULES = (  # one a component of `split_preference`
 
 _COLUMN_RULES = (  # one a component of `column_preference`
     ("fits, but another tile was measured to be faster", ("tile_m", "tile_n")),
-    ("fits, but two CTAs wait for one another", ("tile_m",)),
+    ("fits, but the other cluster size is faster", ("tile_m",)),
     ("fits, but reads more of Q from shared memory", ("tile_n",)),
     ("fits, but holds fewer slices of V", ("kv_stage",)),
     ("fits, but has a smaller tile_n", ("tile_n",)),

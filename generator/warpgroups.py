@@ -46,6 +46,7 @@ OTHER_REGISTERS = 28
 # Of a thread, beside the accumulator of one wgmma. ptxas refuses an instruction that leaves it fewer of those that all
 # threads have at entry, whatever setmaxnreg gives later: 192 columns compile with 128 at entry, 208 want 134.
 WGMMA_OTHERS = 30
+SPLIT_TILES = 2  # with split_kv: of a group's heads at most; both read the same keys at the same time, once from memory
 SPLIT_KEYS = 128  # of a KV tile with split_kv: more only lengthens the way from the last key to the end
 NARROW = 2048  # keys: of a window that a KV tile may be a large part of, so that the tiles at its ends count
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile: fp16 ends at 65504
@@ -287,11 +288,12 @@ def predicted_cycles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> float:
 
 def split_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """warpgroup_preference with split_kv, where loading K and V takes the time and query rows are few: the fewest rows
-    that hold a group's heads, then the widest KV tile up to SPLIT_KEYS. At head_dim 128 tiles of 64 to 176 keys and two
-    to six stages are within 3 % of one another on an H200 (2026-11-29).
+    of which SPLIT_TILES tiles hold a group's heads, then the widest KV tile up to SPLIT_KEYS. On an H200 (2026-11-29),
+    128 heads on one of 128 columns: 40.7 us at 64 x 4096 and 2 x 131072 tokens by tiles of 64 rows, 47 and 43 of 128.
+    Tiles of 64 to 176 keys and two to six stages are within 3 % of one another where one tile holds the group.
     """
     apart = not packs(spec, arch, tiling.tile_m)
-    parted = not apart and spec.q_heads_per_kv > tiling.tile_m
+    parted = not apart and spec.q_heads_per_kv > SPLIT_TILES * tiling.tile_m
     over = tiling.tile_n > SPLIT_KEYS
     return (tiling.kv_stages < 2, apart, parted, tiling.tile_m, over, -tiling.tile_n, -tiling.kv_stages)
 

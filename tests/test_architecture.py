@@ -16,7 +16,8 @@ FLOW = (
     *("split", "hopper"),
     *("plan", "covering", "features", "wide_features", "hopper_features"),
     *("explain", "survey", "emit", "protocol", "maps", "pages"),
-    *("dsl", "cache", "cubin", "compile", "arrays", "launch", "run", "operators", "kernel", "merge", "reference"),
+    *("dsl", "cache", "cubin", "compile", "arrays", "launch", "run", "handles", "operators", "kernel", "merge"),
+    *("reference",),
     *("tiles", "verify", "mutate", "matrix", "builds", "sample", "timing", "peers", "bench", "plot", "tune"),
     *("options", "present", "__init__", "command", "emulation", "measurement", "cli", "__main__"),
 )

@@ -41,7 +41,7 @@ def test_the_budget_at_head_dim_512_by_hand():
 @pytest.mark.parametrize(
     "head_dim, parts, apart, scores, output",
     [
-        (512, (128, 128), 3, 168, 160),
+        (512, (128, 128), 2, 168, 160),
         (448, (128, 96), 2, 200, 144),
         (384, (192,), 0, 232, 128),
         (320, (160,), 0, 240, 112),
@@ -61,12 +61,26 @@ def test_columns_of_q_past_head_dim_are_not_multiplied():
     assert plan.k_chunks == 5 and plan.q_columns == 272 and plan.k_chunk_bytes == plan.tile_n * 64 * 2
 
 
-def test_a_cluster_must_be_asked_for():
-    assert plan_of(320).cluster == 1 and plan_of(320).ctas == 1
-    asked = plan_of(320, tile_m=128)
-    assert (asked.cluster, asked.ctas, asked.mma_m) == (2, 2, 128)
-    assert asked.budget.mbarrier("k_empty").arrivals == 2 * plan_of(320).budget.mbarrier("k_empty").arrivals == 8
-    assert asked.budget.mbarrier("v_empty").arrivals == 16 and asked.budget.mbarrier("q_empty").arrivals == 4
+def test_two_ctas_load_for_one_another():
+    alone, both = plan_of(320, tile_m=64), plan_of(320, tile_m=128)
+    assert (alone.cluster, alone.ctas, alone.mma_m) == (1, 1, 64)
+    assert (both.cluster, both.ctas, both.mma_m) == (2, 2, 128)
+    assert both.budget.mbarrier("k_empty").arrivals == 2 * alone.budget.mbarrier("k_empty").arrivals == 8
+    assert both.budget.mbarrier("v_empty").arrivals == 16 and both.budget.mbarrier("q_empty").arrivals == 4
+
+
+def test_the_model_takes_clusters_where_they_were_faster():
+    """At head dims beyond warpgroups but the widest, of long rows."""
+    unmeasured = {"head_dim_v": 304, "q_heads_per_kv": 4}
+    assert plan_of(320, **unmeasured).cluster == 2
+    for fields in ({"split_kv": True}, {"causal": True, "window_left": 127}):
+        assert plan_of(320, **unmeasured, **fields).cluster == 1
+    assert plan_of(512).cluster == plan_of(576, head_dim_v=512).cluster == 1
+    assert plan_of(128, p_staging="smem").cluster == 1
+
+
+def test_two_chunks_of_k_at_a_time_where_the_ring_holds_four_times_as_many():
+    assert [(plan.kv_stages, plan.k_step) for plan in (plan_of(512), plan_of(512, tile_n=96))] == [(10, 2), (5, 1)]
 
 
 @pytest.mark.parametrize("head_dim", range(272, 513, 16))

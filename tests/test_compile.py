@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from generator import cache, compile, cubin, dsl
-from generator.compile import CompileError, allocated_columns, check_budget, compile_kernel, emit_to_cache
+from generator.compile import (
+    CompileError,
+    allocated_columns,
+    check_budget,
+    compile_kernel,
+    emit_to_cache,
+    is_serialized,
+)
 from generator.dsl import DslVersionError, check_dsl
+from generator.emit import emit_kernel, write_text
 from generator.plan import plan_kernel
 from generator.spec import load_spec
 
@@ -160,6 +168,26 @@ def test_cubin_without_the_kernel_is_refused(binary):
         cubin.read_cubin(binary.cubin, "other")
     with pytest.raises(ValueError, match="no ELF-64 header"):
         cubin.read_cubin(b"PTX", "other")
+
+
+def test_waits_for_wgmma_are_counted_in_the_machine_code():
+    """WARPGROUP.DEPBAR twice, WARPGROUP.ARRIVE and HGMMA."""
+    code = b"".join(struct.pack("<QQ", low, 0) for low in (0x8000000079C5, 0x79C5, 0x41E00000185879F0, 0x8100000079C5))
+    assert cubin._wgmma_waits(code) == 2
+
+
+def test_products_that_ptxas_waits_for_one_by_one_are_refused(tmp_path):
+    """It does where the ways of the roles meet again before they end: there each has the fewest registers."""
+    plan = plan_kernel(load_spec(head_dim=288, tile_m=128, tile_n=128, arch="sm_90a"))
+    before, kernel = emit_kernel(plan).split("@cute.kernel", 1)
+    kernel, after = kernel.split("@cute.jit", 1)
+    assert kernel.count("        leave()\n") == 3
+    kernel = kernel.replace("        leave()\n", "").rstrip()
+    kernel += "\n    cute.arch.cluster_arrive()\n    cute.arch.cluster_wait()\n\n\n"
+    source = write_text(tmp_path / f"{plan.kernel_name}.py", f"{before}@cute.kernel{kernel}@cute.jit{after}")
+    with pytest.raises(CompileError, match=r"waits 62 times where the source waits 21 times: .* use a smaller tile_n"):
+        compile_kernel(plan, source, use_cache=False)
+    assert not is_serialized(compile_kernel(plan))
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ CASES = {
             **{"seqlens": True, "sink": True, "output": "unnormalized", "dtype": "fp16"},
         },
         (3, 3, 1, 70, 400, 300),
-        (2, 5),
+        (1, 2, 5),
     ),
     "columns, a group of two tiles": (
         {"head_dim": 512, "q_heads_per_kv": 128, "causal": True, "window_left": 300, "sink": True, "seqlens": True},
@@ -46,7 +46,7 @@ def plan_of(**fields):
 
 def verified(binary, operands, splits, sms=4):
     run = run_observed(binary, **operands, splits=splits, sms=sms)
-    assert len(run.launches) == 2
+    assert len(run.launches) == (2 if splits > 1 else 1)  # one part is the result
     assert [*judge(compare(binary, operands, run.outputs)), *judge_writes(run.outputs)] == []
     return [output.array for output in run.outputs]
 
@@ -92,8 +92,8 @@ def test_shares_of_a_call_follow_from_its_shapes():
     assert splits_of(windowed, shapes, 132) <= 4
 
 
-@pytest.mark.parametrize("group, rows", [(1, 64), (8, 64), (64, 64), (128, 128)])
-def test_a_tile_has_the_fewest_rows_that_hold_a_group(group, rows):
+@pytest.mark.parametrize("group, rows", [(1, 64), (8, 64), (64, 64), (128, 64), (256, 128)])
+def test_a_tile_has_the_fewest_rows_that_hold_half_a_group(group, rows):
     plan = plan_of(head_dim=128, q_heads_per_kv=group)
     assert (plan.tile_m, plan.packed, plan.tile_n) == (rows, group > 1, 128)
     assert plan.budget.fits and not any(buffer.name == "sO" for buffer in plan.budget.buffers)
