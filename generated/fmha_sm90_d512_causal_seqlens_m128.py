@@ -3,31 +3,31 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 9d56cec829163d40e2fae8193b949f8efc5a6ee67bb663e13d8c7bbdd8dc3906
 #
-# Shared memory: 231424 of 232448 bytes
+# Shared memory: 227328 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    288       1  mbarriers
+#   barriers       0    224       1  mbarriers
 #   rows        1024    512       2  factors of 64 rows
-#   sK          2048  81920      10  64 x 64 a stage
-#   sQ         83968  16384       2  64 x 64 a stage, on the way to registers; the last 2 chunks stay
-#   sV        100352  98304       3  32 x 512 a stage
-#   sP        198656  16384       2  64 x 64 a stage
-#   sO        215040  16384       2  64 x 64 an output warpgroup, in 4 steps
+#   sK          2048  61440       5  96 x 64 a stage
+#   sQ         63488  24576       3  64 x 64 a stage, on the way to registers; the last 3 chunks stay
+#   sV         88064  98304       3  32 x 512 a stage
+#   sP        186368  24576       2  64 x 96 a stage
+#   sO        210944  16384       2  64 x 64 an output warpgroup, in 4 steps
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       2         1  TMA: a chunk of Q has landed
-#   q_empty      16       2         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       32      10         1  TMA: a chunk of K has landed
-#   k_empty     112      10         8  score warps, one lane each, in both CTAs: it has been read
-#   v_full      192       3         1  TMA: a slice of V has landed
-#   v_empty     216       3        16  output warps, one lane each, in both CTAs: PV has read it
-#   p_full      240       2         4  score warps, one lane each: P and the factors of O are written
-#   p_empty     256       2         8  output warps, one lane each: P and factors have been read
-#   scored      272       2         4  score warps, one lane each: QK of the next KV tile is done
+#   q_full        0       3         1  TMA: a chunk of Q has landed
+#   q_empty      24       3         4  score warps, one lane each: it is in registers, or the last QK has read it
+#   k_full       48       5         1  TMA: a chunk of K has landed
+#   k_empty      88       5         8  score warps, one lane each, in both CTAs: it has been read
+#   v_full      128       3         1  TMA: a slice of V has landed
+#   v_empty     152       3        16  output warps, one lane each, in both CTAs: PV has read it
+#   p_full      176       2         4  score warps, one lane each: P and the factors of O are written
+#   p_empty     192       2         8  output warps, one lane each: P and factors have been read
+#   scored      208       2         4  score warps, one lane each: QK of the next KV tile is done
 #
 # Warps: 512 threads, 65536 of 65536 registers handed out
 #   role    first warp  warps  registers  why
-#   scores           0      4        168  setmaxnreg: Q 96, S 32, P 16, 16 else by estimate
+#   scores           0      4        168  setmaxnreg: Q 80, S 48, P 24, 16 else by estimate
 #   output           4      8        160  setmaxnreg: half of O 128, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
@@ -55,17 +55,17 @@ DTYPE = BFloat16
 HEAD_DIM = 512
 HEAD_DIM_V = 512
 TILE_M = 128  # query rows of a cluster
-TILE_N = 64
+TILE_N = 96
 GROUP_ROWS = 64  # query rows of a CTA: M of wgmma
 GROUP_THREADS = 128
 K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 8
-Q_CHUNKS = 6  # of them, in registers; the others of Q stay in shared memory
-Q_STAGES = 2
-K_STAGES = 10
-K_STEP = 2  # chunks of K that are multiplied between one signal and the next
+Q_CHUNKS = 5  # of them, in registers; the others of Q stay in shared memory
+Q_STAGES = 3
+K_STAGES = 5
+K_STEP = 1  # chunks of K that are multiplied between one signal and the next
 V_KEYS = 32  # keys of V in a buffer
-V_SLICES = 2  # of a KV tile
+V_SLICES = 3  # of a KV tile
 V_STAGES = 3
 P_STAGES = 2
 O_WIDTH = 256  # columns of O that an output warpgroup holds
@@ -73,7 +73,7 @@ O_PARTS = (128, 128)  # of them, by one wgmma
 O_CHUNK = 64  # of them, staged at a time
 BOTH_CTAS = cutlass.Int16(0b11)
 Q_CHUNK_BYTES = 8192
-K_CHUNK_BYTES = 8192
+K_CHUNK_BYTES = 12288
 V_SLICE_BYTES = 32768
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
 OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
@@ -86,30 +86,30 @@ OUTPUT_REGISTERS = 160
 PRODUCER_REGISTERS = 24
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 231424
+SMEM_BYTES = 227328
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 83968
-SV_OFFSET = 100352
-SP_OFFSET = 198656
-SO_OFFSET = 215040
+SQ_OFFSET = 63488
+SV_OFFSET = 88064
+SP_OFFSET = 186368
+SO_OFFSET = 210944
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-Q_EMPTY = 2
-K_FULL = 4
-K_EMPTY = 14
-V_FULL = 24
-V_EMPTY = 27
-P_FULL = 30
-P_EMPTY = 32
-SCORED = 34
+Q_EMPTY = 3
+K_FULL = 6
+K_EMPTY = 11
+V_FULL = 16
+V_EMPTY = 19
+P_FULL = 22
+P_EMPTY = 24
+SCORED = 26
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 2, 1),
-    (Q_EMPTY, 2, 4),
-    (K_FULL, 10, 1),
-    (K_EMPTY, 10, 8),
+    (Q_FULL, 3, 1),
+    (Q_EMPTY, 3, 4),
+    (K_FULL, 5, 1),
+    (K_EMPTY, 5, 8),
     (V_FULL, 3, 1),
     (V_EMPTY, 3, 16),
     (P_FULL, 2, 4),
@@ -164,7 +164,7 @@ def v_layout():
 
 
 def p_layout():
-    return operand_layout(SmemLayoutAtomKind.K_SW128, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
+    return operand_layout(SmemLayoutAtomKind.K_SW64, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
 
 
 def o_layout():
@@ -665,7 +665,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     q_smem, k_smem, p_smem = smem_tiles
     qk = qk_mma()
     k = qk.make_fragment_B(qk.get_slice(0).partition_B(k_smem))
-    q = cute.make_rmem_tensor(qk.partition_shape_A((GROUP_ROWS, 384)), DTYPE)
+    q = cute.make_rmem_tensor(qk.partition_shape_A((GROUP_ROWS, 320)), DTYPE)
     apart_mma = qk_mma_apart()
     apart = apart_mma.make_fragment_A(apart_mma.get_slice(0).partition_A(q_smem))
     s = cute.make_rmem_tensor(qk.partition_shape_C((GROUP_ROWS, TILE_N)), Float32)

@@ -246,7 +246,7 @@ def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     split_kv, or with P in shared memory at a head_dim that warpgroups have too, there is none.
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
-    found = winner(spec) if wide and narrow_window(spec) is None and not spec.split_kv else None
+    found = winner(spec) if wide and has_long_rows(spec) else None
     won = found is not None and (found.tile_m, found.tile_n) == (tiling.tile_m, tiling.tile_n)
     return (not won, *column_order(spec, arch, tiling))
 
@@ -256,22 +256,32 @@ def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     272 to 480.
 
     Two CTAs that load for one another, where V comes in boxes of 16 or 32 columns: 551 and 411 at 480, 587 and 574 at
-    320; at 512 585 and 605. Q in registers. Three slices of V or more: 603 at 512, 563 with two. The widest tile: 587
-    with 128 keys at 320, 476 with 64. As much of K as is left.
+    320; at 512 585 and 605. Q in registers; at 496 and 512 three chunks of it may stay apart for a wider tile (causal 577
+    with 96 keys, 549 with 64; eight packed heads 576 and 546). Three slices of V or more: 603 at 512, 563 with two. The
+    widest tile: 587 with 128 keys at 320, 476 with 64. As much of K as is left.
     """
     pairs = tiling.tile_m > arch.mma_m
     slices = min(3, v_stages(spec, arch, tiling))
-    apart = max(2, chunks_apart(spec, arch, tiling))
+    apart = max(3 if widest(spec, arch) and has_long_rows(spec) else 2, chunks_apart(spec, arch, tiling))
     return (pairs != prefers_pairs(spec, arch), apart, -slices, -tiling.tile_n, -tiling.kv_stages)
 
 
 def prefers_pairs(spec: KernelSpec, arch: Arch) -> bool:
-    """Whether a cluster of two CTAs is the faster one. Of narrow windows, split_kv and head dims of up to 256 that was
-    not measured; there and at the widest one CTA loads for itself.
+    """Whether a cluster of two CTAs is the faster one. Of short rows and head dims of up to 256 that was not measured;
+    there and at the widest one CTA loads for itself.
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
-    widest = OUTPUT_GROUPS * half_width(spec) == 2 * arch.mma_n_max
-    return wide and not widest and narrow_window(spec) is None and not spec.split_kv
+    return wide and not widest(spec, arch) and has_long_rows(spec)
+
+
+def widest(spec: KernelSpec, arch: Arch) -> bool:
+    """Whether both output warpgroups hold as many columns of O as one wgmma can write."""
+    return half_width(spec) == arch.mma_n_max
+
+
+def has_long_rows(spec: KernelSpec) -> bool:
+    """Neither narrow windows nor keys that are shared out."""
+    return narrow_window(spec) is None and not spec.split_kv
 
 
 def check_columns(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str, str]]:

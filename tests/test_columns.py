@@ -41,7 +41,7 @@ def test_the_budget_at_head_dim_512_by_hand():
 @pytest.mark.parametrize(
     "head_dim, parts, apart, scores, output",
     [
-        (512, (128, 128), 2, 168, 160),
+        (512, (128, 128), 3, 168, 160),
         (448, (128, 96), 2, 200, 144),
         (384, (192,), 0, 232, 128),
         (320, (160,), 0, 240, 112),
@@ -80,7 +80,7 @@ def test_the_model_takes_clusters_where_they_were_faster():
 
 
 def test_two_chunks_of_k_at_a_time_where_the_ring_holds_four_times_as_many():
-    assert [(plan.kv_stages, plan.k_step) for plan in (plan_of(512), plan_of(512, tile_n=96))] == [(10, 2), (5, 1)]
+    assert [(plan.kv_stages, plan.k_step) for plan in (plan_of(512, tile_n=64), plan_of(512))] == [(10, 2), (5, 1)]
 
 
 @pytest.mark.parametrize("head_dim", range(272, 513, 16))

@@ -106,17 +106,17 @@ def test_cases_hold_the_models_pick():
 def test_wide_head_dims_have_candidates_of_columns():
     (case,) = tuning_cases([(512, 512)], ["causal"], 3)
     assert [(plan.tiling.strategy, plan.tile_m, plan.tile_n) for plan in case.plans] == [
-        *(("columns", 64, n) for n in (64, 96, 128)),
+        *(("columns", 64, n) for n in (96, 64, 128)),
     ]
     assert case.picked == case.plans[0].tiling == plan_kernel(case.spec).tiling
 
 
 def test_a_measured_tile_of_columns_is_taken(monkeypatch):
-    known = {("sm_90a", 512, 512, "full"): Winner("sm_90a", 512, 512, "full", 64, 96, False, True, {}, "H200", "today")}
+    known = {("sm_90a", 512, 512, "full"): Winner("sm_90a", 512, 512, "full", 64, 64, False, True, {}, "H200", "today")}
     monkeypatch.setattr(tuned, "_winners", lambda: known)
     spec = load_spec(arch="sm_90a", head_dim=512)
-    assert plan_kernel(spec).tile_n == 96 and plan_kernel(load_spec(spec, causal=True)).tile_n == 64
-    why = {reject.reason for reject in plan_kernel(spec).rejected if reject.candidate.tile_n == 64}
+    assert plan_kernel(spec).tile_n == 64 and plan_kernel(load_spec(spec, causal=True)).tile_n == 96
+    why = {reject.reason for reject in plan_kernel(spec).rejected if reject.candidate.tile_n == 96}
     assert "fits, but another tile was measured to be faster" in why
 
 
