@@ -256,9 +256,9 @@ def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     272 to 480.
 
     Two CTAs that load for one another, where V comes in boxes of 16 or 32 columns: 551 and 411 at 480, 587 and 574 at
-    320; at 512 585 and 605. Q in registers; at 496 and 512 three chunks of it may stay apart for a wider tile (causal 577
-    with 96 keys, 549 with 64; eight packed heads 576 and 546). Three slices of V or more: 603 at 512, 563 with two. The
-    widest tile: 587 with 128 keys at 320, 476 with 64. As much of K as is left.
+    320; at 512 585 and 605. Q in registers; at 496 and 512 three chunks of it may stay apart for a wider tile (causal
+    577 with 96 keys, 549 with 64; eight packed heads 576 and 546). Three slices of V or more: 603 at 512, 563 with two.
+    The widest tile: 587 with 128 keys at 320, 476 with 64. As much of K as is left.
     """
     pairs = tiling.tile_m > arch.mma_m
     slices = min(3, v_stages(spec, arch, tiling))

@@ -162,7 +162,7 @@ def _run_emulated(
     splits: int | None,
 ) -> tuple[Any, ...]:
     gpu = Gpu(arch=binary.spec.arch, strict=strict, trace=trace)
-    gpu.labels = _labels(binary.plan.budget)
+    gpu.labels[binary.kernel_name] = _labels(binary.plan.budget)
     splits = splits or shares_of(binary, views, sms)
     kept = [Output(*layout) for layout in scratch_layout(binary.spec, views[0], splits)]
     _emulate(gpu, binary, views, (*outputs, *kept), scalars(binary.plan, scale, sms, splits), prepare)

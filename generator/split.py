@@ -2,8 +2,8 @@
 
 A decoding step has few query rows: fewer query tiles than a GPU has SMs, each with many keys. With its keys shared out
 every SM loads a part of them; each part's un-normalized O, LSE and m go to scratch memory, and a second kernel of the
-same launch makes the attention of them, by the formula of reference.merge. How many shares there are follows from a
-call's shapes, so one compiled kernel serves all of them.
+same launch makes the attention of them, by the formula of reference.merge; one share is the result already. How many
+there are follows from a call's shapes, so one compiled kernel serves all of them.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def without_wait(case, name):
     case.run(program=recorder.program(parse_ptx(case.text).kernels[case.kernel]))
     at = {e.line: e.places[0][1] for events in recorder.events.values() for e in events if e.kind == "wait"}
     found = [m for m in mutator_of(case, recorder).mutants() if m.kind == "mbarrier wait removed"]
-    (first, *_) = (m for m in found if m.line in at and f"({name})" in case.gpu.labels.shared_at(at[m.line]))
+    (first, *_) = (m for m in found if m.line in at and f"({name})" in case.labels.shared_at(at[m.line]))
     return replace(case, text=first.text)
 
 

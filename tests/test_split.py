@@ -143,6 +143,19 @@ def test_a_part_that_was_never_written_is_a_hazard():
         run_observed(binary, **operands, splits=3, prepare=forget)
 
 
+def test_the_combining_kernel_has_none_of_the_attention_kernels_buffers():
+    binary = compile_kernel(plan_of(**PLAIN))
+    labels = {}
+    run = run_observed(
+        binary,
+        **random_operands(binary.spec, (1, 8, 1, 1, 300), 0),
+        splits=2,
+        prepare=lambda gpu, _: labels.update(gpu.labels),
+    )
+    assert [launch.kernel in labels for launch in run.launches] == [True, False]
+    assert "sQ" in labels[binary.kernel_name].shared_at(binary.plan.budget.buffer("sQ").offset)
+
+
 def test_a_launch_that_may_overlap_the_one_before_must_wait_for_it(tmp_path):
     plan = plan_of(**PLAIN)
     kept = [line for line in emit_kernel(plan).splitlines() if "griddepcontrol_wait()  # for what" not in line]

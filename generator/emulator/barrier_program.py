@@ -80,7 +80,7 @@ def extract(case: LaunchCase) -> BarrierProgram:
         raise UnsupportedInstruction(f"PTX line {unknown[0]}: {opcode} cannot be part of a barrier program yet")
     size = case.cluster[0] * case.cluster[1] * case.cluster[2]
     threads = case.block[0] * case.block[1] * case.block[2]
-    return number_barriers(recorder.events, case.gpu.labels, size, -(-threads // 32))
+    return number_barriers(recorder.events, case.labels, size, -(-threads // 32))
 
 
 def number_barriers(events: dict, labels: Labels, cluster: int, n_warps: int) -> BarrierProgram:

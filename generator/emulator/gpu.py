@@ -96,6 +96,11 @@ class LaunchCase:
     cooperative: bool = False  # every CTA runs at the same time as the others
     programmatic: bool = False  # it may overlap the launch before it
 
+    @property
+    def labels(self) -> Labels:
+        """Names of places in the kernel's memory, as far as the Gpu was told any."""
+        return self.gpu.labels.get(self.kernel, Labels())
+
     def run(
         self, schedule: Schedule | None = None, text: str | None = None, program: Program | None = None
     ) -> tuple[Counter, int]:
@@ -155,7 +160,7 @@ class LaunchCase:
             here = [cta for _ in range(min(wave, len(waiting))) for cta in waiting.popleft()]
             machine = Machine(
                 *(program, here, self.grid, self.block, self.smem_bytes, values),
-                *(self.gpu.gmem, self.gpu.labels, self.cluster, self.gpu.accumulation, self.gpu.strict, schedule),
+                *(self.gpu.gmem, self.labels, self.cluster, self.gpu.accumulation, self.gpu.strict, schedule),
             )
             machine.allow_uninitialized = self.gpu.allow_uninitialized
             machine.fuses = self.gpu.schedules == 1
@@ -262,7 +267,7 @@ class Gpu:
         self.gmem = GlobalMemory()
         self.variables = ModuleVariables(self.gmem)
         self.printed: list[str] = []  # by the launch under way
-        self.labels = Labels()
+        self.labels: dict[str, Labels] = {}  # by kernel
         self.launches: list[LaunchReport] = []
         self.work: Counter[str] = Counter()  # of the present launch, see LaunchReport
         self.observers: list[Observer] = []  # each surrounds every launch

@@ -53,13 +53,13 @@ class _TimeIsUp(BaseException):
 
 
 def mutator_of(case: LaunchCase, recorder: Recorder) -> Mutator:
-    """The mutants of a case, with its mbarriers known from one run of the original and from the Gpu's labels."""
+    """The mutants of a case, with its mbarriers known from one run of the original and from its labels."""
     places: dict[int, set[int]] = {}
     for events in recorder.events.values():
         for event in events:
             places.setdefault(event.line, set()).update(offset for _, offset in event.places)
     names: dict[str, list[int]] = {}
-    for first, count, name in case.gpu.labels.shared:
+    for first, count, name in case.labels.shared:
         if count == 8 and name.endswith("]"):
             names.setdefault(name.split("[")[0], []).append(first)
     rings = [tuple(sorted(offsets)) for offsets in names.values()]
