@@ -74,7 +74,10 @@ def interrupted(process, whole, folder):
     return output
 
 
-@pytest.mark.parametrize("whole", [True, False])
+ALONE = pytest.param(False, marks=pytest.mark.sweep)  # as test_verify has it
+
+
+@pytest.mark.parametrize("whole", [True, ALONE])
 def test_mutate(tmp_path, whole):
     words = ["mutate", "--head-dim", 32, "--tile-n", 32, "--jobs", 2, "--json", tmp_path / "all.json"]
     process = started(words)
@@ -83,7 +86,7 @@ def test_mutate(tmp_path, whole):
     assert interrupted(process, whole, tmp_path) == ""
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, ALONE])
 def test_matrix(tmp_path, whole):
     process = started(["matrix", "--select", "*_d64*", "--jobs", 2, "--json", tmp_path / "rows.json"])
     read_until(process, "matrix 1/")

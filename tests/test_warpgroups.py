@@ -377,7 +377,7 @@ def test_consumers_multiply_the_tiles_that_their_own_rows_see(name, shape):
     assert chosen.own_spans and wgmma == each * tiles
 
 
-LIKE_OTHERS = ("one consumer", "causal", "one stage")
+LIKE_OTHERS = ("one consumer", "causal", "one stage", "lazy")
 INTERLEAVED = [pytest.param(name, marks=[pytest.mark.sweep] * (name in LIKE_OTHERS)) for name in SMALL]
 
 
