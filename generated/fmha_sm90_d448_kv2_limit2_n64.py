@@ -37,8 +37,9 @@ warps load for them.
 A CTA works on one query tile after another:
 64 of a cluster's 128 query rows of a query head.
 Q stays in the score warpgroup's registers. K streams through a ring in
-chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory. The second half
-of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
+chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory.
+The second half of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores
+become P.
 Two CTAs are a cluster: neighbouring query rows, the same K and V. Each loads half of every piece for both.
 
 Grid: as many CTAs as run at once, at most one a query tile.
@@ -75,8 +76,8 @@ BOTH_CTAS = cutlass.Int16(0b11)
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 8192
 V_SLICE_BYTES = 28672
-PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
-OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see raise_reference: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see raise_reference
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
 THREADS = 512
@@ -477,7 +478,14 @@ def exponentiate(s, p, scale_log2, m, seen):
     """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
     shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
     parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    for block in cutlass.range_constexpr(TILE_N // 16):
+    parts = exponentiate_blocks(s, p, scale_log2, shift, parts, 0, TILE_N // 16)
+    return [parts[r][0] + parts[r][1] for r in range(2)]
+
+
+@cute.jit
+def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr, end: cutlass.Constexpr):
+    """exponentiate of blocks of 16 columns, the begin-th to before the end-th; returns parts with their sums."""
+    for block in cutlass.range_constexpr(begin, end):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
@@ -488,7 +496,7 @@ def exponentiate(s, p, scale_log2, m, seen):
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
             pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return [parts[r][0] + parts[r][1] for r in range(2)]
+    return parts
 
 
 def opaque(x, dtype):
@@ -531,12 +539,18 @@ def next_softmax(s, p, scale_log2, m, total, factor, seen, skip: cutlass.Constex
 
 @cute.jit
 def kept_softmax(s, p, scale_log2, m, total, factor, seen):
-    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
-    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
-    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
-    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
-    """
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. Returns what raise_reference does."""
     parts = exponentiate(s, p, scale_log2, m, seen)
+    return raise_reference(parts, s, p, scale_log2, m, total, factor, seen)
+
+
+@cute.jit
+def raise_reference(parts, s, p, scale_log2, m, total, factor, seen):
+    """total with these parts of a KV tile's sums, unless one is too large for any row of the warp: beyond what 16 bits
+    hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1, which P
+    need not round: so rows are taken relative to their maxima after all, P, m and factor, by which O is to be
+    multiplied, are updated too. Returns whether that is so.
+    """
     too_large = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(2):
         limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
@@ -592,34 +606,51 @@ def read_q(q, q_smem, bars, place):
 
 
 @cute.jit
+def await_step(bars, place, first: cutlass.Constexpr):
+    """K_STEP chunks of K have landed, from the first-th on; returns the place after them, and their stages."""
+    stages = []
+    for _ in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+        stage, phase = place
+        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+        stages.append(stage)
+        place = after(place, K_STAGES)
+    return place, stages
+
+
+@cute.jit
+def multiply_step(s, q, k, stages, first: cutlass.Constexpr):
+    """S += Q K^T of these chunks; not waited for."""
+    qk = qk_mma()
+    warpgroup.fence()
+    for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+        stage = stages[chunk - first]
+        for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
+            qk.set(Field.ACCUMULATE, chunk + block > 0)
+            cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
+    warpgroup.commit_group()
+
+
+@cute.jit
+def release_step(bars, stages, pending: cutlass.Constexpr):
+    """Chunks of K have been read, once no more groups than these are on their way."""
+    warpgroup.wait_group(pending)
+    for stage in stages:
+        release(bars + K_EMPTY + stage)
+
+
+@cute.jit
 def multiply_qk(s, q, k, bars, place):
     """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; returns the
     place after it.
     """
-    qk = qk_mma()
     before = []
     for first in cutlass.range_constexpr(0, K_CHUNKS, K_STEP):
-        stages = []
-        for _ in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
-            stage, phase = place
-            cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-            stages.append(stage)
-            place = after(place, K_STAGES)
-        warpgroup.fence()
-        for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
-            stage = stages[chunk - first]
-            for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
-                qk.set(Field.ACCUMULATE, chunk + block > 0)
-                cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
-        warpgroup.commit_group()
+        place, stages = await_step(bars, place, first)
+        multiply_step(s, q, k, stages, first)
         if cutlass.const_expr(first > 0):
-            warpgroup.wait_group(1)
-        for stage in before:
-            release(bars + K_EMPTY + stage)
+            release_step(bars, before, 1)
         before = stages
-    warpgroup.wait_group(0)
-    for stage in before:
-        release(bars + K_EMPTY + stage)
+    release_step(bars, before, 0)
     return place
 
 
@@ -633,10 +664,25 @@ def room_for_p(bars, place):
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
+    store_p(p, p_copy, p_smem, place, 0, TILE_N // 16)
+    return tell(factors, factor, bars, place)
+
+
+@cute.jit
+def store_p(p, p_copy, p_smem, place, begin: cutlass.Constexpr, end: cutlass.Constexpr):
+    """Blocks of 16 columns of P to shared memory."""
+    stage, _ = place
+    atom, copy = p_copy
+    source, target = copy.retile(p), copy.partition_D(p_smem[None, None, stage])
+    for block in cutlass.range_constexpr(begin, end):
+        cute.copy(atom, source[(None, block), None, None], target[(None, block), None, None])
+
+
+@cute.jit
+def tell(factors, factor, bars, place):
+    """The output warpgroups that P is in shared memory, and the factors of O; returns the place of the next."""
     stage, _ = place
     write_factors(factors, factor, stage)
-    atom, copy = p_copy
-    cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
     arrive_warp(bars + P_FULL + stage)
     return after(place, P_STAGES)

@@ -37,8 +37,9 @@ warps load for them.
 A CTA works on one query tile after another:
 64 query rows of a query head.
 Q stays in the score warpgroup's registers, but for its last chunks. K streams through a ring in
-chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory. The second half
-of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
+chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory.
+The second half of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores
+become P.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -73,8 +74,8 @@ O_CHUNK = 64  # of them, staged at a time
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 12288
 V_SLICE_BYTES = 32768
-PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
-OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see raise_reference: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see raise_reference
 
 THREADS = 512
 LOAD_WARP = 12
@@ -431,7 +432,14 @@ def exponentiate(s, p, scale_log2, m, seen):
     """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
     shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
     parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    for block in cutlass.range_constexpr(TILE_N // 16):
+    parts = exponentiate_blocks(s, p, scale_log2, shift, parts, 0, TILE_N // 16)
+    return [parts[r][0] + parts[r][1] for r in range(2)]
+
+
+@cute.jit
+def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr, end: cutlass.Constexpr):
+    """exponentiate of blocks of 16 columns, the begin-th to before the end-th; returns parts with their sums."""
+    for block in cutlass.range_constexpr(begin, end):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
@@ -442,7 +450,7 @@ def exponentiate(s, p, scale_log2, m, seen):
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
             pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return [parts[r][0] + parts[r][1] for r in range(2)]
+    return parts
 
 
 def opaque(x, dtype):
@@ -479,12 +487,18 @@ def next_softmax(s, p, scale_log2, m, total, factor, seen):
 
 @cute.jit
 def kept_softmax(s, p, scale_log2, m, total, factor, seen):
-    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
-    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
-    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
-    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
-    """
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. Returns what raise_reference does."""
     parts = exponentiate(s, p, scale_log2, m, seen)
+    return raise_reference(parts, s, p, scale_log2, m, total, factor, seen)
+
+
+@cute.jit
+def raise_reference(parts, s, p, scale_log2, m, total, factor, seen):
+    """total with these parts of a KV tile's sums, unless one is too large for any row of the warp: beyond what 16 bits
+    hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1, which P
+    need not round: so rows are taken relative to their maxima after all, P, m and factor, by which O is to be
+    multiplied, are updated too. Returns whether that is so.
+    """
     too_large = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(2):
         limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
@@ -548,41 +562,58 @@ def read_q(q, q_smem, bars, place):
 
 
 @cute.jit
-def multiply_qk(s, q, k, bars, place):
-    """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; returns the
-    place after it.
-    """
+def await_step(bars, place, first: cutlass.Constexpr):
+    """K_STEP chunks of K have landed, from the first-th on; returns the place after them, and their stages."""
+    stages = []
+    for _ in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+        stage, phase = place
+        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+        stages.append(stage)
+        place = after(place, K_STAGES)
+    return place, stages
+
+
+@cute.jit
+def multiply_step(s, q, k, stages, first: cutlass.Constexpr):
+    """S += Q K^T of these chunks; not waited for."""
     q, apart, q_stages = q
     apart_mma = qk_mma_apart()
     apart_mma.set(Field.ACCUMULATE, True)
     qk = qk_mma()
+    warpgroup.fence()
+    for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+        stage = stages[chunk - first]
+        for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
+            if cutlass.const_expr(chunk < Q_CHUNKS):
+                qk.set(Field.ACCUMULATE, chunk + block > 0)
+                cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
+            else:
+                a = apart[None, None, block, q_stages[chunk - Q_CHUNKS]]
+                cute.gemm(apart_mma, s, a, k[None, None, block, stage], s)
+    warpgroup.commit_group()
+
+
+@cute.jit
+def release_step(bars, stages, pending: cutlass.Constexpr):
+    """Chunks of K have been read, once no more groups than these are on their way."""
+    warpgroup.wait_group(pending)
+    for stage in stages:
+        release(bars + K_EMPTY + stage)
+
+
+@cute.jit
+def multiply_qk(s, q, k, bars, place):
+    """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; returns the
+    place after it.
+    """
     before = []
     for first in cutlass.range_constexpr(0, K_CHUNKS, K_STEP):
-        stages = []
-        for _ in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
-            stage, phase = place
-            cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-            stages.append(stage)
-            place = after(place, K_STAGES)
-        warpgroup.fence()
-        for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
-            stage = stages[chunk - first]
-            for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
-                if cutlass.const_expr(chunk < Q_CHUNKS):
-                    qk.set(Field.ACCUMULATE, chunk + block > 0)
-                    cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
-                else:
-                    a = apart[None, None, block, q_stages[chunk - Q_CHUNKS]]
-                    cute.gemm(apart_mma, s, a, k[None, None, block, stage], s)
-        warpgroup.commit_group()
+        place, stages = await_step(bars, place, first)
+        multiply_step(s, q, k, stages, first)
         if cutlass.const_expr(first > 0):
-            warpgroup.wait_group(1)
-        for stage in before:
-            release(bars + K_EMPTY + stage)
+            release_step(bars, before, 1)
         before = stages
-    warpgroup.wait_group(0)
-    for stage in before:
-        release(bars + K_EMPTY + stage)
+    release_step(bars, before, 0)
     return place
 
 
@@ -596,10 +627,25 @@ def room_for_p(bars, place):
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
+    store_p(p, p_copy, p_smem, place, 0, TILE_N // 16)
+    return tell(factors, factor, bars, place)
+
+
+@cute.jit
+def store_p(p, p_copy, p_smem, place, begin: cutlass.Constexpr, end: cutlass.Constexpr):
+    """Blocks of 16 columns of P to shared memory."""
+    stage, _ = place
+    atom, copy = p_copy
+    source, target = copy.retile(p), copy.partition_D(p_smem[None, None, stage])
+    for block in cutlass.range_constexpr(begin, end):
+        cute.copy(atom, source[(None, block), None, None], target[(None, block), None, None])
+
+
+@cute.jit
+def tell(factors, factor, bars, place):
+    """The output warpgroups that P is in shared memory, and the factors of O; returns the place of the next."""
     stage, _ = place
     write_factors(factors, factor, stage)
-    atom, copy = p_copy
-    cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
     arrive_warp(bars + P_FULL + stage)
     return after(place, P_STAGES)

@@ -96,7 +96,9 @@ def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
                     k_chunk=CHUNK,
                     v_keys=V_KEYS,
                     lazy=looks_for_maxima(spec),
+                    beside_pv=beside_pv,
                 )
+                for beside_pv in ((True,) if looks_for_maxima(spec) else (True, False))
                 for depth in depths
             ]
     return found
@@ -170,12 +172,17 @@ def score_registers(spec: KernelSpec, arch: Arch) -> int:
 def score_fragments(spec: KernelSpec, arch: Arch, tiling: Tiling) -> dict[str, int]:
     """Registers that a thread of the score warpgroup holds of Q, S and P: 64 rows over 128 threads."""
     q_columns = spec.head_dim - min(spec.head_dim, chunks_apart(spec, arch, tiling) * CHUNK)
-    return {"Q": q_columns // 4, "S": tiling.tile_n // 2, "P": tiling.tile_n // 4}
+    return {"Q": q_columns // 4, "S": score_tiles(tiling) * tiling.tile_n // 2, "P": tiling.tile_n // 4}
+
+
+def score_tiles(tiling: Tiling) -> int:
+    """KV tiles whose scores are in registers at a time: where the softmax runs beside QK, that of the next one too."""
+    return 1 if tiling.beside_pv else 2
 
 
 def chunks_apart(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     """Chunks of Q, the last ones, that stay in shared memory because the score warpgroup's registers do not suffice."""
-    free = score_registers(spec, arch) - SCORE_OTHERS - tiling.tile_n // 2 - tiling.tile_n // 4
+    free = score_registers(spec, arch) - SCORE_OTHERS - score_tiles(tiling) * tiling.tile_n // 2 - tiling.tile_n // 4
     return next(count for count in range(k_chunks(spec) + 1) if spec.head_dim - count * CHUNK <= max(0, 4 * free))
 
 
@@ -206,6 +213,7 @@ def _mbarriers(
 ) -> tuple[tuple[Mbarrier, ...], int]:
     both = ", in both CTAs" if cluster > 1 else ""
     output = OUTPUT_GROUPS * warps
+    scored = ("scored", P_STAGES, warps, "score warps, one lane each: QK of the next KV tile is done")
     return place_mbarriers(
         (
             ("q_full", q_count, 1, "TMA: a chunk of Q has landed"),
@@ -216,7 +224,7 @@ def _mbarriers(
             ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
             ("p_full", P_STAGES, warps, "score warps, one lane each: P and the factors of O are written"),
             ("p_empty", P_STAGES, output, "output warps, one lane each: P and factors have been read"),
-            ("scored", P_STAGES, warps, "score warps, one lane each: QK of the next KV tile is done"),
+            *([scored] if tiling.beside_pv else []),
         )
     )
 
@@ -247,7 +255,8 @@ def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
     found = winner(spec) if wide and has_long_rows(spec) else None
-    won = found is not None and (found.tile_m, found.tile_n) == (tiling.tile_m, tiling.tile_n)
+    tile = tiling.tile_m, tiling.tile_n, tiling.beside_pv
+    won = found is not None and (found.tile_m, found.tile_n, found.beside_pv) == tile
     return (not won, *column_order(spec, arch, tiling))
 
 
@@ -263,7 +272,8 @@ def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     pairs = tiling.tile_m > arch.mma_m
     slices = min(3, v_stages(spec, arch, tiling))
     apart = max(3 if widest(spec, arch) and has_long_rows(spec) else 2, chunks_apart(spec, arch, tiling))
-    return (pairs != prefers_pairs(spec, arch), apart, -slices, -tiling.tile_n, -tiling.kv_stages)
+    unmeasured = not tiling.beside_pv
+    return (unmeasured, pairs != prefers_pairs(spec, arch), apart, -slices, -tiling.tile_n, -tiling.kv_stages)
 
 
 def prefers_pairs(spec: KernelSpec, arch: Arch) -> bool:

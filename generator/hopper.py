@@ -70,14 +70,18 @@ class HopperPlan(Plan):
 
     @property
     def partials(self) -> Partials:
-        after = "" if self.beside_pv else "_after"
-        found = PARTIALS[self.tiling.strategy + after]
+        found = PARTIALS[self.tiling.strategy + ("" if self.beside_pv else self.other_schedule)]
         if self.spec.sink:
             found = with_part(found, "_sink", "_finish")
         if self.spec.split_kv:
             found = with_part(with_part(found, "_split_sm90", "_work"), "_combine_sm90", "_launch")
             found = with_part(found, "_whole_sm90", "_epilogue" if self.tiling.strategy == "warpgroups" else "_scores")
         return found
+
+    @property
+    def other_schedule(self) -> str:
+        """What the parts of a kernel whose softmax does not run beside PV are called."""
+        return "_after"
 
     @property
     def rotated(self) -> bool:
@@ -217,7 +221,9 @@ class HopperPlan(Plan):
 
     @property
     def beside_pv(self) -> bool:
-        """A consumer's softmax runs beside its product of the KV tile before with V, not after it."""
+        """The softmax runs beside the product of the KV tile before with V; else after it, or of columns beside QK of
+        the next one.
+        """
         return self.tiling.beside_pv
 
     @property
@@ -314,6 +320,10 @@ class ColumnsPlan(HopperPlan):
     @property
     def scores_again(self) -> bool:
         return False
+
+    @property
+    def other_schedule(self) -> str:
+        return "_beside_qk"
 
     @property
     def own_spans(self) -> bool:

@@ -264,7 +264,7 @@ def tune_cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def _tile(tiling: Any) -> str:
-    words = [name for name, on in (("turns", tiling.turns), ("after PV", not tiling.beside_pv)) if on]
+    words = [name for name, on in (("turns", tiling.turns), (tiling.softmax_runs, not tiling.beside_pv)) if on]
     return ", ".join([f"{tiling.tile_m}x{tiling.tile_n}", *words])
 
 
