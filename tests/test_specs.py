@@ -88,7 +88,11 @@ def test_specifications_have_the_features_that_they_are_asked_for(design):
         assert spec is not None and design.features(spec) == row
 
 
-@pytest.mark.parametrize("pair", WARPGROUPS.impossible, ids=str)
+LONG = [pair for pair in WARPGROUPS.impossible if ("sO over sQ", True) in (pair[:2], pair[2:])]  # of many plans
+PAIRS = [pytest.param(pair, marks=[pytest.mark.sweep] * (pair in LONG[1:])) for pair in WARPGROUPS.impossible]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_a_pair_that_sm_90a_leaves_out_is_refused_or_never_chosen(pair):
     """With everything else plain. What the planner alone decides (schedules, where sO lies) it never decides so,
     whatever the tile, with V as wide and of 64 and 144 columns, and with rings of one to four stages, of one to sixteen

@@ -166,8 +166,9 @@ def test_every_interleaving_of_its_barriers_ends(causal):
     assert "every interleaving of its barriers ends, no phase is aliased, no count overflows" in text
 
 
-REGISTERS = [(128, False), (128, True), (96, True)]  # head_dim, causal
-REGISTERS += [pytest.param(*case, marks=pytest.mark.sweep) for case in ((64, False), (64, True), (96, False))]
+REGISTERS = [(128, True)]  # head_dim, causal: the most
+OTHERS = ((64, False), (64, True), (96, False), (96, True), (128, False))
+REGISTERS += [pytest.param(*case, marks=pytest.mark.sweep) for case in OTHERS]
 
 
 @pytest.mark.parametrize("head_dim, causal", REGISTERS)

@@ -121,13 +121,13 @@ def test_kernels_execute_and_load_what_is_needed(fields):
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
 SWEPT_KERNELS = [
+    {"head_dim": 32, "tile_n": 16, "window_left": 0, "window_right": 0, "kv_shared": True, "q_heads_per_kv": 2},
     {"head_dim": 32, "tile_n": 32, "window_left": 40, "kv_stage": 1, "lse": False},
     {"head_dim": 48, "head_dim_v": 16, "tile_n": 32, "kv_sources": 2, "kv_shared": True, "q_heads_per_kv": 3},
     {"head_dim": 16, "head_dim_v": 32, "tile_n": 64, "kv_sources": 2, "limit2": True, "output": "unnormalized"},
 ]
 VERIFIED = [
     FLAGSHIP,
-    {"head_dim": 32, "tile_n": 16, "window_left": 0, "window_right": 0, "kv_shared": True, "q_heads_per_kv": 2},
     *(pytest.param(fields, marks=pytest.mark.sweep) for fields in SWEPT_KERNELS),
 ]
 SHAPES = [(2, 1, 256, 256, 100), (1, 1, 300, 130, 229), (2, 1, 385, 300, 65), (1, 2, 129, 200, 1), (1, 1, 1, 1, 1)]
