@@ -73,8 +73,9 @@ def looks_for_maxima(spec: KernelSpec) -> bool:
 
 def k_step(tiling: Tiling) -> int:
     """Chunks of K that are multiplied between one signal and the next. Where the ring has room for as many on their way
-    as are read, and one is released while the other is multiplied, two: at head_dim 512 that took 2 to 4 % less time on
-    an H200 (2026-11-29). Signals in the midst of a chunk's products took 6 % more, for ptxas makes groups of them.
+    as are read, and one is released while the other is multiplied, two: at head_dim 512 that was 4 % faster by clusters
+    on an H200 (2026-11-29), by one CTA between 1 % slower and 1 % faster. Signals in the midst of a chunk's products
+    were 4 to 10 % slower, for ptxas makes groups of them.
     """
     return 2 if tiling.kv_stages >= 8 else 1
 
@@ -264,7 +265,7 @@ def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """column_preference as if no tile had won, by TFLOP/s on an H200 (2026-11-29): 0.99 of the fastest of 28 cases from
     272 to 480.
 
-    Two CTAs that load for one another, where V comes in boxes of 16 or 32 columns: 551 and 411 at 480, 587 and 574 at
+    Two CTAs that load for one another, where V comes in boxes of 16 or 32 columns: 612 and 413 at 480, 587 and 574 at
     320; at 512 585 and 605. Q in registers; at 496 and 512 three chunks of it may stay apart for a wider tile (causal
     577 with 96 keys, 549 with 64; eight packed heads 576 and 546). Three slices of V or more: 603 at 512, 563 with two.
     The widest tile: 587 with 128 keys at 320, 476 with 64. As much of K as is left.

@@ -155,6 +155,11 @@ class HopperPlan(Plan):
         return ", ".join(spelled.get(name, name) for name in self.results) + "," * (len(self.results) == 1)
 
     @property
+    def result_operands(self) -> str:
+        """The same of the kernel, as a tuple."""
+        return f"({', '.join(self.results)}{',' * (len(self.results) == 1)})"
+
+    @property
     def results_unpacked(self) -> str:
         """All but O, as the target of an assignment."""
         names = {"whole_lse": "lse", "whole_m": "m_out"}

@@ -45,6 +45,7 @@ def test_every_record_can_be_planned_and_is(record):
     assert winner(spec) == Winner(**record)
     if record not in WHOLE:
         assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"]) and plan.budget.fits
+        assert plan.beside_pv == record["beside_pv"] and plan.keeps_reference and not plan.lazy
         return
     assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"]) and plan.kv_stages >= 2
     assert (plan.takes_turns, plan.beside_pv) == (record["turns"], record["beside_pv"]) and plan.budget.fits
