@@ -1,7 +1,12 @@
-"""What the README says is what the program says."""
+"""What the README and docs/ say is what the program says."""
+
+import re
+import shlex
 
 import pytest
+from typer.main import get_command
 
+from generator.cli import app
 from generator.cost import cost_of
 from generator.pages import strategy_lines
 from generator.plan import DoesNotFit, plan_kernel
@@ -74,3 +79,15 @@ def test_tree_names_every_module():
     for path in (checkout_root() / "generator").glob("*.py"):
         if not path.stem.startswith("__"):
             assert path.name in README, path.name
+
+
+def test_commands_in_the_documents_are_commands():
+    """With options that there are; nothing is executed."""
+    known, told = get_command(app).commands, 0
+    for path in sorted((checkout_root() / "docs").rglob("*.md")):
+        text = path.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^    (?:\w+=\S+ )*bespoke ([^\n&|>]*)", text, re.MULTILINE):
+            name, *words = shlex.split(line, comments=True)
+            known[name].make_context(name, words)  # raises UsageError
+            told += 1
+    assert told >= 12
