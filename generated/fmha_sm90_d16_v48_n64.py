@@ -55,8 +55,8 @@ KV_STAGES = 4
 Q_BYTES = 2048  # of one consumer
 K_TILE_BYTES = 2048
 V_TILE_BYTES = 6144
-PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see raise_reference: P fits into 16 bits
-OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see raise_reference
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 
 THREADS = 640
 LOAD_WARP = 16
@@ -354,14 +354,7 @@ def exponentiate(s, p, scale_log2, m, seen):
     """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
     shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
     parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    parts = exponentiate_blocks(s, p, scale_log2, shift, parts, 0, TILE_N // 16)
-    return [parts[r][0] + parts[r][1] for r in range(2)]
-
-
-@cute.jit
-def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """exponentiate of blocks of 16 columns, the begin-th to before the end-th; returns parts with their sums."""
-    for block in cutlass.range_constexpr(begin, end):
+    for block in cutlass.range_constexpr(TILE_N // 16):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
@@ -372,7 +365,7 @@ def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
             pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return parts
+    return [parts[r][0] + parts[r][1] for r in range(2)]
 
 
 def opaque(x, dtype):
@@ -409,18 +402,12 @@ def next_softmax(s, p, scale_log2, m, total, factor, seen):
 
 @cute.jit
 def kept_softmax(s, p, scale_log2, m, total, factor, seen):
-    """P of S relative to m, whatever the rows' maxima: they are not looked for. Returns what raise_reference does."""
-    parts = exponentiate(s, p, scale_log2, m, seen)
-    return raise_reference(parts, s, p, scale_log2, m, total, factor, seen)
-
-
-@cute.jit
-def raise_reference(parts, s, p, scale_log2, m, total, factor, seen):
-    """total with these parts of a KV tile's sums, unless one is too large for any row of the warp: beyond what 16 bits
-    hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1, which P
-    need not round: so rows are taken relative to their maxima after all, P, m and factor, by which O is to be
-    multiplied, are updated too. Returns whether that is so.
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
     """
+    parts = exponentiate(s, p, scale_log2, m, seen)
     too_large = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(2):
         limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))

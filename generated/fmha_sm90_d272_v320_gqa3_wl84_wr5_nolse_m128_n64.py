@@ -4,27 +4,27 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 4846ae40c5dfbfb3f191a3b8a8f4f5012f713a60298c4fc997b0dc2c510b9859
 #
-# Shared memory: 182272 of 232448 bytes
+# Shared memory: 190464 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    256       1  mbarriers
+#   barriers       0    272       1  mbarriers
 #   rows        1024    512       2  factors of 64 rows
-#   sK          2048  57344       7  64 x 64 a stage
-#   sQ         59392  16384       2  64 x 64 a stage, on the way to registers
-#   sV         75776  81920       4  32 x 320 a stage
-#   sP        157696  16384       2  64 x 64 a stage
-#   sO        174080   8192       2  64 x 32 an output warpgroup, in 5 steps
+#   sK          2048  65536       8  64 x 64 a stage
+#   sQ         67584  16384       2  64 x 64 a stage, on the way to registers
+#   sV         83968  81920       4  32 x 320 a stage
+#   sP        165888  16384       2  64 x 64 a stage
+#   sO        182272   8192       2  64 x 32 an output warpgroup, in 5 steps
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
 #   q_full        0       2         1  TMA: a chunk of Q has landed
 #   q_empty      16       2         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       32       7         1  TMA: a chunk of K has landed
-#   k_empty      88       7         8  score warps, one lane each, in both CTAs: it has been read
-#   v_full      144       4         1  TMA: a slice of V has landed
-#   v_empty     176       4        16  output warps, one lane each, in both CTAs: PV has read it
-#   p_full      208       2         4  score warps, one lane each: P and the factors of O are written
-#   p_empty     224       2         8  output warps, one lane each: P and factors have been read
-#   scored      240       2         4  score warps, one lane each: QK of the next KV tile is done
+#   k_full       32       8         1  TMA: a chunk of K has landed
+#   k_empty      96       8         8  score warps, one lane each, in both CTAs: it has been read
+#   v_full      160       4         1  TMA: a slice of V has landed
+#   v_empty     192       4        16  output warps, one lane each, in both CTAs: PV has read it
+#   p_full      224       2         4  score warps, one lane each: P and the factors of O are written
+#   p_empty     240       2         8  output warps, one lane each: P and factors have been read
+#   scored      256       2         4  score warps, one lane each: QK of the next KV tile is done
 #
 # Warps: 512 threads, 62464 of 65536 registers handed out
 #   role    first warp  warps  registers  why
@@ -67,8 +67,8 @@ K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 5
 Q_CHUNKS = 5  # of them, in registers
 Q_STAGES = 2
-K_STAGES = 7
-K_STEP = 1  # chunks of K that are multiplied between one signal and the next
+K_STAGES = 8
+K_STEP = 2  # chunks of K that are multiplied between one signal and the next
 V_KEYS = 32  # keys of V in a buffer
 V_SLICES = 2  # of a KV tile
 V_STAGES = 4
@@ -90,30 +90,30 @@ OUTPUT_REGISTERS = 112
 PRODUCER_REGISTERS = 24
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 182272
+SMEM_BYTES = 190464
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 59392
-SV_OFFSET = 75776
-SP_OFFSET = 157696
-SO_OFFSET = 174080
+SQ_OFFSET = 67584
+SV_OFFSET = 83968
+SP_OFFSET = 165888
+SO_OFFSET = 182272
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
 Q_EMPTY = 2
 K_FULL = 4
-K_EMPTY = 11
-V_FULL = 18
-V_EMPTY = 22
-P_FULL = 26
-P_EMPTY = 28
-SCORED = 30
+K_EMPTY = 12
+V_FULL = 20
+V_EMPTY = 24
+P_FULL = 28
+P_EMPTY = 30
+SCORED = 32
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 2, 1),
     (Q_EMPTY, 2, 4),
-    (K_FULL, 7, 1),
-    (K_EMPTY, 7, 8),
+    (K_FULL, 8, 1),
+    (K_EMPTY, 8, 8),
     (V_FULL, 4, 1),
     (V_EMPTY, 4, 16),
     (P_FULL, 2, 4),
@@ -458,14 +458,7 @@ def exponentiate(s, p, scale_log2, m, seen):
     """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
     shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
     parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    parts = exponentiate_blocks(s, p, scale_log2, shift, parts, 0, TILE_N // 16)
-    return [parts[r][0] + parts[r][1] for r in range(2)]
-
-
-@cute.jit
-def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """exponentiate of blocks of 16 columns, the begin-th to before the end-th; returns parts with their sums."""
-    for block in cutlass.range_constexpr(begin, end):
+    for block in cutlass.range_constexpr(TILE_N // 16):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
@@ -476,7 +469,7 @@ def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
             pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return parts
+    return [parts[r][0] + parts[r][1] for r in range(2)]
 
 
 def opaque(x, dtype):
@@ -613,24 +606,9 @@ def room_for_p(bars, place):
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
-    store_p(p, p_copy, p_smem, place, 0, TILE_N // 16)
-    return tell(factors, factor, bars, place)
-
-
-@cute.jit
-def store_p(p, p_copy, p_smem, place, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """Blocks of 16 columns of P to shared memory."""
     stage, _ = place
     atom, copy = p_copy
-    source, target = copy.retile(p), copy.partition_D(p_smem[None, None, stage])
-    for block in cutlass.range_constexpr(begin, end):
-        cute.copy(atom, source[(None, block), None, None], target[(None, block), None, None])
-
-
-@cute.jit
-def tell(factors, factor, bars, place):
-    """The output warpgroups that P is in shared memory, and the factors of O; returns the place of the next."""
-    stage, _ = place
+    cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     write_factors(factors, factor, stage)
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
     arrive_warp(bars + P_FULL + stage)

@@ -5,29 +5,29 @@
 #
 # Shared memory: 219136 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    256       1  mbarriers
+#   barriers       0    224       1  mbarriers
 #   rows        1024    512       2  factors of 64 rows
-#   sK          2048  86016       7  96 x 64 a stage
-#   sQ         88064  16384       2  64 x 64 a stage, on the way to registers
-#   sV        104448  81920       4  32 x 320 a stage
-#   sP        186368  24576       2  64 x 96 a stage
+#   sK          2048  98304       6  128 x 64 a stage
+#   sQ        100352  16384       2  64 x 64 a stage, on the way to registers
+#   sV        116736  61440       3  32 x 320 a stage
+#   sP        178176  32768       2  64 x 128 a stage
 #   sO        210944   8192       2  64 x 32 an output warpgroup, in 5 steps
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
 #   q_full        0       2         1  TMA: a chunk of Q has landed
 #   q_empty      16       2         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       32       7         1  TMA: a chunk of K has landed
-#   k_empty      88       7         4  score warps, one lane each: it has been read
-#   v_full      144       4         1  TMA: a slice of V has landed
-#   v_empty     176       4         8  output warps, one lane each: PV has read it
-#   p_full      208       2         4  score warps, one lane each: P and the factors of O are written
-#   p_empty     224       2         8  output warps, one lane each: P and factors have been read
-#   scored      240       2         4  score warps, one lane each: QK of the next KV tile is done
+#   k_full       32       6         1  TMA: a chunk of K has landed
+#   k_empty      80       6         8  score warps, one lane each, in both CTAs: it has been read
+#   v_full      128       3         1  TMA: a slice of V has landed
+#   v_empty     152       3        16  output warps, one lane each, in both CTAs: PV has read it
+#   p_full      176       2         4  score warps, one lane each: P and the factors of O are written
+#   p_empty     192       2         8  output warps, one lane each: P and factors have been read
+#   scored      208       2         4  score warps, one lane each: QK of the next KV tile is done
 #
 # Warps: 512 threads, 62464 of 65536 registers handed out
 #   role    first warp  warps  registers  why
-#   scores           0      4        240  setmaxnreg: Q 80, S 48, P 24, 16 else by estimate
+#   scores           0      4        240  setmaxnreg: Q 80, S 64, P 32, 16 else by estimate
 #   output           4      8        112  setmaxnreg: half of O 80, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
@@ -35,11 +35,12 @@
 warps load for them.
 
 A CTA works on one query tile after another:
-64 query rows of a query head.
+64 of a cluster's 128 query rows of a query head.
 Q stays in the score warpgroup's registers. K streams through a ring in
 chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory.
 The second half of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores
 become P.
+Two CTAs are a cluster: neighbouring query rows, the same K and V. Each loads half of every piece for both.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -54,28 +55,29 @@ KERNEL_NAME = "fmha_sm90_d320_causal"
 DTYPE = BFloat16
 HEAD_DIM = 320
 HEAD_DIM_V = 320
-TILE_M = 64
-TILE_N = 96
+TILE_M = 128  # query rows of a cluster
+TILE_N = 128
 GROUP_ROWS = 64  # query rows of a CTA: M of wgmma
 GROUP_THREADS = 128
 K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 5
 Q_CHUNKS = 5  # of them, in registers
 Q_STAGES = 2
-K_STAGES = 7
+K_STAGES = 6
 K_STEP = 1  # chunks of K that are multiplied between one signal and the next
 V_KEYS = 32  # keys of V in a buffer
-V_SLICES = 3  # of a KV tile
-V_STAGES = 4
+V_SLICES = 4  # of a KV tile
+V_STAGES = 3
 P_STAGES = 2
 O_WIDTH = 160  # columns of O that an output warpgroup holds
 O_PARTS = (160,)  # of them, by one wgmma
 O_CHUNK = 32  # of them, staged at a time
+BOTH_CTAS = cutlass.Int16(0b11)
 Q_CHUNK_BYTES = 8192
-K_CHUNK_BYTES = 12288
+K_CHUNK_BYTES = 16384
 V_SLICE_BYTES = 20480
-PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see raise_reference: P fits into 16 bits
-OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see raise_reference
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 
 THREADS = 512
 LOAD_WARP = 12
@@ -89,28 +91,28 @@ SMEM_BYTES = 219136
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 88064
-SV_OFFSET = 104448
-SP_OFFSET = 186368
+SQ_OFFSET = 100352
+SV_OFFSET = 116736
+SP_OFFSET = 178176
 SO_OFFSET = 210944
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
 Q_EMPTY = 2
 K_FULL = 4
-K_EMPTY = 11
-V_FULL = 18
-V_EMPTY = 22
-P_FULL = 26
-P_EMPTY = 28
-SCORED = 30
+K_EMPTY = 10
+V_FULL = 16
+V_EMPTY = 19
+P_FULL = 22
+P_EMPTY = 24
+SCORED = 26
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 2, 1),
     (Q_EMPTY, 2, 4),
-    (K_FULL, 7, 1),
-    (K_EMPTY, 7, 4),
-    (V_FULL, 4, 1),
-    (V_EMPTY, 4, 8),
+    (K_FULL, 6, 1),
+    (K_EMPTY, 6, 8),
+    (V_FULL, 3, 1),
+    (V_EMPTY, 3, 16),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
@@ -156,7 +158,7 @@ def v_layout():
 
 
 def p_layout():
-    return operand_layout(SmemLayoutAtomKind.K_SW64, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
+    return operand_layout(SmemLayoutAtomKind.K_SW128, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
 
 
 def o_layout():
@@ -189,8 +191,20 @@ def arrive_warp(bar):
 
 @cute.jit
 def release(bar):
-    """A buffer has been read by this warp."""
-    arrive_warp(bar)
+    """A buffer that both CTAs fill has been read by this warp: told to both."""
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        for rank in cutlass.range_constexpr(2):
+            cute.arch.mbarrier_arrive(bar, rank)
+
+
+@cute.jit
+def leave():
+    """No CTA goes while the other's loads or arrivals may still come to it. Each role says so for itself: where their
+    ways met again before the end, ptxas would give all of them the fewest registers and wait for every wgmma.
+    """
+    cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
 
 
 def end_key(token, seqlen_q, seqlen_k):
@@ -211,8 +225,8 @@ def kv_span(q_tile, seqlen_q, seqlen_k):
 
 @cute.jit
 def place_in_turn(turn):
-    """This CTA's place among the CTAs. Every other turn goes through them backwards: who had much gets little."""
-    workers, place = cute.arch.grid_dim()[0], cute.arch.block_idx()[0]
+    """This pair's place among the pairs. Every other turn goes through them backwards: who had much gets little."""
+    workers, place = cute.arch.grid_dim()[0] // 2, cute.arch.block_idx()[0] // 2
     return place if turn % 2 == 0 else workers - 1 - place
 
 
@@ -222,9 +236,9 @@ def query_tiles(seqlen_q):
 
 @cute.jit
 def turns(call):
-    """How many query tiles this CTA works on."""
+    """How many query tiles this pair works on."""
     seqlen_q, heads, batches = call[:3]
-    workers, tiles = cute.arch.grid_dim()[0], query_tiles(seqlen_q) * heads * batches
+    workers, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
     whole = tiles // workers
     rest = tiles - whole * workers
     return whole + (1 if place_in_turn(whole) < rest else 0)
@@ -238,10 +252,10 @@ def divided(number, by):
 
 @cute.jit
 def work(turn, call):
-    """(query tile, head, batch entry) of this CTA's turn, and lengths."""
+    """(query tile, head, batch entry) of this pair's turn, and lengths."""
     seqlen_q, heads, batches, seqlen_k = call
     q_tiles = query_tiles(seqlen_q)
-    i = turn * cute.arch.grid_dim()[0] + place_in_turn(turn)
+    i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
     # The last query tiles see the most keys: all heads' first, then the tiles before them.
     rest, head = divided(i, heads)
     from_last, batch = divided(rest, batches)
@@ -257,19 +271,20 @@ def spans_of(q_tile, lengths):
     return span
 
 
-def load_views(source, smem, piece, kv_head, batch):
+def load_views(source, smem, piece, kv_head, batch, rank):
     """K or V of a KV source: its TMA atom and both sides of a load, mode 0 one piece, then its stage or where it comes
     from.
     """
     tma, matrix = source
     tiles = cute.local_tile(matrix[None, None, kv_head, batch], piece, (None, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (smem, tiles)]
-    return tma, *cpasync.tma_partition(tma, 0, cute.make_layout(1), *flat)
+    return tma, *cpasync.tma_partition(tma, rank, cute.make_layout(2), *flat)
 
 
 @cute.jit
 def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
     """A producer: Q of every query tile, then its K tiles, chunk by chunk."""
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     q_place, k_place = (Int32(0), Int32(0)), (Int32(0), Int32(0))
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
@@ -279,12 +294,12 @@ def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
         gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, K_CHUNK), (None, None))
         flat = [cute.group_modes(tensor, 0, 2) for tensor in (q_smem, gq)]
         q_stages, q_chunks = cpasync.tma_partition(tma_q, 0, cute.make_layout(1), *flat)
-        k = load_views(source, k_smem, (TILE_N, K_CHUNK), kv_head, batch)
+        k = load_views(source, k_smem, (TILE_N, K_CHUNK), kv_head, batch, rank)
         for chunk in cutlass.range_constexpr(K_CHUNKS):
             stage, phase = q_place
             cute.arch.mbarrier_wait(bars + Q_EMPTY + stage, phase ^ 1)  # passes at once in the ring's first round
             expect(bars + Q_FULL + stage, Q_CHUNK_BYTES)
-            rows = q_chunks[None, q_tile, chunk]
+            rows = q_chunks[None, q_tile * 2 + rank, chunk]
             cute.copy(tma_q, rows, q_stages[None, stage], tma_bar_ptr=bars + Q_FULL + stage)
             q_place = after(q_place, Q_STAGES)
         for j in cutlass.range(kv_tiles, unroll=1):
@@ -294,13 +309,14 @@ def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
 @cute.jit
 def load_v_alone(source, v_smem, bars, call):
     """Another producer, so that V need not wait for room in K's ring: the V tiles, slice by slice."""
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     v_place = Int32(0), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         span = spans_of(q_tile, lengths)
         kv_head = head
         kv_tiles = span[0]
-        v = load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch)
+        v = load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch, rank)
         for j in cutlass.range(kv_tiles, unroll=1):
             v_place = load_v(v, bars, v_place, j, span)
 
@@ -317,7 +333,7 @@ def load_k(k, bars, place, j, span):
         expect(full, K_CHUNK_BYTES)
         tma, smem, gmem = k
         piece = gmem[None, j, chunk]
-        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
+        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         place = after(place, K_STAGES)
     return place
 
@@ -335,7 +351,7 @@ def load_v(v, bars, place, j, span):
             tma, smem, gmem = v
             one = j * V_SLICES + i
             piece = gmem[None, half, one]
-            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full)
+            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         place = after(place, V_STAGES)
     return place
 
@@ -425,14 +441,7 @@ def exponentiate(s, p, scale_log2, m, seen):
     """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
     shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
     parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    parts = exponentiate_blocks(s, p, scale_log2, shift, parts, 0, TILE_N // 16)
-    return [parts[r][0] + parts[r][1] for r in range(2)]
-
-
-@cute.jit
-def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """exponentiate of blocks of 16 columns, the begin-th to before the end-th; returns parts with their sums."""
-    for block in cutlass.range_constexpr(begin, end):
+    for block in cutlass.range_constexpr(TILE_N // 16):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
@@ -443,7 +452,7 @@ def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
             pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return parts
+    return [parts[r][0] + parts[r][1] for r in range(2)]
 
 
 def opaque(x, dtype):
@@ -480,18 +489,12 @@ def next_softmax(s, p, scale_log2, m, total, factor, seen):
 
 @cute.jit
 def kept_softmax(s, p, scale_log2, m, total, factor, seen):
-    """P of S relative to m, whatever the rows' maxima: they are not looked for. Returns what raise_reference does."""
-    parts = exponentiate(s, p, scale_log2, m, seen)
-    return raise_reference(parts, s, p, scale_log2, m, total, factor, seen)
-
-
-@cute.jit
-def raise_reference(parts, s, p, scale_log2, m, total, factor, seen):
-    """total with these parts of a KV tile's sums, unless one is too large for any row of the warp: beyond what 16 bits
-    hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1, which P
-    need not round: so rows are taken relative to their maxima after all, P, m and factor, by which O is to be
-    multiplied, are updated too. Returns whether that is so.
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
     """
+    parts = exponentiate(s, p, scale_log2, m, seen)
     too_large = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(2):
         limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
@@ -605,24 +608,9 @@ def room_for_p(bars, place):
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
-    store_p(p, p_copy, p_smem, place, 0, TILE_N // 16)
-    return tell(factors, factor, bars, place)
-
-
-@cute.jit
-def store_p(p, p_copy, p_smem, place, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """Blocks of 16 columns of P to shared memory."""
     stage, _ = place
     atom, copy = p_copy
-    source, target = copy.retile(p), copy.partition_D(p_smem[None, None, stage])
-    for block in cutlass.range_constexpr(begin, end):
-        cute.copy(atom, source[(None, block), None, None], target[(None, block), None, None])
-
-
-@cute.jit
-def tell(factors, factor, bars, place):
-    """The output warpgroups that P is in shared memory, and the factors of O; returns the place of the next."""
-    stage, _ = place
+    cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     write_factors(factors, factor, stage)
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
     arrive_warp(bars + P_FULL + stage)
@@ -689,6 +677,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     m, total, factor = stats = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
     scale_log2 = scale * LOG2_E
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    first_row += cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) * GROUP_ROWS
 
     q_place, k_place, p_place = ((Int32(0), Int32(0)) for _ in range(3))
     scored = Int32(0)
@@ -834,7 +823,7 @@ def store_o(o, o_smem, out, block, half):
     q_tile, head, batch = block
     first_warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
     slab = o_smem[None, None, half]
-    row_tile = q_tile
+    row_tile = q_tile * 2 + cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     tiles = cute.local_tile(mo[None, None, head, batch], (GROUP_ROWS, O_CHUNK), (row_tile, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
@@ -898,7 +887,8 @@ def fmha_sm90_d320_causal(
         cute.arch.mbarrier_init_fence()
         for tma in (tma_q, tma_k, tma_v, tma_o):
             cpasync.prefetch_descriptor(tma)
-    cute.arch.sync_threads()
+    cute.arch.cluster_arrive()  # each CTA signals the other's mbarriers, so both must have initialized theirs
+    cute.arch.cluster_wait()
 
     q_smem = smem_tile(smem, SQ_OFFSET, q_layout(), DTYPE)
     k_smem = smem_tile(smem, SK_OFFSET, k_layout(), DTYPE)
@@ -913,12 +903,15 @@ def fmha_sm90_d320_causal(
             load_q_and_k(tma_q, mq, q_smem, (tma_k, mk), k_smem, bars, call)
         if warp_idx == LOAD_WARP + 1:
             load_v_alone((tma_v, mv), v_smem, bars, call)
+        leave()
     elif warp_idx >= OUTPUT_WARP:
         cute.arch.setmaxregister_decrease(OUTPUT_REGISTERS)
         output((p_smem, v_smem, o_smem), factors, (tma_o, mo), bars, call)
+        leave()
     else:
         cute.arch.setmaxregister_increase(SCORE_REGISTERS)
         score((q_smem, k_smem, p_smem), factors, (lse,), bars, scale, call)
+        leave()
 
 
 @cute.jit
@@ -941,7 +934,7 @@ def launch(
     # TMA tensors put the tile's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
     mq, mk, mo = (cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, o))
     load = cpasync.CopyBulkTensorTileG2SOp()
-    load_both, ctas_each = load, 1
+    load_both, ctas_each = cpasync.CopyBulkTensorTileG2SMulticastOp(), 2
     k_tile, v_tile = (TILE_N, K_CHUNK), (O_WIDTH, V_KEYS)
     tma_q, mq = cpasync.make_tiled_tma_atom(load, mq, one_tile(q_layout()), (GROUP_ROWS, K_CHUNK))
     tma_k, mk = cpasync.make_tiled_tma_atom(load_both, mk, one_tile(k_layout()), k_tile, ctas_each)
@@ -954,5 +947,6 @@ def launch(
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo)
     arguments = (*matrices, lse, heads, q.shape[0], scale)
     kernel = fmha_sm90_d320_causal(*arguments)
-    grid = (cutlass.min(tiles, ctas), 1, 1)
-    kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)
+    grid = (2 * cutlass.min(tiles, cutlass.max(ctas // 2, 1)), 1, 1)
+    size = {"grid": grid, "block": (THREADS, 1, 1), "cluster": (2, 1, 1)}
+    kernel.launch(**size, smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

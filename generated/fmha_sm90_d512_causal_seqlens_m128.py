@@ -3,31 +3,31 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 9d56cec829163d40e2fae8193b949f8efc5a6ee67bb663e13d8c7bbdd8dc3906
 #
-# Shared memory: 227328 of 232448 bytes
+# Shared memory: 223232 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    224       1  mbarriers
+#   barriers       0    256       1  mbarriers
 #   rows        1024    512       2  factors of 64 rows
-#   sK          2048  61440       5  96 x 64 a stage
-#   sQ         63488  24576       3  64 x 64 a stage, on the way to registers; the last 3 chunks stay
-#   sV         88064  98304       3  32 x 512 a stage
-#   sP        186368  24576       2  64 x 96 a stage
-#   sO        210944  16384       2  64 x 64 an output warpgroup, in 4 steps
+#   sK          2048  65536       4  128 x 64 a stage
+#   sQ         67584  40960       5  64 x 64 a stage, on the way to registers; the last 5 chunks stay
+#   sV        108544  65536       4  16 x 512 a stage
+#   sP        174080  32768       2  64 x 128 a stage
+#   sO        206848  16384       2  64 x 64 an output warpgroup, in 4 steps
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       3         1  TMA: a chunk of Q has landed
-#   q_empty      24       3         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       48       5         1  TMA: a chunk of K has landed
-#   k_empty      88       5         8  score warps, one lane each, in both CTAs: it has been read
-#   v_full      128       3         1  TMA: a slice of V has landed
-#   v_empty     152       3        16  output warps, one lane each, in both CTAs: PV has read it
-#   p_full      176       2         4  score warps, one lane each: P and the factors of O are written
-#   p_empty     192       2         8  output warps, one lane each: P and factors have been read
-#   scored      208       2         4  score warps, one lane each: QK of the next KV tile is done
+#   q_full        0       5         1  TMA: a chunk of Q has landed
+#   q_empty      40       5         4  score warps, one lane each: it is in registers, or the last QK has read it
+#   k_full       80       4         1  TMA: a chunk of K has landed
+#   k_empty     112       4         8  score warps, one lane each, in both CTAs: it has been read
+#   v_full      144       4         1  TMA: a slice of V has landed
+#   v_empty     176       4        16  output warps, one lane each, in both CTAs: PV has read it
+#   p_full      208       2         4  score warps, one lane each: P and the factors of O are written
+#   p_empty     224       2         8  output warps, one lane each: P and factors have been read
+#   scored      240       2         4  score warps, one lane each: QK of the next KV tile is done
 #
 # Warps: 512 threads, 65536 of 65536 registers handed out
 #   role    first warp  warps  registers  why
-#   scores           0      4        168  setmaxnreg: Q 80, S 48, P 24, 16 else by estimate
+#   scores           0      4        168  setmaxnreg: Q 48, S 64, P 32, 16 else by estimate
 #   output           4      8        160  setmaxnreg: half of O 128, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
@@ -56,28 +56,28 @@ DTYPE = BFloat16
 HEAD_DIM = 512
 HEAD_DIM_V = 512
 TILE_M = 128  # query rows of a cluster
-TILE_N = 96
+TILE_N = 128
 GROUP_ROWS = 64  # query rows of a CTA: M of wgmma
 GROUP_THREADS = 128
 K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 8
-Q_CHUNKS = 5  # of them, in registers; the others of Q stay in shared memory
-Q_STAGES = 3
-K_STAGES = 5
+Q_CHUNKS = 3  # of them, in registers; the others of Q stay in shared memory
+Q_STAGES = 5
+K_STAGES = 4
 K_STEP = 1  # chunks of K that are multiplied between one signal and the next
-V_KEYS = 32  # keys of V in a buffer
-V_SLICES = 3  # of a KV tile
-V_STAGES = 3
+V_KEYS = 16  # keys of V in a buffer
+V_SLICES = 8  # of a KV tile
+V_STAGES = 4
 P_STAGES = 2
 O_WIDTH = 256  # columns of O that an output warpgroup holds
 O_PARTS = (128, 128)  # of them, by one wgmma
 O_CHUNK = 64  # of them, staged at a time
 BOTH_CTAS = cutlass.Int16(0b11)
 Q_CHUNK_BYTES = 8192
-K_CHUNK_BYTES = 12288
-V_SLICE_BYTES = 32768
-PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see raise_reference: P fits into 16 bits
-OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see raise_reference
+K_CHUNK_BYTES = 16384
+V_SLICE_BYTES = 16384
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 
 THREADS = 512
 LOAD_WARP = 12
@@ -87,32 +87,32 @@ OUTPUT_REGISTERS = 160
 PRODUCER_REGISTERS = 24
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 227328
+SMEM_BYTES = 223232
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 63488
-SV_OFFSET = 88064
-SP_OFFSET = 186368
-SO_OFFSET = 210944
+SQ_OFFSET = 67584
+SV_OFFSET = 108544
+SP_OFFSET = 174080
+SO_OFFSET = 206848
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-Q_EMPTY = 3
-K_FULL = 6
-K_EMPTY = 11
-V_FULL = 16
-V_EMPTY = 19
-P_FULL = 22
-P_EMPTY = 24
-SCORED = 26
+Q_EMPTY = 5
+K_FULL = 10
+K_EMPTY = 14
+V_FULL = 18
+V_EMPTY = 22
+P_FULL = 26
+P_EMPTY = 28
+SCORED = 30
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 3, 1),
-    (Q_EMPTY, 3, 4),
-    (K_FULL, 5, 1),
-    (K_EMPTY, 5, 8),
-    (V_FULL, 3, 1),
-    (V_EMPTY, 3, 16),
+    (Q_FULL, 5, 1),
+    (Q_EMPTY, 5, 4),
+    (K_FULL, 4, 1),
+    (K_EMPTY, 4, 8),
+    (V_FULL, 4, 1),
+    (V_EMPTY, 4, 16),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
@@ -165,7 +165,7 @@ def v_layout():
 
 
 def p_layout():
-    return operand_layout(SmemLayoutAtomKind.K_SW64, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
+    return operand_layout(SmemLayoutAtomKind.K_SW128, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
 
 
 def o_layout():
@@ -449,14 +449,7 @@ def exponentiate(s, p, scale_log2, m, seen):
     """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
     shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
     parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    parts = exponentiate_blocks(s, p, scale_log2, shift, parts, 0, TILE_N // 16)
-    return [parts[r][0] + parts[r][1] for r in range(2)]
-
-
-@cute.jit
-def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """exponentiate of blocks of 16 columns, the begin-th to before the end-th; returns parts with their sums."""
-    for block in cutlass.range_constexpr(begin, end):
+    for block in cutlass.range_constexpr(TILE_N // 16):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
@@ -467,7 +460,7 @@ def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
             pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return parts
+    return [parts[r][0] + parts[r][1] for r in range(2)]
 
 
 def opaque(x, dtype):
@@ -504,18 +497,12 @@ def next_softmax(s, p, scale_log2, m, total, factor, seen):
 
 @cute.jit
 def kept_softmax(s, p, scale_log2, m, total, factor, seen):
-    """P of S relative to m, whatever the rows' maxima: they are not looked for. Returns what raise_reference does."""
-    parts = exponentiate(s, p, scale_log2, m, seen)
-    return raise_reference(parts, s, p, scale_log2, m, total, factor, seen)
-
-
-@cute.jit
-def raise_reference(parts, s, p, scale_log2, m, total, factor, seen):
-    """total with these parts of a KV tile's sums, unless one is too large for any row of the warp: beyond what 16 bits
-    hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1, which P
-    need not round: so rows are taken relative to their maxima after all, P, m and factor, by which O is to be
-    multiplied, are updated too. Returns whether that is so.
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
     """
+    parts = exponentiate(s, p, scale_log2, m, seen)
     too_large = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(2):
         limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
@@ -644,24 +631,9 @@ def room_for_p(bars, place):
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
-    store_p(p, p_copy, p_smem, place, 0, TILE_N // 16)
-    return tell(factors, factor, bars, place)
-
-
-@cute.jit
-def store_p(p, p_copy, p_smem, place, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """Blocks of 16 columns of P to shared memory."""
     stage, _ = place
     atom, copy = p_copy
-    source, target = copy.retile(p), copy.partition_D(p_smem[None, None, stage])
-    for block in cutlass.range_constexpr(begin, end):
-        cute.copy(atom, source[(None, block), None, None], target[(None, block), None, None])
-
-
-@cute.jit
-def tell(factors, factor, bars, place):
-    """The output warpgroups that P is in shared memory, and the factors of O; returns the place of the next."""
-    stage, _ = place
+    cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     write_factors(factors, factor, stage)
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
     arrive_warp(bars + P_FULL + stage)
@@ -720,7 +692,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     q_smem, k_smem, p_smem = smem_tiles
     qk = qk_mma()
     k = qk.make_fragment_B(qk.get_slice(0).partition_B(k_smem))
-    q = cute.make_rmem_tensor(qk.partition_shape_A((GROUP_ROWS, 320)), DTYPE)
+    q = cute.make_rmem_tensor(qk.partition_shape_A((GROUP_ROWS, 192)), DTYPE)
     apart_mma = qk_mma_apart()
     apart = apart_mma.make_fragment_A(apart_mma.get_slice(0).partition_A(q_smem))
     s = cute.make_rmem_tensor(qk.partition_shape_C((GROUP_ROWS, TILE_N)), Float32)

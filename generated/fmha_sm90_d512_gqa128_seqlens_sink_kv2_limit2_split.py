@@ -77,8 +77,8 @@ O_CHUNK = 64  # of them, staged at a time
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 8192
 V_SLICE_BYTES = 32768
-PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see raise_reference: P fits into 16 bits
-OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see raise_reference
+PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
+OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 SKIP_LOG2 = 8.0  # a row's maximum may move by a factor of 2^8 before O and its sum are rescaled, see next_softmax
 
 THREADS = 512
@@ -510,14 +510,7 @@ def exponentiate(s, p, scale_log2, m, seen):
     """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
     shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
     parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    parts = exponentiate_blocks(s, p, scale_log2, shift, parts, 0, TILE_N // 16)
-    return [parts[r][0] + parts[r][1] for r in range(2)]
-
-
-@cute.jit
-def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """exponentiate of blocks of 16 columns, the begin-th to before the end-th; returns parts with their sums."""
-    for block in cutlass.range_constexpr(begin, end):
+    for block in cutlass.range_constexpr(TILE_N // 16):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
@@ -528,7 +521,7 @@ def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
             pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return parts
+    return [parts[r][0] + parts[r][1] for r in range(2)]
 
 
 def opaque(x, dtype):
@@ -571,18 +564,12 @@ def next_softmax(s, p, scale_log2, m, total, factor, seen, skip: cutlass.Constex
 
 @cute.jit
 def kept_softmax(s, p, scale_log2, m, total, factor, seen):
-    """P of S relative to m, whatever the rows' maxima: they are not looked for. Returns what raise_reference does."""
-    parts = exponentiate(s, p, scale_log2, m, seen)
-    return raise_reference(parts, s, p, scale_log2, m, total, factor, seen)
-
-
-@cute.jit
-def raise_reference(parts, s, p, scale_log2, m, total, factor, seen):
-    """total with these parts of a KV tile's sums, unless one is too large for any row of the warp: beyond what 16 bits
-    hold, or so much larger than all before that one key can outweigh them. Its exponential should then be 1, which P
-    need not round: so rows are taken relative to their maxima after all, P, m and factor, by which O is to be
-    multiplied, are updated too. Returns whether that is so.
+    """P of S relative to m, whatever the rows' maxima: they are not looked for. total is updated, unless a part of the
+    sums is too large for any row of the warp: beyond what 16 bits hold, or so much larger than all before that one key
+    can outweigh them. Its exponential should then be 1, which P need not round: so rows are taken relative to their
+    maxima after all, m and factor, by which O is to be multiplied, are updated too. Returns whether that is so.
     """
+    parts = exponentiate(s, p, scale_log2, m, seen)
     too_large = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(2):
         limit = cutlass.min(cutlass.max(total[r] * OUTWEIGHING, Float32(1.0)), Float32(PART_MAX))
@@ -765,24 +752,9 @@ def room_for_p(bars, place):
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
-    store_p(p, p_copy, p_smem, place, 0, TILE_N // 16)
-    return tell(factors, factor, bars, place)
-
-
-@cute.jit
-def store_p(p, p_copy, p_smem, place, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """Blocks of 16 columns of P to shared memory."""
     stage, _ = place
     atom, copy = p_copy
-    source, target = copy.retile(p), copy.partition_D(p_smem[None, None, stage])
-    for block in cutlass.range_constexpr(begin, end):
-        cute.copy(atom, source[(None, block), None, None], target[(None, block), None, None])
-
-
-@cute.jit
-def tell(factors, factor, bars, place):
-    """The output warpgroups that P is in shared memory, and the factors of O; returns the place of the next."""
-    stage, _ = place
+    cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     write_factors(factors, factor, stage)
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
     arrive_warp(bars + P_FULL + stage)
@@ -905,11 +877,13 @@ def score(smem_tiles, factors, rows, results, bars, scale, call):
             scored ^= 1
         for stage in stages:
             arrive_warp(bars + Q_EMPTY + stage)
+        row = opaque(first_row, Int32)  # else registers hold what is computed of it while the KV tiles go by
+        tokens = [q_tile * TILE_TOKENS + (row + 8 * r) // TILE_HEADS for r in range(2)]
         if keys_are_whole(lengths):
-            finish_whole(m, total, factor, results, scale, block, first_row, tokens, seqlen_q)
+            finish_whole(m, total, factor, results, scale, block, row, tokens, seqlen_q)
             p_place = hand_over_factors(factors, factor, bars, p_place)
         else:
-            finish_rows(m, total, rows, scale, part_of(block, lengths), first_row, tokens, seqlen_q)
+            finish_rows(m, total, rows, scale, part_of(block, lengths), row, tokens, seqlen_q)
 
 
 def seen_of(j, bounds, spans):

@@ -450,14 +450,7 @@ def exponentiate(s, p, scale_log2, m, seen):
     """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
     shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
     parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    parts = exponentiate_blocks(s, p, scale_log2, shift, parts, 0, TILE_N // 16)
-    return [parts[r][0] + parts[r][1] for r in range(2)]
-
-
-@cute.jit
-def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """exponentiate of blocks of 16 columns, the begin-th to before the end-th; returns parts with their sums."""
-    for block in cutlass.range_constexpr(begin, end):
+    for block in cutlass.range_constexpr(TILE_N // 16):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
@@ -468,7 +461,7 @@ def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
             pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return parts
+    return [parts[r][0] + parts[r][1] for r in range(2)]
 
 
 def opaque(x, dtype):
@@ -643,24 +636,9 @@ def room_for_p(bars, place):
 @cute.jit
 def hand_over(p, p_copy, p_smem, factors, factor, bars, place):
     """P of a KV tile and the factors of O to the output warpgroups; returns the place of the next."""
-    store_p(p, p_copy, p_smem, place, 0, TILE_N // 16)
-    return tell(factors, factor, bars, place)
-
-
-@cute.jit
-def store_p(p, p_copy, p_smem, place, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """Blocks of 16 columns of P to shared memory."""
     stage, _ = place
     atom, copy = p_copy
-    source, target = copy.retile(p), copy.partition_D(p_smem[None, None, stage])
-    for block in cutlass.range_constexpr(begin, end):
-        cute.copy(atom, source[(None, block), None, None], target[(None, block), None, None])
-
-
-@cute.jit
-def tell(factors, factor, bars, place):
-    """The output warpgroups that P is in shared memory, and the factors of O; returns the place of the next."""
-    stage, _ = place
+    cute.copy(atom, copy.retile(p), copy.partition_D(p_smem[None, None, stage]))
     write_factors(factors, factor, stage)
     cute.arch.fence_view_async_shared()  # PV reads P through the async proxy
     arrive_warp(bars + P_FULL + stage)
@@ -762,7 +740,9 @@ def score(smem_tiles, factors, rows, bars, scale, call):
             scored ^= 1
         for stage in stages:
             arrive_warp(bars + Q_EMPTY + stage)
-        finish_rows(m, total, factor, rows, scale, block, first_row, tokens, seqlen_q)
+        row = opaque(first_row, Int32)  # else registers hold what is computed of it while the KV tiles go by
+        tokens = [q_tile * TILE_TOKENS + (row + 8 * r) // Q_HEADS_PER_KV for r in range(2)]
+        finish_rows(m, total, factor, rows, scale, block, row, tokens, seqlen_q)
         p_place = hand_over_factors(factors, factor, bars, p_place)
 
 

@@ -398,14 +398,7 @@ def exponentiate(s, p, scale_log2, m, seen):
     """P = exp2((S - m) scale_log2), rounded; returns this thread's parts of the rows' sums. S stays."""
     shift = [reference_of(m[r], seen) * scale_log2 for r in range(2)]
     parts = [[Float32(0.0), Float32(0.0)] for _ in range(2)]
-    parts = exponentiate_blocks(s, p, scale_log2, shift, parts, 0, TILE_N // 16)
-    return [parts[r][0] + parts[r][1] for r in range(2)]
-
-
-@cute.jit
-def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr, end: cutlass.Constexpr):
-    """exponentiate of blocks of 16 columns, the begin-th to before the end-th; returns parts with their sums."""
-    for block in cutlass.range_constexpr(begin, end):
+    for block in cutlass.range_constexpr(TILE_N // 16):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
@@ -416,7 +409,7 @@ def exponentiate_blocks(s, p, scale_log2, shift, parts, begin: cutlass.Constexpr
         pairs = cute.recast_tensor(rounded, Int32)
         for i in cutlass.range_constexpr(4):
             pairs[i] = opaque(pairs[i], Int32)  # here, not where ways meet again: float32 takes twice the registers
-    return parts
+    return [parts[r][0] + parts[r][1] for r in range(2)]
 
 
 def opaque(x, dtype):

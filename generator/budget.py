@@ -42,8 +42,7 @@ class Tiling:
     "warpgroups": consumer warpgroups of 64 of the tile_m rows each; turns: they issue their MMAs one after another;
     lazy: O is rescaled only where a row's maximum has moved much; beside_pv: the softmax of a consumer runs beside its
     product of the KV tile before with V, not after it. "columns": one warpgroup of 64 rows for S, two more with half of
-    O's columns each; tile_m counts the rows of a cluster; beside_pv: the softmax runs beside PV of the KV tile before,
-    not beside QK of the next one.
+    O's columns each; tile_m counts the rows of a cluster.
     """
 
     tile_m: int
@@ -73,7 +72,7 @@ class Tiling:
         }[self.strategy]
         how += "in turns, " if self.turns else ""
         how += "rescaled lazily, " if self.lazy else ""
-        how += "" if self.beside_pv else f"softmax {self.softmax_runs}, "
+        how += "" if self.beside_pv else "softmax after PV, "
         if self.passes > 1:
             how += f"O in {self.passes} passes, "
         if self.k_chunk:
@@ -82,13 +81,6 @@ class Tiling:
             f"{how}tile {self.tile_m}x{self.tile_n}, kv_stage {self.kv_stages}, P in {self.p_staging.upper()}, "
             f"{reuse} by {self.o_chunk} columns"
         )
-
-    @property
-    def softmax_runs(self) -> str:
-        """When a KV tile's softmax runs, in words."""
-        if self.beside_pv:
-            return "beside PV"
-        return "beside QK" if self.strategy == "columns" else "after PV"
 
 
 @dataclass(frozen=True)

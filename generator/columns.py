@@ -32,10 +32,10 @@ from .budget import (
 )
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .tuned import winner
-from .warpgroups import narrow_window
+from .warpgroups import narrow_window, packs
 
 CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
-V_KEYS = 32  # keys of V in a buffer
+V_KEYS = (16, 32)  # keys of V in a buffer
 OUTPUT_GROUPS = 2
 P_STAGES = 2
 # What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
@@ -46,6 +46,7 @@ PART, PART_MAX = 128, 192  # columns of O: of the first of two wgmma where one w
 TILE_NS = (128, 96, 64)
 CLUSTERS = (1, 2)
 Q_AHEAD = 2  # chunks of the next query tile's Q: with 0, 2 and 4 a window of 128 took 1346, 1030 and 1160 us on an H200
+STEPS_FROM = 8  # buffers of K from which on two are multiplied between one signal and the next
 K_TILES_AHEAD = 1.5  # of K in its ring at most; what is left goes to V
 
 
@@ -77,7 +78,7 @@ def k_step(tiling: Tiling) -> int:
     on an H200 (2026-11-29), by one CTA between 1 % slower and 1 % faster. Signals in the midst of a chunk's products
     were 4 to 10 % slower, for ptxas makes groups of them.
     """
-    return 2 if tiling.kv_stages >= 8 else 1
+    return 2 if tiling.kv_stages >= STEPS_FROM else 1
 
 
 def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
@@ -89,17 +90,17 @@ def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     found = []
     for cluster in clusters:
         for tile_n in tile_ns:
-            most = max(2, int(K_TILES_AHEAD * k_chunks(spec)))
+            most = max(STEPS_FROM, int(K_TILES_AHEAD * k_chunks(spec)))
             depths = range(most, 1, -1) if spec.kv_stage == "auto" else (spec.kv_stage,)
             found += [
                 Tiling(
                     *(arch.mma_m * cluster, tile_n, depth, "smem", False, o_chunk(spec), "columns"),
                     k_chunk=CHUNK,
-                    v_keys=V_KEYS,
+                    v_keys=v_keys,
                     lazy=looks_for_maxima(spec),
-                    beside_pv=beside_pv,
                 )
-                for beside_pv in ((True,) if looks_for_maxima(spec) else (True, False))
+                for v_keys in V_KEYS
+                if tile_n % v_keys == 0
                 for depth in depths
             ]
     return found
@@ -114,11 +115,11 @@ def v_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     """Buffers of V's ring: as many as fit beside the rest, at most two KV tiles' worth."""
     rest = sum(size for name, size, *_ in _wanted(spec, arch, tiling, 0) if name != "sV")
     free = arch.smem_per_cta - rest - 2 * TILE_ALIGNMENT  # barriers, and what aligning the factors takes
-    return max(1, min(2 * tiling.tile_n // V_KEYS, free // _v_bytes(spec)))
+    return max(1, min(2 * tiling.tile_n // tiling.v_keys, free // _v_bytes(spec, tiling)))
 
 
-def _v_bytes(spec: KernelSpec) -> int:
-    return V_KEYS * OUTPUT_GROUPS * half_width(spec) * ELEMENT_BYTES
+def _v_bytes(spec: KernelSpec, tiling: Tiling) -> int:
+    return tiling.v_keys * OUTPUT_GROUPS * half_width(spec) * ELEMENT_BYTES
 
 
 def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[tuple[str, int, int, str | None, str]]:
@@ -132,7 +133,10 @@ def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[
             f"{keys} x {CHUNK} a stage",
         ),
         ("sQ", stages * rows * CHUNK * ELEMENT_BYTES, stages, None, why),
-        ("sV", v_count * _v_bytes(spec), v_count, None, f"{V_KEYS} x {OUTPUT_GROUPS * half_width(spec)} a stage"),
+        (
+            *("sV", v_count * _v_bytes(spec, tiling), v_count, None),
+            f"{tiling.v_keys} x {OUTPUT_GROUPS * half_width(spec)} a stage",
+        ),
         ("sP", P_STAGES * rows * keys * ELEMENT_BYTES, P_STAGES, None, f"{rows} x {keys} a stage"),
     ]
     if not spec.unnormalized:
@@ -173,17 +177,12 @@ def score_registers(spec: KernelSpec, arch: Arch) -> int:
 def score_fragments(spec: KernelSpec, arch: Arch, tiling: Tiling) -> dict[str, int]:
     """Registers that a thread of the score warpgroup holds of Q, S and P: 64 rows over 128 threads."""
     q_columns = spec.head_dim - min(spec.head_dim, chunks_apart(spec, arch, tiling) * CHUNK)
-    return {"Q": q_columns // 4, "S": score_tiles(tiling) * tiling.tile_n // 2, "P": tiling.tile_n // 4}
-
-
-def score_tiles(tiling: Tiling) -> int:
-    """KV tiles whose scores are in registers at a time: where the softmax runs beside QK, that of the next one too."""
-    return 1 if tiling.beside_pv else 2
+    return {"Q": q_columns // 4, "S": tiling.tile_n // 2, "P": tiling.tile_n // 4}
 
 
 def chunks_apart(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     """Chunks of Q, the last ones, that stay in shared memory because the score warpgroup's registers do not suffice."""
-    free = score_registers(spec, arch) - SCORE_OTHERS - score_tiles(tiling) * tiling.tile_n // 2 - tiling.tile_n // 4
+    free = score_registers(spec, arch) - SCORE_OTHERS - tiling.tile_n // 2 - tiling.tile_n // 4
     return next(count for count in range(k_chunks(spec) + 1) if spec.head_dim - count * CHUNK <= max(0, 4 * free))
 
 
@@ -214,7 +213,6 @@ def _mbarriers(
 ) -> tuple[tuple[Mbarrier, ...], int]:
     both = ", in both CTAs" if cluster > 1 else ""
     output = OUTPUT_GROUPS * warps
-    scored = ("scored", P_STAGES, warps, "score warps, one lane each: QK of the next KV tile is done")
     return place_mbarriers(
         (
             ("q_full", q_count, 1, "TMA: a chunk of Q has landed"),
@@ -225,7 +223,7 @@ def _mbarriers(
             ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
             ("p_full", P_STAGES, warps, "score warps, one lane each: P and the factors of O are written"),
             ("p_empty", P_STAGES, output, "output warps, one lane each: P and factors have been read"),
-            *([scored] if tiling.beside_pv else []),
+            ("scored", P_STAGES, warps, "score warps, one lane each: QK of the next KV tile is done"),
         )
     )
 
@@ -244,50 +242,62 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
         reason = " + ".join(f"{name} {count}" for name, count in held.items()) + f" + {SCORE_OTHERS} else, a thread"
         yield Overflow("registers", "registers", need, limit, reason, "a smaller tile_n")
     slices = budget.buffer("sV").stages
-    if slices * V_KEYS < tiling.tile_n // 2:
+    if slices * tiling.v_keys < tiling.tile_n // 2:
         reason = "half of a KV tile's V waits while the next scores are computed"
-        yield Overflow("smem", "slices", tiling.tile_n // 2 // V_KEYS, slices, reason, "a lower kv_stage")
+        need = -(-tiling.tile_n // 2 // tiling.v_keys)
+        yield Overflow("smem", "slices", need, slices, reason, "a lower kv_stage")
 
 
 def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """Sort key of candidates: the smallest is taken. The winner of a measurement (tuned.json), where there was one,
     then column_order. What was measured were long rows of head dims beyond warpgroups: of a narrow window, with
-    split_kv, or with P in shared memory at a head_dim that warpgroups have too, there is none.
+    split_kv, of packed heads where those want another cluster, or with P in shared memory at a head_dim that warpgroups
+    have too, there is none.
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
-    found = winner(spec) if wide and has_long_rows(spec) else None
-    tile = tiling.tile_m, tiling.tile_n, tiling.beside_pv
-    won = found is not None and (found.tile_m, found.tile_n, found.beside_pv) == tile
+    measured = wide and has_long_rows(spec) and not packs_widest(spec, arch)
+    found = winner(spec) if measured else None
+    tile = tiling.tile_m, tiling.tile_n, tiling.v_keys
+    won = found is not None and (found.tile_m, found.tile_n, found.v_keys) == tile
     return (not won, *column_order(spec, arch, tiling))
 
 
 def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
-    """column_preference as if no tile had won, by TFLOP/s on an H200 (2026-11-29): 0.99 of the fastest of 28 cases from
-    272 to 480.
+    """column_preference as if no tile had won, by TFLOP/s on an H200 (2026-11-29): 0.99 of the fastest of 32 cases from
+    272 to 512.
 
-    Two CTAs that load for one another, where V comes in boxes of 16 or 32 columns: 612 and 413 at 480, 587 and 574 at
-    320; at 512 585 and 605. Q in registers; at 496 and 512 three chunks of it may stay apart for a wider tile (causal
-    577 with 96 keys, 549 with 64; eight packed heads 576 and 546). Three slices of V or more: 603 at 512, 563 with two.
-    The widest tile: 587 with 128 keys at 320, 476 with 64. As much of K as is left.
+    Two CTAs that load for one another: prefers_pairs. V in small slices at 496 and 512, whose rings have the least
+    room: 655 and 614 of 128 x 96 at 512; else in wide ones, 625 and 587 at 384, 572 and 313 at 352 where it comes in
+    boxes of 32 columns. Q in registers, but for two chunks; at 496 and 512 for three, which lets a wider tile in. Three
+    wide slices of V or four small ones: 603 at 512, 563 with two wide ones. The widest tile: 617 with 128 keys at 320,
+    557 with 96. As much of K as is left.
     """
-    pairs = tiling.tile_m > arch.mma_m
-    slices = min(3, v_stages(spec, arch, tiling))
-    apart = max(3 if widest(spec, arch) and has_long_rows(spec) else 2, chunks_apart(spec, arch, tiling))
-    unmeasured = not tiling.beside_pv
-    return (unmeasured, pairs != prefers_pairs(spec, arch), apart, -slices, -tiling.tile_n, -tiling.kv_stages)
+    small, wide = min(V_KEYS), max(V_KEYS)
+    roomless = widest(spec, arch) and has_long_rows(spec)
+    other_size = (tiling.tile_m > arch.mma_m) != prefers_pairs(spec, arch)
+    other_slices = tiling.v_keys != (small if roomless else wide)
+    apart = max(3 if roomless else 2, chunks_apart(spec, arch, tiling))
+    few = v_stages(spec, arch, tiling) < (3 if tiling.v_keys == wide else 4)
+    return (other_size, other_slices, apart, few, -tiling.tile_n, -tiling.kv_stages)
 
 
 def prefers_pairs(spec: KernelSpec, arch: Arch) -> bool:
-    """Whether a cluster of two CTAs is the faster one. Of short rows and head dims of up to 256 that was not measured;
-    there and at the widest one CTA loads for itself.
+    """Whether a cluster of two CTAs is the faster one. On an H200 (2026-11-29): 612 and 413 at 480; 636 and 641 at 512
+    by turns with others, but 591 and 550 where nothing else ran and power was the limit; with eight packed heads 597
+    and 614 there. Of short rows and head dims of up to 256 that was not measured; there one CTA loads for itself.
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
-    return wide and not widest(spec, arch) and has_long_rows(spec)
+    return wide and has_long_rows(spec) and not packs_widest(spec, arch)
 
 
 def widest(spec: KernelSpec, arch: Arch) -> bool:
     """Whether both output warpgroups hold as many columns of O as one wgmma can write."""
     return half_width(spec) == arch.mma_n_max
+
+
+def packs_widest(spec: KernelSpec, arch: Arch) -> bool:
+    """Whether the rows of the widest O are a group's heads."""
+    return widest(spec, arch) and packs(spec, arch, arch.mma_m)
 
 
 def has_long_rows(spec: KernelSpec) -> bool:
@@ -303,6 +313,7 @@ def check_columns(spec: KernelSpec, arch: Arch) -> Iterator[tuple[str, str, str]
         yield "tile_m", limit, f"use {' or '.join(map(str, rows))}"
     if spec.kv_stage == 1:
         yield "kv_stage", "QK of the next chunk of K is issued before this one is released", "use 2 or more"
-    if spec.tile_n != "auto" and (spec.tile_n % V_KEYS or spec.tile_n < 2 * V_KEYS):
-        limit = f"PV takes slices of {V_KEYS} keys, two or more"
-        yield "tile_n", limit, f"use a multiple of {V_KEYS} from {2 * V_KEYS} on"
+    least = min(V_KEYS)
+    if spec.tile_n != "auto" and (spec.tile_n % least or spec.tile_n < 2 * least):
+        limit = f"PV takes slices of {least} keys, two or more"
+        yield "tile_n", limit, f"use a multiple of {least} from {2 * least} on"

@@ -6,7 +6,7 @@ from functools import cached_property
 from math import gcd
 
 from .budget import ELEMENT_BYTES, Role, swizzle_bytes
-from .columns import CHUNK, OUTPUT_GROUPS, P_STAGES, V_KEYS, chunks_apart, half_width, k_chunks, k_step, o_parts
+from .columns import CHUNK, OUTPUT_GROUPS, P_STAGES, chunks_apart, half_width, k_chunks, k_step, o_parts
 from .columns import looks_for_maxima as columns_look_for_maxima
 from .layout import Plan, TileLayout
 from .partials import PARTIALS, Partials, with_part
@@ -70,18 +70,14 @@ class HopperPlan(Plan):
 
     @property
     def partials(self) -> Partials:
-        found = PARTIALS[self.tiling.strategy + ("" if self.beside_pv else self.other_schedule)]
+        after = "" if self.beside_pv else "_after"
+        found = PARTIALS[self.tiling.strategy + after]
         if self.spec.sink:
             found = with_part(found, "_sink", "_finish")
         if self.spec.split_kv:
             found = with_part(with_part(found, "_split_sm90", "_work"), "_combine_sm90", "_launch")
             found = with_part(found, "_whole_sm90", "_epilogue" if self.tiling.strategy == "warpgroups" else "_scores")
         return found
-
-    @property
-    def other_schedule(self) -> str:
-        """What the parts of a kernel whose softmax does not run beside PV are called."""
-        return "_after"
 
     @property
     def rotated(self) -> bool:
@@ -226,9 +222,7 @@ class HopperPlan(Plan):
 
     @property
     def beside_pv(self) -> bool:
-        """The softmax runs beside the product of the KV tile before with V; else after it, or of columns beside QK of
-        the next one.
-        """
+        """A consumer's softmax runs beside its product of the KV tile before with V, not after it."""
         return self.tiling.beside_pv
 
     @property
@@ -327,10 +321,6 @@ class ColumnsPlan(HopperPlan):
         return False
 
     @property
-    def other_schedule(self) -> str:
-        return "_beside_qk"
-
-    @property
     def own_spans(self) -> bool:
         """All warpgroups work on the same 64 rows."""
         return False
@@ -411,7 +401,7 @@ class ColumnsPlan(HopperPlan):
 
     @property
     def v_slices(self) -> int:
-        return self.tile_n // V_KEYS
+        return self.tile_n // self.tiling.v_keys
 
     @property
     def v_stages(self) -> int:
@@ -458,7 +448,7 @@ class ColumnsPlan(HopperPlan):
         shapes = [
             ("sQ", rows, CHUNK, "K"),
             ("sK", keys, CHUNK, "K"),
-            ("sV", V_KEYS, half_width(spec), "MN"),
+            ("sV", self.tiling.v_keys, half_width(spec), "MN"),
             ("sP", rows, keys, "K"),
             *([] if spec.unnormalized else [("sO", rows, self.o_chunk, "")]),
         ]

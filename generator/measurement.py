@@ -264,7 +264,8 @@ def tune_cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def _tile(tiling: Any) -> str:
-    words = [name for name, on in (("turns", tiling.turns), (tiling.softmax_runs, not tiling.beside_pv)) if on]
+    words = [name for name, on in (("turns", tiling.turns), ("after PV", not tiling.beside_pv)) if on]
+    words += [f"V by {tiling.v_keys}"] if tiling.v_keys else []
     return ", ".join([f"{tiling.tile_m}x{tiling.tile_n}", *words])
 
 

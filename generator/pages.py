@@ -242,7 +242,7 @@ def _hopper_row(fields: Mapping[str, Any]) -> tuple[object, ...]:
     held, cost = accumulators(spec, tiling, budget), cost_of(spec, plan.arch, tiling)
     dims = spec.head_dim if spec.v_dim == spec.head_dim else f"{spec.head_dim}/{spec.v_dim}"
     how = [f"kv_stage {tiling.kv_stages}", *["turns"] * tiling.turns, *["lazy"] * tiling.lazy]
-    how += [] if tiling.beside_pv else [tiling.softmax_runs]
+    how += [] if tiling.beside_pv else ["after PV"]
     how += ["sO over sQ"] * tiling.o_over_q
     registers = " + ".join(f"{name} {count}" for name, count in held.parts.items()) + f": {held.used} of {held.limit}"
     mask, tile = "causal" if spec.causal else "full", f"{tiling.tile_m}x{tiling.tile_n}"

@@ -33,15 +33,6 @@ def _warpgroups(schedule: str) -> Partials:
     )
 
 
-def _columns(tile: str) -> Partials:
-    """tile: a KV tile's way, its softmax beside PV of the one before or beside QK of the next one."""
-    return _partials(
-        *("overview_columns", "constants_columns", "operands_columns", "ring_columns", "mask", "work", "spans_sm90"),
-        *("load_columns", "softmax_sm90", "softmax_after_sm90", "finish_sm90", "scores_columns", tile),
-        *("score_columns", "outputs_columns", "kernel_columns", "launch_columns"),
-    )
-
-
 PARTIALS = {
     "tiles": _partials(
         *("overview_tiles", "constants_tiles", "operands", "tiles", "mask", "tma_views", "load", "mma"),
@@ -62,8 +53,11 @@ PARTIALS = {
     "pair": _partials(*_CHUNKS, *_APART, "softmax_pair", *_OUT),
     "warpgroups": _warpgroups("beside"),
     "warpgroups_after": _warpgroups("after"),
-    "columns": _columns("tile_columns"),
-    "columns_beside_qk": _columns("tile_beside_qk_columns"),
+    "columns": _partials(
+        *("overview_columns", "constants_columns", "operands_columns", "ring_columns", "mask", "work", "spans_sm90"),
+        *("load_columns", "softmax_sm90", "softmax_after_sm90", "finish_sm90", "scores_columns", "tile_columns"),
+        *("score_columns", "outputs_columns", "kernel_columns", "launch_columns"),
+    ),
 }
 
 

@@ -105,7 +105,7 @@ class Result:
             return None
         tiling = best.tiling
         tflops = {str(tokens): round(value) for tokens, value in best.tflops.items()}
-        tile = (tiling.tile_m, tiling.tile_n, tiling.turns, tiling.beside_pv)
+        tile = (tiling.tile_m, tiling.tile_n, tiling.turns, tiling.beside_pv, tiling.v_keys)
         return Winner(spec.arch, spec.head_dim, spec.v_dim, self.case.mask, *tile, tflops, device, date)
 
     def as_dict(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def tuning_cases(head_dims: Sequence[tuple[int, int]], masks: Sequence[str], til
             check_implemented(spec)
             ranked = ranked_tiles(spec, ARCHS[ARCH])
             compared = ranked[:tiles] + [tile for tile in ranked[tiles:] if is_winner(spec, tile)]
-            plans = [plan_tiling(spec, item) for tile in compared for item in schedules(spec, ARCHS[ARCH], tile)]
+            plans = [plan_tiling(spec, item) for tile in compared for item in schedules(tile, ARCHS[ARCH])]
             cases.append(Case(spec, tuple(plans), ranked[0]))
     return cases
 
@@ -188,29 +188,21 @@ def ranked_tiles(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     return list(best.values())
 
 
-def _ranked_columns(spec: KernelSpec, arch: Arch, beside_pv: bool = True) -> list[Tiling]:
-    """ranked_tiles of the strategy columns, whose order of preference is the model; of one schedule."""
-    tilings = [tiling for tiling in column_tilings(spec, arch) if tiling.beside_pv == beside_pv]
-    fitting = [tiling for tiling in tilings if budget_of(spec, arch, tiling).fits]
-    best: dict[tuple[int, int], Tiling] = {}
+def _ranked_columns(spec: KernelSpec, arch: Arch) -> list[Tiling]:
+    """ranked_tiles of the strategy columns, whose order of preference is the model; slices of V belong to a tile."""
+    fitting = [tiling for tiling in column_tilings(spec, arch) if budget_of(spec, arch, tiling).fits]
+    best: dict[tuple[int, int, int], Tiling] = {}
     for tiling in sorted(fitting, key=lambda item: column_order(spec, arch, item)):
-        best.setdefault(_tile(tiling), tiling)
+        best.setdefault((tiling.tile_m, tiling.tile_n, tiling.v_keys), tiling)
     return list(best.values())
 
 
-def _tile(tiling: Tiling) -> tuple[int, int]:
-    return tiling.tile_m, tiling.tile_n
-
-
-def schedules(spec: KernelSpec, arch: Arch, tiling: Tiling) -> list[Tiling]:
-    """The tiling as it is, then the other ways, in turns or not, the softmax beside PV or after it, or of columns
-    beside QK: one consumer has no other to take turns with. Whether O is rescaled lazily does not matter where nobody
+def schedules(tiling: Tiling, arch: Arch) -> list[Tiling]:
+    """The tiling as it is, then the other ways, in turns or not, the softmax beside PV or after it: one consumer has no
+    other to take turns with, and columns have one schedule. Whether O is rescaled lazily does not matter where nobody
     looks for maxima.
     """
-    if tiling.strategy == "columns":
-        others = [item for item in _ranked_columns(spec, arch, not tiling.beside_pv) if _tile(item) == _tile(tiling)]
-        return [tiling, *others]
-    if consumers(tiling, arch) == 1:
+    if tiling.strategy == "columns" or consumers(tiling, arch) == 1:
         return [tiling]
     others = [replace(tiling, turns=turns, beside_pv=beside) for turns in (False, True) for beside in (False, True)]
     return list(dict.fromkeys([tiling, *others]))

@@ -30,6 +30,7 @@ class Winner:
     tile_n: int
     turns: bool
     beside_pv: bool
+    v_keys: int  # of strategy columns; 0 where V is in whole tiles
     tflops: dict[str, float]
     device: str
     date: str

@@ -148,7 +148,8 @@ def has_own_spans(spec: KernelSpec, arch: Arch, tile_m: int) -> bool:
 def is_winner(spec: KernelSpec, tiling: Tiling) -> bool:
     """Whether the tile is the fastest that was measured for such a specification."""
     found = winner(spec)
-    return found is not None and (tiling.tile_m, tiling.tile_n) == (found.tile_m, found.tile_n)
+    tile = tiling.tile_m, tiling.tile_n, tiling.v_keys
+    return found is not None and tile == (found.tile_m, found.tile_n, found.v_keys)
 
 
 def can_pack(group: int, tile_m: int, arch: Arch) -> bool:

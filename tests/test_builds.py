@@ -31,7 +31,7 @@ def test_every_schedule_of_a_tile_compiles_to_what_its_plan_says():
     """Turns and lazy rescaling change the kernel, not its budget."""
     (case,) = tuning_cases([(16, 16)], ["causal"], 1)
     tiling = case.picked
-    plans = [plan_tiling(case.spec, item) for item in schedules(case.spec, case.plans[0].arch, tiling)]
+    plans = [plan_tiling(case.spec, item) for item in schedules(tiling, case.plans[0].arch)]
     assert consumers(tiling, case.plans[0].arch) > 1 and len(plans) == 4
     assert dict(compile_plans(plans, 2)) == {index: "" for index in range(4)}
     assert len({compile_kernel(plan).ptx for plan in plans}) == 4

@@ -18,24 +18,24 @@ def plan_of(head_dim, **fields):
 
 
 def test_the_budget_at_head_dim_512_by_hand():
-    plan = plan_of(512, tile_n=64)
+    plan = plan_of(512)
     sizes = {buffer.name: buffer.bytes for buffer in plan.budget.buffers}
-    assert (plan.tile_m, plan.tile_n, plan.kv_stages, plan.v_stages, plan.chunks_apart) == (64, 64, 10, 3, 2)
+    assert (plan.tile_m, plan.tile_n, plan.kv_stages, plan.v_stages, plan.chunks_apart) == (128, 96, 8, 4, 3)
     del sizes["barriers"]
     assert sizes == {
         "rows": 2 * 64 * 4,
-        "sK": 10 * 64 * 64 * 2,
-        "sQ": 2 * 64 * 64 * 2,
-        "sV": 3 * 32 * 512 * 2,
-        "sP": 2 * 64 * 64 * 2,
+        "sK": 8 * 96 * 64 * 2,
+        "sQ": 3 * 64 * 64 * 2,
+        "sV": 4 * 16 * 512 * 2,
+        "sP": 2 * 64 * 96 * 2,
         "sO": 2 * 64 * 64 * 2,
     }
     # the barriers' and the factors' kilobyte are the only ones that are not full
     assert plan.budget.smem_total == 2 * 1024 + sum(sizes.values()) - sizes["rows"] == 231424
-    # Q 384 / 4, S 64 / 2, P 64 / 4 and 16 else; O 256 / 2 and 32 else; of 512 a warpgroup's thread may have in all
+    # Q 320 / 4, S 96 / 2, P 96 / 4 and 16 else; O 256 / 2 and 32 else; of 512 a warpgroup's thread may have in all
     registers = {role.name: role.registers for role in plan.budget.roles}
     assert registers == {"scores": 168, "output": 160, "tma": 24, "idle": 24}
-    assert 96 + 32 + 16 + 16 <= 168 and 168 + 2 * 160 + 24 == 512
+    assert 80 + 48 + 24 + 16 <= 168 and 168 + 2 * 160 + 24 == 512
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,27 @@ def test_two_ctas_load_for_one_another():
 
 
 def test_the_model_takes_clusters_where_they_were_faster():
-    """At head dims beyond warpgroups but the widest, of long rows."""
+    """At head dims beyond warpgroups, of long rows; of the widest where a tile's rows are not a group's heads."""
     unmeasured = {"head_dim_v": 304, "q_heads_per_kv": 4}
     assert plan_of(320, **unmeasured).cluster == 2
     for fields in ({"split_kv": True}, {"causal": True, "window_left": 127}):
         assert plan_of(320, **unmeasured, **fields).cluster == 1
-    assert plan_of(512).cluster == plan_of(576, head_dim_v=512).cluster == 1
+    assert plan_of(576, head_dim_v=512).cluster == plan_of(512, q_heads_per_kv=8, pack_heads=False).cluster == 2
+    assert plan_of(512, q_heads_per_kv=8).cluster == 1 and plan_of(448, q_heads_per_kv=8).cluster == 2
     assert plan_of(128, p_staging="smem").cluster == 1
 
 
 def test_two_chunks_of_k_at_a_time_where_the_ring_holds_four_times_as_many():
-    assert [(plan.kv_stages, plan.k_step) for plan in (plan_of(512, tile_n=64), plan_of(512))] == [(10, 2), (5, 1)]
+    assert [(plan.kv_stages, plan.k_step) for plan in (plan_of(512), plan_of(448))] == [(8, 2), (5, 1)]
+
+
+def test_small_slices_of_v_where_the_rings_have_the_least_room():
+    """Of long rows: as keys of V in a buffer, and how many of a tile there are."""
+    found = [(plan.tiling.v_keys, plan.v_slices) for plan in (plan_of(512), plan_of(512, q_heads_per_kv=8))]
+    assert found == [(16, 6), (16, 6)]
+    assert plan_of(448).tiling.v_keys == plan_of(512, split_kv=True).tiling.v_keys == 32
+    assert plan_of(448, tile_n=80).tiling.v_keys == 16, "32 do not divide the tile"
+    assert plan_of(496, head_dim_v=64).tiling.v_keys == 32, "the room is O's"
 
 
 @pytest.mark.parametrize("head_dim", range(272, 513, 16))
@@ -101,6 +111,8 @@ VERIFIED = {  # fields, shape
     ),
     "576": ({"head_dim": 576, "head_dim_v": 512}, (1, 1, 1, 65, 130)),
     "one chunk of K": ({"head_dim": 48, "p_staging": "smem"}, (1, 2, 2, 100, 200)),
+    "tiles of five small slices": ({"head_dim": 512, "tile_n": 80, "causal": True}, (1, 1, 1, 130, 250)),
+    "tiles of three in narrow boxes": ({"head_dim": 288, "tile_n": 48, "tile_m": 64}, (1, 1, 1, 70, 150)),
 }
 
 
@@ -134,7 +146,7 @@ def test_v_within_k_is_loaded_apart():
         ({"head_dim": 512, "p_staging": "register"}, "one warpgroup makes P and two others multiply it"),
         ({"head_dim": 512, "tile_m": 192}, "tile_m = 192: not implemented for sm_90a yet: a CTA has 64 query rows"),
         ({"head_dim": 512, "kv_stage": 1}, "kv_stage = 1: not implemented for sm_90a yet: QK of the next chunk"),
-        ({"head_dim": 512, "tile_n": 48}, "tile_n = 48: not implemented for sm_90a yet: PV takes slices of 32 keys"),
+        ({"head_dim": 512, "tile_n": 16}, "tile_n = 16: not implemented for sm_90a yet: PV takes slices of 16 keys"),
         (
             {"head_dim": 512, "strategy": "warpgroups"},
             "one warpgroup holds all of O: head_dim and head_dim_v of at",

@@ -45,6 +45,7 @@ def winner(head_dim, mask="full", **fields):
         "tile_n": 128,
         "turns": True,
         "beside_pv": True,
+        "v_keys": 0,
         "tflops": {"4096": 1},
         "device": "d",
         "date": "t",
@@ -82,10 +83,10 @@ def test_tiles_are_distinct_fitting_and_in_the_models_order(head_dim):
 def test_schedules_are_all_there_are():
     spec = spec_of(128)
     usual = plan_kernel(spec).tiling
-    found = schedules(spec, SM90, usual)
+    found = schedules(usual, SM90)
     assert found[0] == usual and len(found) == 4 == len({(item.turns, item.beside_pv) for item in found})
     alone = replace(usual, tile_m=64, turns=False)
-    assert schedules(spec, SM90, alone) == [alone]
+    assert schedules(alone, SM90) == [alone]
 
 
 def test_cases_hold_the_models_pick():
@@ -106,17 +107,21 @@ def test_cases_hold_the_models_pick():
 
 def test_wide_head_dims_have_candidates_of_columns():
     (case,) = tuning_cases([(512, 512)], ["causal"], 3)
-    assert {(plan.tiling.strategy, plan.tile_m) for plan in case.plans} == {("columns", 64)}
-    found = [(plan.tile_n, plan.beside_pv) for plan in case.plans]
-    assert found == [(96, True), (96, False), (64, True), (64, False), (128, True)], "128 keys of two tiles do not fit"
-    assert case.picked == case.plans[0].tiling == plan_kernel(case.spec).tiling
+    assert {(plan.tiling.strategy, plan.tile_m) for plan in case.plans} == {("columns", 128)}
+    found = [(plan.tile_n, plan.tiling.v_keys) for plan in case.plans]
+    assert found[:3] == [(96, 16), (64, 16), (128, 16)] and case.picked == case.plans[0].tiling
+    taken = plan_kernel(case.spec).tiling
+    assert (taken.tile_n, taken.v_keys) in found, "the table's is among them"
 
 
 def test_a_measured_tile_of_columns_is_taken(monkeypatch):
-    known = {("sm_90a", 512, 512, "full"): Winner("sm_90a", 512, 512, "full", 64, 64, False, True, {}, "H200", "today")}
-    monkeypatch.setattr(tuned, "_winners", lambda: known)
+    found = winner(512, tile_m=64, tile_n=64, turns=False, v_keys=32)
+    monkeypatch.setattr(tuned, "_winners", lambda: {found.key: found})
     spec = load_spec(arch="sm_90a", head_dim=512)
-    assert plan_kernel(spec).tile_n == 64 and plan_kernel(load_spec(spec, causal=True)).tile_n == 96
+    taken = plan_kernel(spec).tiling
+    assert (taken.tile_m, taken.tile_n, taken.v_keys) == (64, 64, 32)
+    assert plan_kernel(load_spec(spec, causal=True)).tile_n == 96, "the model's"
+    assert plan_kernel(load_spec(spec, q_heads_per_kv=8)).tile_n == 96, "packed heads were not measured"
     why = {reject.reason for reject in plan_kernel(spec).rejected if reject.candidate.tile_n == 96}
     assert "fits, but another tile was measured to be faster" in why
 
@@ -170,10 +175,14 @@ def test_the_winner_is_a_record_of_the_table():
     tiling = result.candidates[1].tiling
     found = result.winner("NVIDIA H200", "2026-01-02")
     assert found.key == (ARCH, 64, 64, "causal") and found.tflops == {"4096": 1000, "16384": 500}
-    assert (found.tile_m, found.tile_n, found.turns, found.beside_pv) == (
+    assert (found.tile_m, found.tile_n, found.turns, found.beside_pv, found.v_keys) == (
         *(tiling.tile_m, tiling.tile_n),
         *(tiling.turns, tiling.beside_pv),
+        0,
     )
+    (case,) = tuning_cases([(512, 512)], ["full"], 1)
+    found = Result(case, (candidate(case.picked, 1.0, 1.0),)).winner("d", "t")
+    assert (found.tile_n, found.v_keys) == (96, 16)
 
 
 def test_nothing_timed_gives_no_winner():

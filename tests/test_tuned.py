@@ -32,6 +32,7 @@ def test_records_are_well_formed():
         assert record["arch"] == "sm_90a" and record["mask"] in ("full", "causal")
         assert record["tile_m"] % 64 == 0 and record["tile_n"] % 16 == 0
         assert type(record["turns"]) is bool and type(record["beside_pv"]) is bool
+        assert record["v_keys"] in ((0,) if record in WHOLE else (16, 32))
         assert record["tflops"] and all(int(n) > 0 and 0 < rate < 989 for n, rate in record["tflops"].items())
         assert record["device"] and len(record["date"].split("-")) == 3
     keys = [Winner(**record).key for record in RECORDS]
@@ -45,7 +46,8 @@ def test_every_record_can_be_planned_and_is(record):
     assert winner(spec) == Winner(**record)
     if record not in WHOLE:
         assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"]) and plan.budget.fits
-        assert plan.beside_pv == record["beside_pv"] and plan.keeps_reference and not plan.lazy
+        assert plan.tiling.v_keys == record["v_keys"] and plan.beside_pv == record["beside_pv"]
+        assert plan.keeps_reference and not plan.lazy
         return
     assert (plan.tile_m, plan.tile_n) == (record["tile_m"], record["tile_n"]) and plan.kv_stages >= 2
     assert (plan.takes_turns, plan.beside_pv) == (record["turns"], record["beside_pv"]) and plan.budget.fits
