@@ -359,9 +359,12 @@ def output_layout(spec: KernelSpec, q: View) -> list[tuple[str, tuple[int, ...],
 
 
 def scratch_layout(spec: KernelSpec, q: View, splits: int) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of the memory that a call needs beside its outputs; none without split_kv."""
+    """(name, shape, dtype) of the memory that a call needs beside its outputs; none without split_kv, and of no parts
+    where the keys are not shared out, for then the kernel stores its outputs itself.
+    """
     batch, queries, heads, _ = q.shape
-    sizes = fixed_sizes(spec) | {"parts": batch * splits, "queries": queries, "q_heads": heads}
+    parts = batch * splits if splits > 1 else 0
+    sizes = fixed_sizes(spec) | {"parts": parts, "queries": queries, "q_heads": heads}
     return [(parameter.name, parameter.extents(sizes), parameter.dtype) for parameter in scratch(spec)]
 
 

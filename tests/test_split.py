@@ -112,6 +112,7 @@ def test_the_plan_is_that_of_a_part():
         ("lse_parts", (21, 4, 5), "float32"),
         ("m_parts", (21, 4, 5), "float32"),
     ]
+    assert [shape for _, shape, _ in scratch_layout(plan.spec, views[0], 1)] == [(0, 5, 4, 96), (0, 4, 5), (0, 4, 5)]
     assert scratch_layout(load_spec(head_dim=96), views[0], 7) == []
 
 
