@@ -4,40 +4,37 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 cbd048fa595befd7aea96d3e452ad549ca6f121f775a3d490d237917f663eb58
 #
-# Shared memory: 231424 of 232448 bytes
-#   buffer    offset  bytes  stages  holds
-#   barriers       0    320       1  mbarriers
-#   rows        1024    512       2  factors of 64 rows
-#   sK          2048  73728       9  64 x 64 a stage
-#   sQ         75776  40960       5  64 x 64 a stage, on the way to registers; the last 3 chunks stay
-#   sV        116736  98304       3  32 x 512 a stage
-#   sP        215040  16384       2  64 x 64 a stage
+# Shared memory: 206848 of 232448 bytes
+#   buffer    offset   bytes  stages  holds
+#   barriers       0     416       1  mbarriers
+#   rows        1024     512       2  factors of 64 rows
+#   sK          2048  147456      18  64 x 64 a stage, V too: 2 KV tiles
+#   sQ        149504   40960       5  64 x 64 a stage, on the way to registers; the last 3 chunks stay
+#   sP        190464   16384       2  64 x 64 a stage
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
 #   q_full        0       5         1  TMA: a chunk of Q has landed
 #   q_empty      40       5         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       80       9         1  TMA: a chunk of K has landed
-#   k_empty     152       9         4  score warps, one lane each: it has been read
-#   v_full      224       3         1  TMA: a slice of V has landed
-#   v_empty     248       3         8  output warps, one lane each: PV has read it
-#   p_full      272       2         4  score warps, one lane each: P and the factors of O are written
-#   p_empty     288       2         8  output warps, one lane each: P and factors have been read
-#   scored      304       2         4  score warps, one lane each: QK of the next KV tile is done
+#   k_full       80      18         1  TMA: a chunk of K has landed
+#   k_empty     224      18         8  score warps and an output warpgroup's, one lane each: it has been read
+#   p_full      368       2         4  score warps, one lane each: P and the factors of O are written
+#   p_empty     384       2         8  output warps, one lane each: P and factors have been read
+#   scored      400       2         4  score warps, one lane each: QK of the next KV tile is done
 #
 # Warps: 512 threads, 65536 of 65536 registers handed out
 #   role    first warp  warps  registers  why
 #   scores           0      4        168  setmaxnreg: Q 96, S 32, P 16, 16 else by estimate
 #   output           4      8        160  setmaxnreg: half of O 128, 32 else by estimate
-#   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
-#   idle            14      2         24  setmaxnreg counts whole warpgroups
-"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and two
-warps load for them.
+#   tma             12      1         24  setmaxnreg: coordinates, loop state; it loads Q and K
+#   idle            13      3         24  setmaxnreg counts whole warpgroups
+"""Attention forward on sm_90a: a warpgroup computes scores and softmax, two more hold half of O's columns each, and a
+warp loads for them.
 
 A CTA works on one query tile after another:
 a query token of 64 of a KV head's 128 query heads.
 Q stays in the score warpgroup's registers, but for its last chunks. K streams through a ring in
-chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory.
+chunks of K_CHUNK columns, of which V is a part: one load serves both. P and the factors of O go through shared memory.
 The second half of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores
 become P.
 
@@ -65,18 +62,17 @@ K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 9
 Q_CHUNKS = 6  # of them, in registers; the others of Q stay in shared memory
 Q_STAGES = 5
-K_STAGES = 9
+K_STAGES = 18
 K_STEP = 2  # chunks of K that are multiplied between one signal and the next
-V_KEYS = 32  # keys of V in a buffer
-V_SLICES = 2  # of a KV tile
-V_STAGES = 3
+K_TILES = 2  # KV tiles in K's ring; a chunk is V too, until PV has read it
+K_ORDER = (8, 0, 1, 4, 5, 2, 3, 6, 7)  # chunks as they are loaded and multiplied: PV is done with the first ones first
+V_CHUNKS = 4  # that an output warpgroup has as V
 P_STAGES = 2
 O_WIDTH = 256  # columns of O that an output warpgroup holds
 O_PARTS = (128, 128)  # of them, by one wgmma
 O_CHUNK = 64  # of them, staged at a time
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 8192
-V_SLICE_BYTES = 32768
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
 OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
 
@@ -88,31 +84,26 @@ OUTPUT_REGISTERS = 160
 PRODUCER_REGISTERS = 24
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 231424
+SMEM_BYTES = 206848
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 75776
-SV_OFFSET = 116736
-SP_OFFSET = 215040
+SQ_OFFSET = 149504
+SP_OFFSET = 190464
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
 Q_EMPTY = 5
 K_FULL = 10
-K_EMPTY = 19
-V_FULL = 28
-V_EMPTY = 31
-P_FULL = 34
-P_EMPTY = 36
-SCORED = 38
+K_EMPTY = 28
+P_FULL = 46
+P_EMPTY = 48
+SCORED = 50
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 5, 1),
     (Q_EMPTY, 5, 4),
-    (K_FULL, 9, 1),
-    (K_EMPTY, 9, 4),
-    (V_FULL, 3, 1),
-    (V_EMPTY, 3, 8),
+    (K_FULL, 18, 1),
+    (K_EMPTY, 18, 8),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
@@ -168,9 +159,13 @@ def k_layout():
     return operand_layout(SmemLayoutAtomKind.K_SW128, (TILE_N, K_CHUNK, K_STAGES), (0, 1, 2))
 
 
-def v_layout():
-    """Both halves of a slice one after the other: stage s has tiles 2 s and 2 s + 1."""
-    return operand_layout(SmemLayoutAtomKind.MN_SW128, (O_WIDTH, V_KEYS, 2 * V_STAGES), (1, 0, 2))
+def v_view(k_smem, columns):
+    """K's chunks as V, (columns, TILE_N, chunk): so many columns, from the first of a chunk of the ring on. The swizzle
+    is the same: 128 bytes of a key.
+    """
+    keys, chunk = 8 * K_CHUNK, TILE_N * K_CHUNK  # elements from eight keys to the next, and of a chunk
+    shape = ((K_CHUNK, columns // K_CHUNK), (8, TILE_N // 8), K_STAGES)
+    return cute.make_tensor(k_smem.iterator, cute.make_layout(shape, stride=((1, chunk), (K_CHUNK, keys), chunk)))
 
 
 def p_layout():
@@ -329,52 +324,20 @@ def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
 
 
 @cute.jit
-def load_v_alone(source, v_smem, bars, call):
-    """Another producer, so that V need not wait for room in K's ring: the V tiles, slice by slice."""
-    v_place = Int32(0), Int32(0)
-    for turn in cutlass.range(turns(call), unroll=1):
-        (q_tile, head, batch), lengths = work(turn, call)
-        span = spans_of(q_tile, lengths)
-        kv_head = head // (Q_HEADS_PER_KV // TILE_HEADS)
-        kv_tiles = span[0]
-        v = load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch)
-        for j in cutlass.range(kv_tiles, unroll=1):
-            v_place = load_v(v, bars, v_place, j, span)
-
-
-@cute.jit
 def load_k(k, bars, place, j, span):
     """The j-th K tile of this turn, chunk by chunk; returns the place after it. Rows past the sequence and columns past
     HEAD_DIM arrive as zeros and count.
     """
-    for chunk in cutlass.range_constexpr(K_CHUNKS):
-        stage, phase = place
+    tile, phase = place
+    for chunk in K_ORDER:
+        stage = tile * K_CHUNKS + chunk
         full = bars + K_FULL + stage
         cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
         expect(full, K_CHUNK_BYTES)
         tma, smem, gmem = k
         piece = gmem[None, kv_tile(j, span), chunk]
         cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
-        place = after(place, K_STAGES)
-    return place
-
-
-@cute.jit
-def load_v(v, bars, place, j, span):
-    """The j-th V tile of this turn, slice by slice, both halves of its columns; returns the place after it."""
-    for i in cutlass.range_constexpr(V_SLICES):
-        stage, phase = place
-        full = bars + V_FULL + stage
-        cute.arch.mbarrier_wait(bars + V_EMPTY + stage, phase ^ 1)
-        expect(full, V_SLICE_BYTES)
-        for half in cutlass.range_constexpr(2):
-            there = 2 * stage + half
-            tma, smem, gmem = v
-            one = kv_tile(j, span) * V_SLICES + i
-            piece = gmem[None, half, one]
-            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full)
-        place = after(place, V_STAGES)
-    return place
+    return after(place, K_TILES)
 
 
 @cute.jit
@@ -620,13 +583,13 @@ def read_q(q, q_smem, bars, place):
 
 @cute.jit
 def await_step(bars, place, first: cutlass.Constexpr):
-    """K_STEP chunks of K have landed, from the first-th on; returns the place after them, and their stages."""
+    """K_STEP chunks of K have landed, from the first-th in order on; returns the place as it is, and their stages."""
     stages = []
-    for _ in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
-        stage, phase = place
+    tile, phase = place
+    for i in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+        stage = tile * K_CHUNKS + K_ORDER[i]
         cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
         stages.append(stage)
-        place = after(place, K_STAGES)
     return place, stages
 
 
@@ -635,16 +598,16 @@ def multiply_step(s, q, k, stages, first: cutlass.Constexpr):
     """S += Q K^T of these chunks; not waited for."""
     q, apart, q_stages = q
     apart_mma = qk_mma_apart()
-    apart_mma.set(Field.ACCUMULATE, True)
     qk = qk_mma()
     warpgroup.fence()
-    for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
-        stage = stages[chunk - first]
+    for i in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
+        chunk, stage = K_ORDER[i], stages[i - first]
         for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
             if cutlass.const_expr(chunk < Q_CHUNKS):
-                qk.set(Field.ACCUMULATE, chunk + block > 0)
+                qk.set(Field.ACCUMULATE, i + block > 0)
                 cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
             else:
+                apart_mma.set(Field.ACCUMULATE, i + block > 0)
                 a = apart[None, None, block, q_stages[chunk - Q_CHUNKS]]
                 cute.gemm(apart_mma, s, a, k[None, None, block, stage], s)
     warpgroup.commit_group()
@@ -671,7 +634,7 @@ def multiply_qk(s, q, k, bars, place):
             release_step(bars, before, 1)
         before = stages
     release_step(bars, before, 0)
-    return place
+    return after(place, K_TILES)
 
 
 @cute.jit
@@ -821,79 +784,78 @@ def take_factors(factors, factor, bars, place):
     return after(place, P_STAGES)
 
 
-def parts_of(o, v_smem):
+def parts_of(o, k_smem):
     """O and V by the columns that one wgmma takes: accumulators, and operands B."""
     o_parts, v_parts, first = [], [], 0
     for columns in O_PARTS:
         pv = pv_mma(columns)
         layout = cute.make_layout(pv.partition_shape_C((GROUP_ROWS, columns)))
         o_parts.append(cute.make_tensor(o.iterator + first // 2, layout))
-        v_part = cute.domain_offset((first, 0, 0), v_smem)
-        v_part = cute.local_tile(v_part, (columns, V_KEYS), (0, 0, None))
+        v_part = v_view(k_smem, columns)
         v_parts.append(pv.make_fragment_B(pv.get_slice(0).partition_B(v_part)))
         first += columns
     return o_parts, v_parts
 
 
 @cute.jit
-def multiply_slice(o_parts, p, v_parts, half, block: cutlass.Constexpr, p_stage, v_stage):
-    """O += P V of a slice of V_KEYS keys; not waited for."""
+def multiply_part(columns: cutlass.Constexpr, o, p, v, p_stage, v_stage):
+    """So many columns of O += P V of a KV tile; not waited for."""
     warpgroup.fence()
-    for columns, o, v in zip(O_PARTS, o_parts, v_parts, strict=True):
-        pv = pv_mma(columns)
-        pv.set(Field.ACCUMULATE, True)
-        for i in range(V_KEYS // 16):
-            keys = block * (V_KEYS // 16) + i
-            cute.gemm(pv, o, p[None, None, keys, p_stage], v[None, None, i, 2 * v_stage + half], o)
+    pv = pv_mma(columns)
+    pv.set(Field.ACCUMULATE, True)
+    for keys in cutlass.range_constexpr(TILE_N // 16):
+        cute.gemm(pv, o, p[None, None, keys, p_stage], v[None, None, keys, v_stage], o)
     warpgroup.commit_group()
+
+
+@cute.jit
+def release_chunks(bars, first, count: cutlass.Constexpr):
+    """This many chunks of K have been read, from that one of the ring on."""
+    for i in cutlass.range_constexpr(count):
+        release(bars + K_EMPTY + first + i)
 
 
 @cute.jit
 def output(smem_tiles, factors, out, bars, call):
     """An output warpgroup: of every query tile, half of O's columns."""
-    p_smem, v_smem = smem_tiles
+    p_smem, k_smem = smem_tiles
     half = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // GROUP_THREADS) - 1
     pv = pv_mma(O_PARTS[0])
     p = pv.make_fragment_A(pv.get_slice(0).partition_A(p_smem))
     o = cute.make_rmem_tensor(O_WIDTH // 2, Float32)
-    o_parts, v_parts = parts_of(o, v_smem)
+    o_parts, v_parts = parts_of(o, k_smem)
     factor = cute.make_rmem_tensor(2, Float32)
 
-    p_place, v_place, scored = (Int32(0), Int32(0)), (Int32(0), Int32(0)), (Int32(0), Int32(0))
-    v_before, p_before = Int32(0), Int32(0)
+    p_place, scored, k_tile = (Int32(0), Int32(0)), (Int32(0), Int32(0)), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         block, lengths = work(turn, call)
         q_tile, head, batch = block
         span = spans_of(q_tile, lengths)
         kv_tiles = span[0]
         o.fill(0.0)
-        for j in cutlass.range(kv_tiles, unroll=1):
+        for _ in cutlass.range(kv_tiles, unroll=1):
             p_stage, p_phase = p_place
             cute.arch.mbarrier_wait(bars + P_FULL + p_stage, p_phase)
             if read_factors(factors, factor, p_stage):
-                warpgroup.wait_group(0)
                 scale_rows(o, factor)
-            for i in cutlass.range_constexpr(V_SLICES):
-                if cutlass.const_expr(i == V_SLICES // 2):
+            # P was written after QK of this tile: its chunks have landed
+            v_stage = k_tile * K_CHUNKS + half * V_CHUNKS
+            for i in cutlass.range_constexpr(len(O_PARTS)):
+                if cutlass.const_expr(i == len(O_PARTS) // 2):
                     cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
                     scored = after(scored, P_STAGES)
-                v_stage, v_phase = v_place
-                cute.arch.mbarrier_wait(bars + V_FULL + v_stage, v_phase)
-                multiply_slice(o_parts, p, v_parts, half, i, p_stage, v_stage)
-                warpgroup.wait_group(1)  # the slice before
+                multiply_part(O_PARTS[i], o_parts[i], p, v_parts[i], p_stage, v_stage)
                 if cutlass.const_expr(i > 0):
-                    release(bars + V_EMPTY + v_before)
-                elif j > 0:
-                    release(bars + V_EMPTY + v_before)
-                    arrive_warp(bars + P_EMPTY + p_before)
-                v_before = v_stage
-                v_place = after(v_place, V_STAGES)
-            p_before = p_stage
-            p_place = after(p_place, P_STAGES)
-        if kv_tiles > 0:
+                    warpgroup.wait_group(1)
+                    release_chunks(bars, v_stage - O_PARTS[i - 1] // K_CHUNK, O_PARTS[i - 1] // K_CHUNK)
+                v_stage += O_PARTS[i] // K_CHUNK
+            if half == 1:  # those that are not V: QK has read them
+                release_chunks(bars, k_tile * K_CHUNKS + 2 * V_CHUNKS, K_CHUNKS - 2 * V_CHUNKS)
             warpgroup.wait_group(0)
-            release(bars + V_EMPTY + v_before)
-            arrive_warp(bars + P_EMPTY + p_before)
+            release_chunks(bars, v_stage - O_PARTS[-1] // K_CHUNK, O_PARTS[-1] // K_CHUNK)
+            arrive_warp(bars + P_EMPTY + p_stage)
+            k_tile = k_tile + 1 if k_tile < K_TILES - 1 else Int32(0)
+            p_place = after(p_place, P_STAGES)
         mo, results = out
         if keys_are_whole(lengths):
             p_place = take_factors(factors, factor, bars, p_place)
@@ -943,8 +905,6 @@ def fmha_sm90_d576_v512_gqa128_seqlens_kvshared_split(
     mq: cute.Tensor,
     tma_k: cute.CopyAtom,
     mk: cute.Tensor,
-    tma_v: cute.CopyAtom,
-    mv: cute.Tensor,
     mo: cute.Tensor,
     seqlens: cute.Tensor,
     lse: cute.Tensor,
@@ -968,14 +928,13 @@ def fmha_sm90_d576_v512_gqa128_seqlens_kvshared_split(
         with cute.arch.elect_one():
             init_mbarriers(bars)
         cute.arch.mbarrier_init_fence()
-        for tma in (tma_q, tma_k, tma_v):
+        for tma in (tma_q, tma_k):
             cpasync.prefetch_descriptor(tma)
     cute.arch.griddepcontrol_wait()  # for what launches before this one wrote
     cute.arch.sync_threads()
 
     q_smem = smem_tile(smem, SQ_OFFSET, q_layout(), DTYPE)
     k_smem = smem_tile(smem, SK_OFFSET, k_layout(), DTYPE)
-    v_smem = smem_tile(smem, SV_OFFSET, v_layout(), DTYPE)
     p_smem = smem_tile(smem, SP_OFFSET, p_layout(), DTYPE)
     factors = cute.recast_ptr(smem + ROWS_OFFSET, dtype=Float32)
     factors = cute.make_tensor(factors, cute.make_layout((GROUP_ROWS, P_STAGES)))
@@ -983,11 +942,9 @@ def fmha_sm90_d576_v512_gqa128_seqlens_kvshared_split(
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         if warp_idx == LOAD_WARP:
             load_q_and_k(tma_q, mq, q_smem, (tma_k, mk), k_smem, bars, call)
-        if warp_idx == LOAD_WARP + 1:
-            load_v_alone((tma_v, mv), v_smem, bars, call)
     elif warp_idx >= OUTPUT_WARP:
         cute.arch.setmaxregister_increase(OUTPUT_REGISTERS)
-        output((p_smem, v_smem), factors, (mo, (whole_o, whole_lse)), bars, call)
+        output((p_smem, k_smem), factors, (mo, (whole_o, whole_lse)), bars, call)
     else:
         cute.arch.setmaxregister_increase(SCORE_REGISTERS)
         score((q_smem, k_smem, p_smem), factors, (lse, m_out), (whole_o, whole_lse), bars, scale, call)
@@ -1099,13 +1056,6 @@ def add_parts(o_row, ahead, weight, begin):
                 o_row[e, step] = o_row[e, step] + factor * ahead[e, step, i]
 
 
-def columns_of_v(k):
-    """The first HEAD_DIM_V columns of [B, S, Hkv, HEAD_DIM] as (HEAD_DIM_V, S, Hkv, B)."""
-    batch, keys, heads, _ = k.shape
-    b, s, h, d = k.stride
-    return cute.make_tensor(k.iterator, cute.make_layout((HEAD_DIM_V, keys, heads, batch), stride=(d, s, h, b)))
-
-
 def packed(x):
     """[B, S, Hq, D] as ((TILE_HEADS, S), D, Hq / TILE_HEADS, B): a row is one head of a token, TILE_HEADS together."""
     batch, tokens, heads, columns = x.shape
@@ -1140,19 +1090,17 @@ def launch(
     splits: to how many CTAs the keys of a query tile are shared out. Their results, un-normalized, go to o_parts
     [B x splits, Sq, Hq, HEAD_DIM_V] with lse_parts and m_parts [B x splits, Hq, Sq], float32, and are combined.
     """
-    # TMA tensors put the tile's modes first: (S, D, H, B), and (D, S, H, B) for V, which is B of PV.
+    # TMA tensors put the tile's modes first: (S, D, H, B).
     mq, mo = packed(q), o_parts
     mk = cute.make_tensor(k.iterator, cute.select(k.layout, mode=[1, 3, 2, 0]))
     load = cpasync.CopyBulkTensorTileG2SOp()
     load_both, ctas_each = load, 1
-    k_tile, v_tile = (TILE_N, K_CHUNK), (O_WIDTH, V_KEYS)
+    k_tile = TILE_N, K_CHUNK
     tma_q, mq = cpasync.make_tiled_tma_atom(load, mq, one_tile(q_layout()), (GROUP_ROWS, K_CHUNK))
     tma_k, mk = cpasync.make_tiled_tma_atom(load_both, mk, one_tile(k_layout()), k_tile, ctas_each)
-    mv = columns_of_v(k)
-    tma_v, mv = cpasync.make_tiled_tma_atom(load_both, mv, one_tile(v_layout()), v_tile, ctas_each)
     heads = q.shape[2] // TILE_HEADS
     tiles = query_tiles(q.shape[1]) * heads * q.shape[0] * splits
-    matrices = (tma_q, mq, tma_k, mk, tma_v, mv, mo)
+    matrices = (tma_q, mq, tma_k, mk, mo)
     results = (o, lse)
     arguments = (*matrices, seqlens, lse_parts, m_parts, *results, heads, q.shape[0], splits, scale)
     kernel = fmha_sm90_d576_v512_gqa128_seqlens_kvshared_split(*arguments)

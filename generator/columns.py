@@ -9,7 +9,7 @@ CTAs, each loads half of every piece for both (multicast), which halves what L2 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from .arch import Arch
@@ -36,6 +36,7 @@ from .warpgroups import narrow_window, packs
 
 CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
 V_KEYS = (16, 32)  # keys of V in a buffer
+IN_K = 0  # v_keys where V has no buffers, being a part of K's
 OUTPUT_GROUPS = 2
 P_STAGES = 2
 # What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
@@ -48,6 +49,7 @@ CLUSTERS = (1, 2)
 Q_AHEAD = 2  # chunks of the next query tile's Q: with 0, 2 and 4 a window of 128 took 1346, 1030 and 1160 us on an H200
 STEPS_FROM = 8  # buffers of K from which on two are multiplied between one signal and the next
 K_TILES_AHEAD = 1.5  # of K in its ring at most; what is left goes to V
+K_TILES = (3, 2)  # of K in its ring where they are V too: QK of one goes ahead of PV of the one before
 
 
 def half_width(spec: KernelSpec) -> int:
@@ -65,6 +67,26 @@ def o_parts(spec: KernelSpec) -> tuple[int, ...]:
 
 def k_chunks(spec: KernelSpec) -> int:
     return -(-spec.head_dim // CHUNK)
+
+
+def shares_chunks(spec: KernelSpec) -> bool:
+    """Whether V is a part of K's chunks (kv_shared) and each half of its columns whole ones: then one load serves both.
+    A chunk, TILE_N keys of 64 columns, is B of QK with the columns as its K, and B of PV with the keys.
+    """
+    return spec.kv_shared and half_width(spec) % CHUNK == 0
+
+
+def k_order(spec: KernelSpec) -> tuple[int, ...]:
+    """K's chunks as they are loaded and multiplied where they are V too: those first that are not, then those that PV
+    is done with first, which is the first part of either half of O.
+    """
+    chunks, of_half = range(k_chunks(spec)), half_width(spec) // CHUNK
+    order, first = [chunk for chunk in chunks if chunk >= OUTPUT_GROUPS * of_half], 0
+    for columns in o_parts(spec):
+        after = first + columns // CHUNK
+        order += [half * of_half + chunk for half in range(OUTPUT_GROUPS) for chunk in range(first, after)]
+        first = after
+    return tuple(order)
 
 
 def looks_for_maxima(spec: KernelSpec) -> bool:
@@ -90,8 +112,6 @@ def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     found = []
     for cluster in clusters:
         for tile_n in tile_ns:
-            most = max(STEPS_FROM, int(K_TILES_AHEAD * k_chunks(spec)))
-            depths = range(most, 1, -1) if spec.kv_stage == "auto" else (spec.kv_stage,)
             found += [
                 Tiling(
                     *(arch.mma_m * cluster, tile_n, depth, "smem", False, o_chunk(spec), "columns"),
@@ -99,11 +119,22 @@ def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
                     v_keys=v_keys,
                     lazy=looks_for_maxima(spec),
                 )
-                for v_keys in V_KEYS
-                if tile_n % v_keys == 0
+                for v_keys, depths in _rings(spec, tile_n)
                 for depth in depths
+                if spec.kv_stage in ("auto", depth)
             ]
     return found
+
+
+def _rings(spec: KernelSpec, tile_n: int) -> Iterator[tuple[int, Sequence[int]]]:
+    """(v_keys, kv_stages that K's ring may have) of every way to hold V."""
+    chunks = k_chunks(spec)
+    if shares_chunks(spec):
+        yield IN_K, [tiles * chunks for tiles in K_TILES]
+    most = max(STEPS_FROM, int(K_TILES_AHEAD * chunks), 0 if spec.kv_stage == "auto" else spec.kv_stage)
+    for v_keys in V_KEYS:
+        if tile_n % v_keys == 0:
+            yield v_keys, range(most, 1, -1)
 
 
 def o_chunk(spec: KernelSpec) -> int:
@@ -113,6 +144,8 @@ def o_chunk(spec: KernelSpec) -> int:
 
 def v_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     """Buffers of V's ring: as many as fit beside the rest, at most two KV tiles' worth."""
+    if tiling.v_keys == IN_K:
+        return 0
     rest = sum(size for name, size, *_ in _wanted(spec, arch, tiling, 0) if name != "sV")
     free = arch.smem_per_cta - rest - 2 * TILE_ALIGNMENT  # barriers, and what aligning the factors takes
     return max(1, min(2 * tiling.tile_n // tiling.v_keys, free // _v_bytes(spec, tiling)))
@@ -130,15 +163,14 @@ def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[
         ("rows", P_STAGES * rows * ACCUMULATOR_BYTES, P_STAGES, None, f"factors of {rows} rows"),
         (
             *("sK", tiling.kv_stages * keys * CHUNK * ELEMENT_BYTES, tiling.kv_stages, None),
-            f"{keys} x {CHUNK} a stage",
+            f"{keys} x {CHUNK} a stage" + (f", V too: {tiling.kv_stages // k_chunks(spec)} KV tiles" * (not v_count)),
         ),
         ("sQ", stages * rows * CHUNK * ELEMENT_BYTES, stages, None, why),
-        (
-            *("sV", v_count * _v_bytes(spec, tiling), v_count, None),
-            f"{tiling.v_keys} x {OUTPUT_GROUPS * half_width(spec)} a stage",
-        ),
         ("sP", P_STAGES * rows * keys * ELEMENT_BYTES, P_STAGES, None, f"{rows} x {keys} a stage"),
     ]
+    if v_count:
+        why = f"{tiling.v_keys} x {OUTPUT_GROUPS * half_width(spec)} a stage"
+        wanted.insert(3, ("sV", v_count * _v_bytes(spec, tiling), v_count, None, why))
     if not spec.unnormalized:
         size = OUTPUT_GROUPS * rows * tiling.o_chunk * ELEMENT_BYTES
         why = f"{rows} x {tiling.o_chunk} an output warpgroup, in {half_width(spec) // tiling.o_chunk} steps"
@@ -200,11 +232,12 @@ def _roles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple[Role, ...]:
     size = arch.group_warps
     held = ", ".join(f"{name} {count}" for name, count in score_fragments(spec, arch, tiling).items())
     o_why = f"setmaxnreg: half of O {half_width(spec) // 2}, {OUTPUT_OTHERS} else by estimate"
+    loaders, loads = (1, "it loads Q and K") if tiling.v_keys == IN_K else (2, "one loads Q and K, one V")
     return (
         Role("scores", 0, size, score_registers(spec, arch), f"setmaxnreg: {held}, {SCORE_OTHERS} else by estimate"),
         Role("output", size, OUTPUT_GROUPS * size, output_registers(spec), o_why),
-        Role("tma", 3 * size, 2, PRODUCER_REGISTERS, "setmaxnreg: coordinates, loop state; one loads Q and K, one V"),
-        Role("idle", 3 * size + 2, size - 2, PRODUCER_REGISTERS, "setmaxnreg counts whole warpgroups"),
+        Role("tma", 3 * size, loaders, PRODUCER_REGISTERS, f"setmaxnreg: coordinates, loop state; {loads}"),
+        Role("idle", 3 * size + loaders, size - loaders, PRODUCER_REGISTERS, "setmaxnreg counts whole warpgroups"),
     )
 
 
@@ -213,14 +246,20 @@ def _mbarriers(
 ) -> tuple[tuple[Mbarrier, ...], int]:
     both = ", in both CTAs" if cluster > 1 else ""
     output = OUTPUT_GROUPS * warps
+    readers, read = warps, "score warps, one lane each"
+    of_v = [
+        ("v_full", v_count, 1, "TMA: a slice of V has landed"),
+        ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
+    ]
+    if not v_count:
+        readers, read, of_v = 2 * warps, "score warps and an output warpgroup's, one lane each", []
     return place_mbarriers(
         (
             ("q_full", q_count, 1, "TMA: a chunk of Q has landed"),
             ("q_empty", q_count, warps, "score warps, one lane each: it is in registers, or the last QK has read it"),
             ("k_full", tiling.kv_stages, 1, "TMA: a chunk of K has landed"),
-            ("k_empty", tiling.kv_stages, cluster * warps, f"score warps, one lane each{both}: it has been read"),
-            ("v_full", v_count, 1, "TMA: a slice of V has landed"),
-            ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
+            ("k_empty", tiling.kv_stages, cluster * readers, f"{read}{both}: it has been read"),
+            *of_v,
             ("p_full", P_STAGES, warps, "score warps, one lane each: P and the factors of O are written"),
             ("p_empty", P_STAGES, output, "output warps, one lane each: P and factors have been read"),
             ("scored", P_STAGES, warps, "score warps, one lane each: QK of the next KV tile is done"),
@@ -241,8 +280,8 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
     if need > limit:
         reason = " + ".join(f"{name} {count}" for name, count in held.items()) + f" + {SCORE_OTHERS} else, a thread"
         yield Overflow("registers", "registers", need, limit, reason, "a smaller tile_n")
-    slices = budget.buffer("sV").stages
-    if slices * tiling.v_keys < tiling.tile_n // 2:
+    slices = v_stages(spec, arch, tiling)
+    if slices * tiling.v_keys < tiling.tile_n // 2 and tiling.v_keys != IN_K:
         reason = "half of a KV tile's V waits while the next scores are computed"
         need = -(-tiling.tile_n // 2 // tiling.v_keys)
         yield Overflow("smem", "slices", need, slices, reason, "a lower kv_stage")
@@ -251,11 +290,11 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
 def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """Sort key of candidates: the smallest is taken. The winner of a measurement (tuned.json), where there was one,
     then column_order. What was measured were long rows of head dims beyond warpgroups: of a narrow window, with
-    split_kv, of packed heads where those want another cluster, or with P in shared memory at a head_dim that warpgroups
-    have too, there is none.
+    split_kv, of packed heads where those want another cluster, of V within K, or with P in shared memory at a head_dim
+    that warpgroups have too, there is none.
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
-    measured = wide and has_long_rows(spec) and not packs_widest(spec, arch)
+    measured = wide and has_long_rows(spec) and not packs_widest(spec, arch) and not spec.kv_shared
     found = winner(spec) if measured else None
     tile = tiling.tile_m, tiling.tile_n, tiling.v_keys
     won = found is not None and (found.tile_m, found.tile_n, found.v_keys) == tile
@@ -266,19 +305,18 @@ def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """column_preference as if no tile had won, by TFLOP/s on an H200 (2026-11-29): 0.99 of the fastest of 32 cases from
     272 to 512.
 
-    Two CTAs that load for one another: prefers_pairs. V in small slices at 496 and 512, whose rings have the least
+    Two CTAs that load for one another: prefers_pairs. V in K's chunks where it can be (not measured), else in small slices at 496 and 512, whose rings have the least
     room: 655 and 614 of 128 x 96 at 512; else in wide ones, 625 and 587 at 384, 572 and 313 at 352 where it comes in
     boxes of 32 columns. Q in registers, but for two chunks; at 496 and 512 for three, which lets a wider tile in. Three
     wide slices of V or four small ones: 603 at 512, 563 with two wide ones. The widest tile: 617 with 128 keys at 320,
     557 with 96. As much of K as is left.
     """
-    small, wide = min(V_KEYS), max(V_KEYS)
     roomless = widest(spec, arch) and has_long_rows(spec)
     other_size = (tiling.tile_m > arch.mma_m) != prefers_pairs(spec, arch)
-    other_slices = tiling.v_keys != (small if roomless else wide)
+    slices = (IN_K, *(V_KEYS if roomless else V_KEYS[::-1])).index(tiling.v_keys)
     apart = max(3 if roomless else 2, chunks_apart(spec, arch, tiling))
-    few = v_stages(spec, arch, tiling) < (3 if tiling.v_keys == wide else 4)
-    return (other_size, other_slices, apart, few, -tiling.tile_n, -tiling.kv_stages)
+    few = v_stages(spec, arch, tiling) < {IN_K: 0, 16: 4, 32: 3}[tiling.v_keys]
+    return (other_size, slices, apart, few, -tiling.tile_n, -tiling.kv_stages)
 
 
 def prefers_pairs(spec: KernelSpec, arch: Arch) -> bool:

@@ -41,6 +41,7 @@ SHARED_SAYS = {
     "chunks": "K in chunks through one ring, V a part of them, Q resident; two K tiles in it, for QK goes ahead of PV",
     "pair": "CTA pair (cta_group::2): half of K, V and of the rows each; V is loaded a second time, for one descriptor "
     "serves both CTAs: at one address PV wants the same keys in both, QK other keys in each",
+    "columns": "one warpgroup for scores, two with half of O's columns each; K in chunks through a ring, V a part of them",
 }
 
 
@@ -64,7 +65,8 @@ class Explained:
     @property
     def says(self) -> str:
         """What the strategy is, of this specification."""
-        shared = SHARED_SAYS.get(self.strategy) if self.spec.kv_shared else None
+        within = self.spec.kv_shared and not (self.budget and self.budget.bytes_of("sV"))
+        shared = SHARED_SAYS.get(self.strategy) if within else None
         return shared or SAYS[self.strategy]
 
     @property

@@ -6,7 +6,18 @@ from functools import cached_property
 from math import gcd
 
 from .budget import ELEMENT_BYTES, Role, swizzle_bytes
-from .columns import CHUNK, OUTPUT_GROUPS, P_STAGES, chunks_apart, half_width, k_chunks, k_step, o_parts
+from .columns import (
+    CHUNK,
+    IN_K,
+    OUTPUT_GROUPS,
+    P_STAGES,
+    chunks_apart,
+    half_width,
+    k_chunks,
+    k_order,
+    k_step,
+    o_parts,
+)
 from .columns import looks_for_maxima as columns_look_for_maxima
 from .layout import Plan, TileLayout
 from .partials import PARTIALS, Partials, with_part
@@ -332,8 +343,8 @@ class ColumnsPlan(HopperPlan):
 
     @property
     def separate_v(self) -> bool:
-        """V is loaded into buffers of its own, also where its columns are K's: K comes in columns, V in keys."""
-        return True
+        """V is loaded into buffers of its own, also where its columns are K's but not whole chunks of them."""
+        return self.tiling.v_keys != IN_K
 
     @property
     def cluster(self) -> int:
@@ -400,6 +411,20 @@ class ColumnsPlan(HopperPlan):
         return self.budget.buffer("sQ").stages
 
     @property
+    def k_tiles(self) -> int:
+        """KV tiles that K's ring holds where they are V too."""
+        return self.kv_stages // self.k_chunks
+
+    @property
+    def k_order(self) -> tuple[int, ...]:
+        return k_order(self.part)
+
+    @property
+    def v_chunks(self) -> int:
+        """Chunks of K that an output warpgroup has as V."""
+        return self.o_width // CHUNK
+
+    @property
     def v_slices(self) -> int:
         return self.tile_n // self.tiling.v_keys
 
@@ -448,7 +473,7 @@ class ColumnsPlan(HopperPlan):
         shapes = [
             ("sQ", rows, CHUNK, "K"),
             ("sK", keys, CHUNK, "K"),
-            ("sV", self.tiling.v_keys, half_width(spec), "MN"),
+            *([("sV", self.tiling.v_keys, half_width(spec), "MN")] if self.separate_v else []),
             ("sP", rows, keys, "K"),
             *([] if spec.unnormalized else [("sO", rows, self.o_chunk, "")]),
         ]

@@ -294,7 +294,7 @@ _SPLIT_RULES = (  # one a component of `split_preference`
 _COLUMN_RULES = (  # one a component of `column_preference`
     ("fits, but another tile was measured to be faster", ("tile_m", "tile_n")),
     ("fits, but the other cluster size is faster", ("tile_m",)),
-    ("fits, but slices of V of another width are faster", ()),
+    ("fits, but V in slices of another width, or within K's chunks, is faster", ()),
     ("fits, but reads more of Q from shared memory", ("tile_n",)),
     ("fits, but holds fewer slices of V", ("kv_stage",)),
     ("fits, but has a smaller tile_n", ("tile_n",)),

@@ -128,7 +128,7 @@ def _head_cells(row: Row) -> tuple[str, ...]:
 
 
 def _smem_cell(row: Row, name: str) -> str:
-    if name == "sV" and row.spec.kv_shared:
+    if name == "sV" and row.spec.kv_shared and not row.budget.bytes_of(name):
         return "in sK"
     return "in sQ" if name == "sO" and row.tiling.o_over_q else str(row.budget.bytes_of(name))
 

@@ -189,16 +189,23 @@ def _columns(plan: Plan) -> Told:
         at = f"n div {count}"
         return f"parity of {at}, stage n mod {count}", f"opposite parity of {at}: passes at once in the first round"
 
-    (q, q_first), (k, k_first), (v, v_first) = (ring(n) for n in (plan.q_stages, plan.kv_stages, plan.v_stages))
+    (q, q_first), (k, k_first) = (ring(n) for n in (plan.q_stages, plan.kv_stages))
     tile, tile_first = ring(plan.p_stages)
     read = "when it is in registers, or after the last QK of a query tile"
-    return {
+    if plan.separate_v:
+        (v, v_first), waits, multiplied = ring(plan.v_stages), "before QK of chunk n", "after QK of chunk n"
+        of_v = {
+            "v_full": (loader, "output warps, before PV of slice n", v, plan.v_slice_bytes),
+            "v_empty": (f"{outputs}{both} after PV of slice n", "second load warp, before loading slice n", v_first, 0),
+        }
+    else:
+        waits, of_v = "before QK of chunk n; output warps by p_full", {}
+        multiplied = "after QK of chunk n, and of each warp of an output warpgroup, after PV of it"
+    return of_v | {
         "q_full": ("load warp and TMA", "score warps, at the start of a query tile", q, plan.q_chunk_bytes),
         "q_empty": (f"{scores}, {read}", "load warp, before loading chunk n", q_first, 0),
-        "k_full": (loader, "score warps, before QK of chunk n", k, plan.k_chunk_bytes),
-        "k_empty": (f"{scores}{both} after QK of chunk n", "load warp, before loading chunk n", k_first, 0),
-        "v_full": (loader, "output warps, before PV of slice n", v, plan.v_slice_bytes),
-        "v_empty": (f"{outputs}{both} after PV of slice n", "second load warp, before loading slice n", v_first, 0),
+        "k_full": (loader, f"score warps, {waits}", k, plan.k_chunk_bytes),
+        "k_empty": (f"{scores}{both} {multiplied}", "load warp, before loading chunk n", k_first, 0),
         "p_full": (f"{scores}, when P and factors are written", "output warps, before PV of KV tile n", tile, 0),
         "p_empty": (f"{outputs}, after PV of KV tile n", "score warps, before writing P of tile n", tile_first, 0),
         "scored": (f"{scores}, after QK of tile n + 1", "output warps, before the second half of PV n", tile, 0),

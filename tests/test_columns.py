@@ -105,6 +105,17 @@ VERIFIED = {  # fields, shape
     "O of an odd number of 16 columns": ({"head_dim": 272, "causal": True}, (1, 2, 2, 100, 200)),
     "the same in float32": ({"head_dim": 496, "head_dim_v": 240, "output": "unnormalized"}, (1, 1, 1, 70, 130)),
     "V within K": ({"head_dim": 320, "head_dim_v": 304, "kv_shared": True, "kv_sources": 2}, (2, 1, 1, 70, 200, 90)),
+    "K's chunks are V": ({"head_dim": 576, "head_dim_v": 512, "kv_shared": True, "tile_m": 64}, (1, 1, 1, 65, 330)),
+    "by a cluster": ({"head_dim": 384, "kv_shared": True, "causal": True}, (1, 1, 1, 130, 300)),
+    "of two sources": (
+        {"head_dim": 320, "head_dim_v": 256, "kv_shared": True, "kv_sources": 2, "tile_m": 64},
+        (1, 1, 1, 65, 250, 90),
+    ),
+    "three KV tiles of two chunks": ({"head_dim": 128, "p_staging": "smem", "kv_shared": True}, (1, 2, 2, 100, 500)),
+    "more columns in registers than V has": (
+        {"head_dim": 512, "head_dim_v": 496, "kv_shared": True, "output": "unnormalized", "tile_m": 64},
+        (1, 1, 1, 70, 200),
+    ),
     "a cluster, V within K": (
         {"head_dim": 400, "head_dim_v": 48, "kv_shared": True, "tile_m": 128},
         (1, 1, 1, 130, 200),
@@ -133,11 +144,28 @@ def test_p_in_shared_memory_is_this_strategy():
     assert plan_of(128).tiling.strategy == plan_of(128, p_staging="register").tiling.strategy == "warpgroups"
 
 
-def test_v_within_k_is_loaded_apart():
+def test_one_load_serves_k_and_v_where_halves_of_o_are_whole_chunks():
+    plan = plan_of(576, head_dim_v=512, kv_shared=True)
+    names = [buffer.name for buffer in plan.budget.buffers]
+    assert "sV" not in names and "tma_v" not in plan.tma_operands and not plan.separate_v
+    # two tiles of nine chunks: the ninth is no part of V, and both first parts of O's halves are read before the second
+    assert (plan.kv_stages, plan.k_tiles, plan.o_parts) == (18, 2, (128, 128))
+    assert plan.k_order == (8, 0, 1, 4, 5, 2, 3, 6, 7)
+    # QK and PV of one output warpgroup read a chunk, a lane of each of their 4 warps says so, in both CTAs
+    assert plan.budget.mbarrier("k_empty").arrivals == 2 * (4 + 4)
+    assert plan.budget.role("tma").warps == 1 and plan.budget.role("idle").warps == 3
+    assert plan_of(384, kv_shared=True).k_order == (0, 1, 2, 3, 4, 5)
+
+
+def test_v_within_k_is_loaded_apart_where_they_are_not():
     """K comes in columns and V in keys: no buffer could be both."""
-    plan = plan_of(512, kv_shared=True)
-    assert plan.separate_v and "tma_v, mv" in plan.tma_operands
-    assert [p.name for p in plan.parameters if p.matrix] == ["q", "k", "o"]
+    for head_dim in (320, 448):
+        plan = plan_of(head_dim, kv_shared=True)
+        assert plan.o_width % 64 and plan.separate_v and "tma_v, mv" in plan.tma_operands
+        assert [p.name for p in plan.parameters if p.matrix] == ["q", "k", "o"]
+    asked = plan_of(512, kv_shared=True, kv_stage=7)
+    assert asked.separate_v and asked.kv_stages == 7, "no whole tiles of eight chunks"
+    assert not plan_of(512, kv_shared=True, kv_stage=16).separate_v
 
 
 @pytest.mark.parametrize(
