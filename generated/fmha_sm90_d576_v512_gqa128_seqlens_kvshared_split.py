@@ -17,7 +17,7 @@
 #   q_full        0       5         1  TMA: a chunk of Q has landed
 #   q_empty      40       5         4  score warps, one lane each: it is in registers, or the last QK has read it
 #   k_full       80      18         1  TMA: a chunk of K has landed
-#   k_empty     224      18         8  score warps and an output warpgroup's, one lane each: it has been read
+#   k_empty     224      18         4  an output warpgroup's warps, or score warps where it is not V, one lane each: it has been read
 #   p_full      368       2         4  score warps, one lane each: P and the factors of O are written
 #   p_empty     384       2         8  output warps, one lane each: P and factors have been read
 #   scored      400       2         4  score warps, one lane each: QK of the next KV tile is done
@@ -63,7 +63,6 @@ K_CHUNKS = 9
 Q_CHUNKS = 6  # of them, in registers; the others of Q stay in shared memory
 Q_STAGES = 5
 K_STAGES = 18
-K_STEP = 2  # chunks of K that are multiplied between one signal and the next
 K_TILES = 2  # KV tiles in K's ring; a chunk is V too, until PV has read it
 K_ORDER = (8, 0, 1, 4, 5, 2, 3, 6, 7)  # chunks as they are loaded and multiplied: PV is done with the first ones first
 V_CHUNKS = 4  # that an output warpgroup has as V
@@ -103,7 +102,7 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 5, 1),
     (Q_EMPTY, 5, 4),
     (K_FULL, 18, 1),
-    (K_EMPTY, 18, 8),
+    (K_EMPTY, 18, 4),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
@@ -582,26 +581,20 @@ def read_q(q, q_smem, bars, place):
 
 
 @cute.jit
-def await_step(bars, place, first: cutlass.Constexpr):
-    """K_STEP chunks of K have landed, from the first-th in order on; returns the place as it is, and their stages."""
-    stages = []
+def multiply_qk(s, q, k, bars, place):
+    """S = Q K^T of a KV tile, chunk by chunk as they land; returns the place after it. Chunks that are V stay for PV,
+    which is told by P that this has read them.
+    """
     tile, phase = place
-    for i in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
-        stage = tile * K_CHUNKS + K_ORDER[i]
-        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-        stages.append(stage)
-    return place, stages
-
-
-@cute.jit
-def multiply_step(s, q, k, stages, first: cutlass.Constexpr):
-    """S += Q K^T of these chunks; not waited for."""
     q, apart, q_stages = q
     apart_mma = qk_mma_apart()
     qk = qk_mma()
-    warpgroup.fence()
-    for i in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
-        chunk, stage = K_ORDER[i], stages[i - first]
+    for i in cutlass.range_constexpr(K_CHUNKS):
+        chunk = K_ORDER[i]
+        stage = opaque(tile, Int32) * K_CHUNKS + chunk  # else registers hold what is computed of it for every chunk
+        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+        if cutlass.const_expr(i == 0):
+            warpgroup.fence()
         for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
             if cutlass.const_expr(chunk < Q_CHUNKS):
                 qk.set(Field.ACCUMULATE, i + block > 0)
@@ -611,29 +604,9 @@ def multiply_step(s, q, k, stages, first: cutlass.Constexpr):
                 a = apart[None, None, block, q_stages[chunk - Q_CHUNKS]]
                 cute.gemm(apart_mma, s, a, k[None, None, block, stage], s)
     warpgroup.commit_group()
-
-
-@cute.jit
-def release_step(bars, stages, pending: cutlass.Constexpr):
-    """Chunks of K have been read, once no more groups than these are on their way."""
-    warpgroup.wait_group(pending)
-    for stage in stages:
-        release(bars + K_EMPTY + stage)
-
-
-@cute.jit
-def multiply_qk(s, q, k, bars, place):
-    """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; returns the
-    place after it.
-    """
-    before = []
-    for first in cutlass.range_constexpr(0, K_CHUNKS, K_STEP):
-        place, stages = await_step(bars, place, first)
-        multiply_step(s, q, k, stages, first)
-        if cutlass.const_expr(first > 0):
-            release_step(bars, before, 1)
-        before = stages
-    release_step(bars, before, 0)
+    warpgroup.wait_group(0)
+    for chunk in cutlass.range_constexpr(2 * V_CHUNKS, K_CHUNKS):
+        release(bars + K_EMPTY + tile * K_CHUNKS + chunk)
     return after(place, K_TILES)
 
 
@@ -849,8 +822,6 @@ def output(smem_tiles, factors, out, bars, call):
                     warpgroup.wait_group(1)
                     release_chunks(bars, v_stage - O_PARTS[i - 1] // K_CHUNK, O_PARTS[i - 1] // K_CHUNK)
                 v_stage += O_PARTS[i] // K_CHUNK
-            if half == 1:  # those that are not V: QK has read them
-                release_chunks(bars, k_tile * K_CHUNKS + 2 * V_CHUNKS, K_CHUNKS - 2 * V_CHUNKS)
             warpgroup.wait_group(0)
             release_chunks(bars, v_stage - O_PARTS[-1] // K_CHUNK, O_PARTS[-1] // K_CHUNK)
             arrive_warp(bars + P_EMPTY + p_stage)

@@ -246,19 +246,19 @@ def _mbarriers(
 ) -> tuple[tuple[Mbarrier, ...], int]:
     both = ", in both CTAs" if cluster > 1 else ""
     output = OUTPUT_GROUPS * warps
-    readers, read = warps, "score warps, one lane each"
+    read = "score warps, one lane each"
     of_v = [
         ("v_full", v_count, 1, "TMA: a slice of V has landed"),
         ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
     ]
     if not v_count:
-        readers, read, of_v = 2 * warps, "score warps and an output warpgroup's, one lane each", []
+        read, of_v = "an output warpgroup's warps, or score warps where it is not V, one lane each", []
     return place_mbarriers(
         (
             ("q_full", q_count, 1, "TMA: a chunk of Q has landed"),
             ("q_empty", q_count, warps, "score warps, one lane each: it is in registers, or the last QK has read it"),
             ("k_full", tiling.kv_stages, 1, "TMA: a chunk of K has landed"),
-            ("k_empty", tiling.kv_stages, cluster * readers, f"{read}{both}: it has been read"),
+            ("k_empty", tiling.kv_stages, cluster * warps, f"{read}{both}: it has been read"),
             *of_v,
             ("p_full", P_STAGES, warps, "score warps, one lane each: P and the factors of O are written"),
             ("p_empty", P_STAGES, output, "output warps, one lane each: P and factors have been read"),

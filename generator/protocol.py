@@ -193,19 +193,19 @@ def _columns(plan: Plan) -> Told:
     tile, tile_first = ring(plan.p_stages)
     read = "when it is in registers, or after the last QK of a query tile"
     if plan.separate_v:
-        (v, v_first), waits, multiplied = ring(plan.v_stages), "before QK of chunk n", "after QK of chunk n"
+        (v, v_first), waits, freed = ring(plan.v_stages), "before QK of chunk n", f"{scores}{both} after QK of chunk n"
         of_v = {
             "v_full": (loader, "output warps, before PV of slice n", v, plan.v_slice_bytes),
             "v_empty": (f"{outputs}{both} after PV of slice n", "second load warp, before loading slice n", v_first, 0),
         }
     else:
         waits, of_v = "before QK of chunk n; output warps by p_full", {}
-        multiplied = "after QK of chunk n, and of each warp of an output warpgroup, after PV of it"
+        freed = f"{outputs} of a half{both} after PV of chunk n, or of each score warp after QK where it is not V"
     return of_v | {
         "q_full": ("load warp and TMA", "score warps, at the start of a query tile", q, plan.q_chunk_bytes),
         "q_empty": (f"{scores}, {read}", "load warp, before loading chunk n", q_first, 0),
         "k_full": (loader, f"score warps, {waits}", k, plan.k_chunk_bytes),
-        "k_empty": (f"{scores}{both} {multiplied}", "load warp, before loading chunk n", k_first, 0),
+        "k_empty": (freed, "load warp, before loading chunk n", k_first, 0),
         "p_full": (f"{scores}, when P and factors are written", "output warps, before PV of KV tile n", tile, 0),
         "p_empty": (f"{outputs}, after PV of KV tile n", "score warps, before writing P of tile n", tile_first, 0),
         "scored": (f"{scores}, after QK of tile n + 1", "output warps, before the second half of PV n", tile, 0),
