@@ -17,7 +17,7 @@
 #   q_full        0       5         1  TMA: a chunk of Q has landed
 #   q_empty      40       5         4  score warps, one lane each: it is in registers, or the last QK has read it
 #   k_full       80      18         1  TMA: a chunk of K has landed
-#   k_empty     224      18         4  an output warpgroup's warps, or score warps where it is not V, one lane each: it has been read
+#   k_empty     224      18         4  half of O's or the score warps, one lane each: it has been read
 #   p_full      368       2         4  score warps, one lane each: P and the factors of O are written
 #   p_empty     384       2         8  output warps, one lane each: P and factors have been read
 #   scored      400       2         4  score warps, one lane each: QK of the next KV tile is done

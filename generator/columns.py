@@ -252,7 +252,7 @@ def _mbarriers(
         ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
     ]
     if not v_count:
-        read, of_v = "an output warpgroup's warps, or score warps where it is not V, one lane each", []
+        read, of_v = "half of O's or the score warps, one lane each", []
     return place_mbarriers(
         (
             ("q_full", q_count, 1, "TMA: a chunk of Q has landed"),

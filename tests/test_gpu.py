@@ -51,6 +51,10 @@ CASES = {
     },
     "576/512 gqa8 causal": {"head_dim": 576, "head_dim_v": 512, "q_heads_per_kv": 8, "causal": True},
     "320/272, V within K": {"head_dim": 320, "head_dim_v": 272, "kv_shared": True},
+    "576/512 causal, V in K's chunks, two CTAs": {
+        **{"head_dim": 576, "head_dim_v": 512, "causal": True, "kv_shared": True, "tile_m": 128},
+    },
+    "512 gqa8 causal": {"head_dim": 512, "q_heads_per_kv": 8, "causal": True},
     "304/208 causal": {"head_dim": 304, "head_dim_v": 208, "causal": True},
     "128 causal, P in shared memory": {"head_dim": 128, "causal": True, "p_staging": "smem"},
     "64 gqa8, window of 128, sinks": {
