@@ -120,7 +120,7 @@ def _not_on_hopper(fields):
             yield "tile_m"
         if fields.get("kv_stage") == 1:
             yield "kv_stage"
-        if fields.get("tile_n", 64) % 32 or fields.get("tile_n", 64) < 64:
+        if fields.get("tile_n", 64) % 16 or fields.get("tile_n", 64) < 32:
             yield "tile_n"
         return
     if fields.get("strategy", HOPPER) not in (HOPPER, "auto"):
@@ -161,7 +161,8 @@ def _fits_hopper(fields):
 def _fits_columns(fields):
     """One warpgroup with S, P and the chunks of Q that 16 other registers leave room for, two with half of O each and
     32 others, of 512 registers of a thread of each of four warpgroups; chunks of 64 columns of K and Q, at least half
-    of a KV tile's V in slices of 32 keys, P and the factors of O twice, O in steps, in shared memory.
+    of a KV tile's V in slices of 16 or 32 keys, or V within two or three whole tiles of K, P and the factors of O
+    twice, O in steps, in shared memory.
     """
     d, dv = widths(fields)
     half = -(-dv // 32) * 16
@@ -175,9 +176,16 @@ def _fits_columns(fields):
         apart = -(-max(0, d - room) // 64)
         q = min(chunks, apart + 2) if "window_left" in fields or fields.get("split_kv") else max(2, apart)
         held = (d - min(d, 64 * apart)) // 4 + n // 2 + n // 4 + 16
-        rest = 512 + fields.get("kv_stage", 2) * n * 128 + q * 8192 + 2 * 64 * n * 2 + stored
-        slices = min(2 * n // 32, (SMEM - 2048 - rest) // (32 * 2 * half * 2))
-        if held <= score and slices >= 1 and slices * 32 >= n // 2:
+        if held > score:
+            continue
+        room = SMEM - 2048 - (512 + q * 8192 + 2 * 64 * n * 2 + stored)
+        of_k = n * 128
+        for keys in (16, 32):
+            slices = min(2 * n // keys, (room - fields.get("kv_stage", 2) * of_k) // (keys * 2 * half * 2))
+            if n % keys == 0 and slices >= 1 and slices * keys >= n // 2:
+                return True
+        tiles = [count for count in (2 * chunks, 3 * chunks) if fields.get("kv_stage", count) == count]
+        if fields.get("kv_shared") and half % 64 == 0 and any(count * of_k <= room for count in tiles):
             return True
     return False
 
