@@ -127,8 +127,11 @@ VERIFIED = {  # fields, shape
 }
 
 
-IN_SPECS = ("O of an odd number of 16 columns", "576")  # with other fields
-CASES = [pytest.param(case, marks=[pytest.mark.sweep] * (case in IN_SPECS)) for case in VERIFIED]
+IN_SWEEP = (  # specs have them, with other fields, or they are like others
+    *("O of an odd number of 16 columns", "576", "by a cluster", "more columns in registers than V has"),
+    "tiles of three in narrow boxes",
+)
+CASES = [pytest.param(case, marks=[pytest.mark.sweep] * (case in IN_SWEEP)) for case in VERIFIED]
 
 
 @pytest.mark.parametrize("case", CASES)

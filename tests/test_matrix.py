@@ -147,6 +147,7 @@ BRIEF = {  # kernels whose shapes beyond the edges wait
     "fmha_sm90_d384_fp16_gqa4_unnorm",
     "fmha_sm90_d448_kv2_limit2_n64",
     "fmha_sm90_d512_causal_seqlens_m128",
+    "fmha_sm90_d512_gqa8_causal",
     "fmha_sm90_d512_gqa8_causal_wl127_seqlens_sink",
     "fmha_sm90_d64_v144_gqa3_kv2_limit2",
     "fmha_sm90_d64_v32_fp16_gqa4_seqlens_kv2_limit2_stage14_n80",
