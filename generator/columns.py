@@ -3,8 +3,9 @@ file: one warpgroup computes the scores, two more hold half of O's columns each.
 
 Pure arithmetic, as in budget.py. Q stays in the score warpgroup's registers, operand A of QK, as far as they suffice;
 that way shared memory gives its bandwidth to K and V, which stream through rings in pieces: K in chunks of columns, V
-in slices of keys. P goes through shared memory, with the factor by which O is to be rescaled. With a cluster of two
-CTAs, each loads half of every piece for both (multicast), which halves what L2 has to give.
+in slices of keys, or as a part of K's chunks. P goes through shared memory, with the factor by which O is to be
+rescaled. With a cluster of two CTAs, each loads half of every piece for both (multicast), which halves what L2 has to
+give.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .warpgroups import narrow_window, packs
 CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
 V_KEYS = (16, 32)  # keys of V in a buffer
 IN_K = 0  # v_keys where V has no buffers, being a part of K's
+ENOUGH_SLICES = {16: 4, 32: 3, IN_K: 0}  # buffers of V by its keys in one, below which tiles were slower on an H200
 OUTPUT_GROUPS = 2
 P_STAGES = 2
 # What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
@@ -305,17 +307,17 @@ def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """column_preference as if no tile had won, by TFLOP/s on an H200 (2026-11-29): 0.99 of the fastest of 32 cases from
     272 to 512.
 
-    Two CTAs that load for one another: prefers_pairs. V in K's chunks where it can be (not measured), else in small slices at 496 and 512, whose rings have the least
-    room: 655 and 614 of 128 x 96 at 512; else in wide ones, 625 and 587 at 384, 572 and 313 at 352 where it comes in
-    boxes of 32 columns. Q in registers, but for two chunks; at 496 and 512 for three, which lets a wider tile in. Three
-    wide slices of V or four small ones: 603 at 512, 563 with two wide ones. The widest tile: 617 with 128 keys at 320,
-    557 with 96. As much of K as is left.
+    Two CTAs that load for one another: prefers_pairs. V within K's chunks where it can be, not measured yet; else in
+    small slices at 496 and 512, whose rings have the least room: 655 and 614 of 128 x 96 at 512; elsewhere in wide
+    ones, 625 and 587 at 384, 572 and 313 at 352 where it comes in boxes of 32 columns. Q in registers, but for two
+    chunks; at 496 and 512 for three, which lets a wider tile in. Three wide slices of V or four small ones: 603 at 512,
+    563 with two wide ones. The widest tile: 617 with 128 keys at 320, 557 with 96. As much of K as is left.
     """
     roomless = widest(spec, arch) and has_long_rows(spec)
     other_size = (tiling.tile_m > arch.mma_m) != prefers_pairs(spec, arch)
     slices = (IN_K, *(V_KEYS if roomless else V_KEYS[::-1])).index(tiling.v_keys)
     apart = max(3 if roomless else 2, chunks_apart(spec, arch, tiling))
-    few = v_stages(spec, arch, tiling) < {IN_K: 0, 16: 4, 32: 3}[tiling.v_keys]
+    few = v_stages(spec, arch, tiling) < ENOUGH_SLICES[tiling.v_keys]
     return (other_size, slices, apart, few, -tiling.tile_n, -tiling.kv_stages)
 
 
