@@ -41,7 +41,7 @@ SHARED_SAYS = {
     "chunks": "K in chunks through one ring, V a part of them, Q resident; two K tiles in it, for QK goes ahead of PV",
     "pair": "CTA pair (cta_group::2): half of K, V and of the rows each; V is loaded a second time, for one descriptor "
     "serves both CTAs: at one address PV wants the same keys in both, QK other keys in each",
-    "columns": "a warpgroup for scores, two with half of O's columns each; K in chunks through a ring, V a part of them",
+    "columns": "a warpgroup for scores, two with half of O's columns each; K in chunks through a ring, V part of them",
 }
 
 
