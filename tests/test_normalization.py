@@ -83,7 +83,10 @@ def compare(change, dtype, strategy="tiles"):
     return *errors, float(np.mean(apart > 0)), int(apart.max())
 
 
-@pytest.mark.parametrize("dtype, strategy", [("bf16", "tiles"), ("fp16", "tiles"), ("bf16", "two_tiles")])
+@pytest.mark.parametrize(
+    "dtype, strategy",
+    [("bf16", "tiles"), ("fp16", "tiles"), pytest.param("bf16", "two_tiles", marks=pytest.mark.sweep)],
+)
 @pytest.mark.parametrize("change", INPUTS, ids=lambda change: change.__name__)
 def test_division_in_the_kernel_costs_no_accuracy(change, dtype, strategy):
     inside, outside, differ, ulps = compare(change, dtype, strategy)
