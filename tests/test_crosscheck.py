@@ -32,7 +32,7 @@ def test_the_emulator_answers_as_the_h200_did(group):
     assert counts["same"] > 20 and (not counts["refused"] or group in ("scalar", "conversion"))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("group", EVERY)
 def test_every_case_as_recorded(group):
     assert recorded(group, 1)["same"] > 300
