@@ -459,7 +459,7 @@ def _any_fits(spec: KernelSpec, arch: Arch) -> bool:
 
 def deepest_kv_stage(spec: KernelSpec, arch: Arch) -> int:
     """The most kv stages that fit with the specification's other fields as they are; 0 when none does."""
-    for depth in range(KV_STAGE_MAX, 0, -1):
+    for depth in range(spec.kv_stage_max, 0, -1):
         if _any_fits(spec.model_copy(update={"kv_stage": depth}), arch):
             return depth
     return 0

@@ -29,6 +29,7 @@ HEAD_DIM_STEP = 16  # K of one 16-bit MMA instruction (facts: ptx.md section 3)
 HEAD_DIM_MAX = 512
 HEAD_DIM_QK_MLA = 576  # Q/K only, and only with head_dim_v = 512
 KV_STAGE_MAX = 16
+KV_STAGE_WHOLE_MAX = 27  # where K's ring holds whole KV tiles in chunks (columns.py): three of nine
 TILE_MAX = 256  # largest M or N of one tcgen05.mma
 GROUP_MAX = 1024
 WINDOW_MAX = 1 << 30  # keys: no sequence is longer (arrays.py), and sums of two stay within int32
@@ -99,13 +100,18 @@ class KernelSpec(BaseModel):
             return {**data, "head_dim_v": data["head_dim"]}
         return data
 
+    @property
+    def kv_stage_max(self) -> int:
+        """The largest kv_stage that may be asked for."""
+        return KV_STAGE_WHOLE_MAX if self.arch == "sm_90a" and self.kv_shared else KV_STAGE_MAX
+
     @model_validator(mode="after")
     def _check(self) -> KernelSpec:
         mla = self.head_dim == HEAD_DIM_QK_MLA and self.head_dim_v == HEAD_DIM_MAX
         if not mla:
             _check_head_dim("head_dim", self.head_dim)
         _check_head_dim("head_dim_v", self.v_dim)
-        _check_range("kv_stage", self.kv_stage, 1, KV_STAGE_MAX, 1)
+        _check_range("kv_stage", self.kv_stage, 1, self.kv_stage_max, 1)
         _check_range("tile_m", self.tile_m, 16, TILE_MAX, 16)
         _check_range("tile_n", self.tile_n, 16, TILE_MAX, 16)
         if self.output == "unnormalized" and not self.lse:

@@ -169,6 +169,8 @@ def test_v_within_k_is_loaded_apart_where_they_are_not():
     asked = plan_of(512, kv_shared=True, kv_stage=7)
     assert asked.separate_v and asked.kv_stages == 7, "no whole tiles of eight chunks"
     assert not plan_of(512, kv_shared=True, kv_stage=16).separate_v
+    taken = plan_of(576, head_dim_v=512, kv_shared=True)
+    assert plan_of(576, head_dim_v=512, kv_shared=True, kv_stage=taken.kv_stages).tiling == taken.tiling
 
 
 @pytest.mark.parametrize(
