@@ -571,6 +571,22 @@ def read_q(q, q_smem, bars, place):
 
 
 @cute.jit
+def multiply_chunk(s, q, k, stage, chunk: cutlass.Constexpr, is_first: cutlass.Constexpr):
+    """S += Q K^T of a chunk, or = of a KV tile's first one; not waited for."""
+    q, apart, q_stages = q
+    apart_mma = qk_mma_apart()
+    qk = qk_mma()
+    for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
+        if cutlass.const_expr(chunk < Q_CHUNKS):
+            qk.set(Field.ACCUMULATE, block > 0 or not is_first)
+            cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
+        else:
+            apart_mma.set(Field.ACCUMULATE, block > 0 or not is_first)
+            a = apart[None, None, block, q_stages[chunk - Q_CHUNKS]]
+            cute.gemm(apart_mma, s, a, k[None, None, block, stage], s)
+
+
+@cute.jit
 def await_step(bars, place, first: cutlass.Constexpr):
     """K_STEP chunks of K have landed, from the first-th on; returns the place after them, and their stages."""
     stages = []
@@ -585,20 +601,9 @@ def await_step(bars, place, first: cutlass.Constexpr):
 @cute.jit
 def multiply_step(s, q, k, stages, first: cutlass.Constexpr):
     """S += Q K^T of these chunks; not waited for."""
-    q, apart, q_stages = q
-    apart_mma = qk_mma_apart()
-    apart_mma.set(Field.ACCUMULATE, True)
-    qk = qk_mma()
     warpgroup.fence()
     for chunk in cutlass.range_constexpr(first, min(first + K_STEP, K_CHUNKS)):
-        stage = stages[chunk - first]
-        for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
-            if cutlass.const_expr(chunk < Q_CHUNKS):
-                qk.set(Field.ACCUMULATE, chunk + block > 0)
-                cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
-            else:
-                a = apart[None, None, block, q_stages[chunk - Q_CHUNKS]]
-                cute.gemm(apart_mma, s, a, k[None, None, block, stage], s)
+        multiply_chunk(s, q, k, stages[chunk - first], chunk, chunk == 0)
     warpgroup.commit_group()
 
 

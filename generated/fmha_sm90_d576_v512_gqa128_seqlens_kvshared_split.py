@@ -581,28 +581,34 @@ def read_q(q, q_smem, bars, place):
 
 
 @cute.jit
+def multiply_chunk(s, q, k, stage, chunk: cutlass.Constexpr, is_first: cutlass.Constexpr):
+    """S += Q K^T of a chunk, or = of a KV tile's first one; not waited for."""
+    q, apart, q_stages = q
+    apart_mma = qk_mma_apart()
+    qk = qk_mma()
+    for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
+        if cutlass.const_expr(chunk < Q_CHUNKS):
+            qk.set(Field.ACCUMULATE, block > 0 or not is_first)
+            cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
+        else:
+            apart_mma.set(Field.ACCUMULATE, block > 0 or not is_first)
+            a = apart[None, None, block, q_stages[chunk - Q_CHUNKS]]
+            cute.gemm(apart_mma, s, a, k[None, None, block, stage], s)
+
+
+@cute.jit
 def multiply_qk(s, q, k, bars, place):
     """S = Q K^T of a KV tile, chunk by chunk as they land; returns the place after it. Chunks that are V stay for PV,
     which is told by P that this has read them.
     """
     tile, phase = place
-    q, apart, q_stages = q
-    apart_mma = qk_mma_apart()
-    qk = qk_mma()
     for i in cutlass.range_constexpr(K_CHUNKS):
         chunk = K_ORDER[i]
         stage = opaque(tile, Int32) * K_CHUNKS + chunk  # else registers hold what is computed of it for every chunk
         cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
         if cutlass.const_expr(i == 0):
             warpgroup.fence()
-        for block in cutlass.range_constexpr(min(K_CHUNK, HEAD_DIM - chunk * K_CHUNK) // 16):
-            if cutlass.const_expr(chunk < Q_CHUNKS):
-                qk.set(Field.ACCUMULATE, i + block > 0)
-                cute.gemm(qk, s, q[None, None, chunk * (K_CHUNK // 16) + block], k[None, None, block, stage], s)
-            else:
-                apart_mma.set(Field.ACCUMULATE, i + block > 0)
-                a = apart[None, None, block, q_stages[chunk - Q_CHUNKS]]
-                cute.gemm(apart_mma, s, a, k[None, None, block, stage], s)
+        multiply_chunk(s, q, k, stage, chunk, i == 0)
     warpgroup.commit_group()
     warpgroup.wait_group(0)
     for chunk in cutlass.range_constexpr(2 * V_CHUNKS, K_CHUNKS):

@@ -32,13 +32,12 @@ from .budget import (
     smem_overflows,
 )
 from .spec import HEAD_DIM_STEP, KernelSpec
-from .tuned import winner
-from .warpgroups import narrow_window, packs
+from .warpgroups import is_winner, narrow_window, packs
 
 CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
 V_KEYS = (16, 32)  # keys of V in a buffer
 IN_K = 0  # v_keys where V has no buffers, being a part of K's
-ENOUGH_SLICES = {16: 4, 32: 3, IN_K: 0}  # buffers of V by its keys in one, below which tiles were slower on an H200
+ENOUGH_SLICES = {16: 4, 32: 3, IN_K: 0}  # buffers of V, by keys in one: two of 32 were slower on an H200
 OUTPUT_GROUPS = 2
 P_STAGES = 2
 # What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
@@ -148,7 +147,7 @@ def v_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     """Buffers of V's ring: as many as fit beside the rest, at most two KV tiles' worth."""
     if tiling.v_keys == IN_K:
         return 0
-    rest = sum(size for name, size, *_ in _wanted(spec, arch, tiling, 0) if name != "sV")
+    rest = sum(size for _, size, *_ in _wanted(spec, arch, tiling, 0))
     free = arch.smem_per_cta - rest - 2 * TILE_ALIGNMENT  # barriers, and what aligning the factors takes
     return max(1, min(2 * tiling.tile_n // tiling.v_keys, free // _v_bytes(spec, tiling)))
 
@@ -161,12 +160,12 @@ def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[
     rows, keys = arch.mma_m, tiling.tile_n
     apart, stages = chunks_apart(spec, arch, tiling), q_stages(spec, arch, tiling)
     why = f"{rows} x {CHUNK} a stage, on the way to registers" + (f"; the last {apart} chunks stay" if apart else "")
+    of_k = f"{keys} x {CHUNK} a stage"
+    if tiling.v_keys == IN_K:
+        of_k += f", V too: {tiling.kv_stages // k_chunks(spec)} KV tiles"
     wanted = [
         ("rows", P_STAGES * rows * ACCUMULATOR_BYTES, P_STAGES, None, f"factors of {rows} rows"),
-        (
-            *("sK", tiling.kv_stages * keys * CHUNK * ELEMENT_BYTES, tiling.kv_stages, None),
-            f"{keys} x {CHUNK} a stage" + (f", V too: {tiling.kv_stages // k_chunks(spec)} KV tiles" * (not v_count)),
-        ),
+        ("sK", tiling.kv_stages * keys * CHUNK * ELEMENT_BYTES, tiling.kv_stages, None, of_k),
         ("sQ", stages * rows * CHUNK * ELEMENT_BYTES, stages, None, why),
         ("sP", P_STAGES * rows * keys * ELEMENT_BYTES, P_STAGES, None, f"{rows} x {keys} a stage"),
     ]
@@ -248,13 +247,14 @@ def _mbarriers(
 ) -> tuple[tuple[Mbarrier, ...], int]:
     both = ", in both CTAs" if cluster > 1 else ""
     output = OUTPUT_GROUPS * warps
-    read = "score warps, one lane each"
-    of_v = [
-        ("v_full", v_count, 1, "TMA: a slice of V has landed"),
-        ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
-    ]
-    if not v_count:
+    if tiling.v_keys == IN_K:
         read, of_v = "half of O's or the score warps, one lane each", []
+    else:
+        read = "score warps, one lane each"
+        of_v = [
+            ("v_full", v_count, 1, "TMA: a slice of V has landed"),
+            ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
+        ]
     return place_mbarriers(
         (
             ("q_full", q_count, 1, "TMA: a chunk of Q has landed"),
@@ -297,10 +297,7 @@ def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
     measured = wide and has_long_rows(spec) and not packs_widest(spec, arch) and not spec.kv_shared
-    found = winner(spec) if measured else None
-    tile = tiling.tile_m, tiling.tile_n, tiling.v_keys
-    won = found is not None and (found.tile_m, found.tile_n, found.v_keys) == tile
-    return (not won, *column_order(spec, arch, tiling))
+    return (not (measured and is_winner(spec, tiling)), *column_order(spec, arch, tiling))
 
 
 def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:

@@ -127,8 +127,8 @@ def _head_cells(row: Row) -> tuple[str, ...]:
     return (dims, tiling.strategy, tiling.p_staging.upper(), str(tiling.kv_stages), f"{tiling.tile_m}x{tiling.tile_n}")
 
 
-def _smem_cell(row: Row, name: str) -> str:
-    if name == "sV" and row.spec.kv_shared and not row.budget.bytes_of(name):
+def _smem_cell(row: Row | Explained, name: str) -> str:
+    if name == "sV" and row.budget.bytes_of("sK") and not row.budget.bytes_of(name):
         return "in sK"
     return "in sQ" if name == "sO" and row.tiling.o_over_q else str(row.budget.bytes_of(name))
 
@@ -174,7 +174,7 @@ def strategy_table(rows: Iterable[Explained], title: str | None = None) -> Table
         color = "green" if row.chosen else "yellow" if budget.fits else "red"
         table.add_row(
             *(dims, row.strategy, f"{tiling.tile_m}x{tiling.tile_n}", tiling.p_staging.upper()),
-            *("in sQ" if name == "sO" and tiling.o_over_q else str(budget.bytes_of(name)) for name in smem),
+            *(_smem_cell(row, name) for name in smem),
             str(budget.smem_total),
             *_held_cells(accumulators(spec, tiling, budget))[: len(shown)],
             f"{row.cost.score:.0f}",

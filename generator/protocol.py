@@ -201,6 +201,7 @@ def _columns(plan: Plan) -> Told:
     else:
         waits, of_v = "before QK of chunk n; output warps by p_full", {}
         freed = f"{outputs} of a half{both} after PV of chunk n, or of each score warp after QK where it is not V"
+        k, k_first = (f"{said}, of KV tiles n, each its chunks in a row" for said in ring(plan.k_tiles))
     return of_v | {
         "q_full": ("load warp and TMA", "score warps, at the start of a query tile", q, plan.q_chunk_bytes),
         "q_empty": (f"{scores}, {read}", "load warp, before loading chunk n", q_first, 0),

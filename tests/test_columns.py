@@ -9,7 +9,7 @@ from generator.arch import SM90A
 from generator.compile import compile_kernel
 from generator.plan import NotImplementedYet, plan_kernel
 from generator.run import run_observed
-from generator.spec import load_spec
+from generator.spec import KV_STAGE_WHOLE_MAX, load_spec
 from generator.verify import compare, random_operands, verify_kernel
 
 
@@ -169,6 +169,7 @@ def test_v_within_k_is_loaded_apart_where_they_are_not():
     asked = plan_of(512, kv_shared=True, kv_stage=7)
     assert asked.separate_v and asked.kv_stages == 7, "no whole tiles of eight chunks"
     assert not plan_of(512, kv_shared=True, kv_stage=16).separate_v
+    assert max(columns.K_TILES) * plan_of(576, head_dim_v=512).k_chunks == KV_STAGE_WHOLE_MAX
     taken = plan_of(576, head_dim_v=512, kv_shared=True)
     assert plan_of(576, head_dim_v=512, kv_shared=True, kv_stage=taken.kv_stages).tiling == taken.tiling
 

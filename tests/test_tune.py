@@ -81,8 +81,7 @@ def test_tiles_are_distinct_fitting_and_in_the_models_order(head_dim):
 
 
 def test_schedules_are_all_there_are():
-    spec = spec_of(128)
-    usual = plan_kernel(spec).tiling
+    usual = plan_kernel(spec_of(128)).tiling
     found = schedules(usual, SM90)
     assert found[0] == usual and len(found) == 4 == len({(item.turns, item.beside_pv) for item in found})
     alone = replace(usual, tile_m=64, turns=False)
