@@ -323,18 +323,24 @@ def load_v_alone(source, v_smem, bars, call):
 
 
 @cute.jit
-def load_k(k, bars, place, j, span):
-    """The j-th K tile of this turn, chunk by chunk; returns the place after it. Rows past the sequence and columns past
-    HEAD_DIM arrive as zeros and count.
+def load_chunk(k, bars, place, j, chunk: cutlass.Constexpr, span):
+    """A chunk of the j-th K tile of this turn. Rows past the sequence and columns past HEAD_DIM arrive as zeros and
+    count.
     """
+    stage, phase = place
+    full = bars + K_FULL + stage
+    cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
+    expect(full, K_CHUNK_BYTES)
+    tma, smem, gmem = k
+    piece = gmem[None, j, chunk]
+    cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
+
+
+@cute.jit
+def load_k(k, bars, place, j, span):
+    """The j-th K tile of this turn, chunk by chunk as QK takes them; returns the place after it."""
     for chunk in cutlass.range_constexpr(K_CHUNKS):
-        stage, phase = place
-        full = bars + K_FULL + stage
-        cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
-        expect(full, K_CHUNK_BYTES)
-        tma, smem, gmem = k
-        piece = gmem[None, j, chunk]
-        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
+        load_chunk(k, bars, place, j, chunk, span)
         place = after(place, K_STAGES)
     return place
 

@@ -348,23 +348,29 @@ def load_v_alone(sources, v_smem, bars, call):
 
 
 @cute.jit
-def load_k(k, bars, place, j, spans):
-    """The j-th K tile of this turn, chunk by chunk; returns the place after it. Rows past the sequence and columns past
-    HEAD_DIM arrive as zeros and count.
+def load_chunk(k, bars, place, j, chunk: cutlass.Constexpr, spans):
+    """A chunk of the j-th K tile of this turn. Rows past the sequence and columns past HEAD_DIM arrive as zeros and
+    count.
     """
+    stage, phase = place
+    full = bars + K_FULL + stage
+    cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
+    expect(full, K_CHUNK_BYTES)
+    (tma, smem, gmem), (tma2, _, gmem2) = k
+    span, span2 = spans
+    if j < span[0]:
+        piece = gmem[None, j, chunk]
+        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
+    else:
+        piece = gmem2[None, kv_tile(j - span[0], span2), chunk]
+        cute.copy(tma2, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
+
+
+@cute.jit
+def load_k(k, bars, place, j, spans):
+    """The j-th K tile of this turn, chunk by chunk as QK takes them; returns the place after it."""
     for chunk in cutlass.range_constexpr(K_CHUNKS):
-        stage, phase = place
-        full = bars + K_FULL + stage
-        cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
-        expect(full, K_CHUNK_BYTES)
-        (tma, smem, gmem), (tma2, _, gmem2) = k
-        span, span2 = spans
-        if j < span[0]:
-            piece = gmem[None, j, chunk]
-            cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
-        else:
-            piece = gmem2[None, kv_tile(j - span[0], span2), chunk]
-            cute.copy(tma2, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
+        load_chunk(k, bars, place, j, chunk, spans)
         place = after(place, K_STAGES)
     return place
 

@@ -8,17 +8,17 @@
 #   buffer    offset  bytes  stages  holds
 #   barriers       0    320       1  mbarriers
 #   rows        1024    512       2  factors of 64 rows
-#   sK          2048  81920      10  64 x 64 a stage
-#   sQ         83968  32768       4  64 x 64 a stage, on the way to registers; the last 2 chunks stay
+#   sK          2048  98304      12  64 x 64 a stage
+#   sQ        100352  16384       2  64 x 64 a stage, on the way to registers; the last 2 chunks stay
 #   sV        116736  98304       3  32 x 512 a stage
 #   sP        215040  16384       2  64 x 64 a stage
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       4         1  TMA: a chunk of Q has landed
-#   q_empty      32       4         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       64      10         1  TMA: a chunk of K has landed
-#   k_empty     144      10         4  score warps, one lane each: it has been read
+#   q_full        0       2         1  TMA: a chunk of Q has landed
+#   q_empty      16       2         4  score warps, one lane each: it is in registers, or the last QK has read it
+#   k_full       32      12         1  TMA: a chunk of K has landed
+#   k_empty     128      12         4  score warps, one lane each: it has been read
 #   v_full      224       3         1  TMA: a slice of V has landed
 #   v_empty     248       3         8  output warps, one lane each: PV has read it
 #   p_full      272       2         4  score warps, one lane each: P and the factors of O are written
@@ -64,8 +64,8 @@ GROUP_THREADS = 128
 K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 8
 Q_CHUNKS = 6  # of them, in registers; the others of Q stay in shared memory
-Q_STAGES = 4
-K_STAGES = 10
+Q_STAGES = 2
+K_STAGES = 12
 K_STEP = 2  # chunks of K that are multiplied between one signal and the next
 V_KEYS = 32  # keys of V in a buffer
 V_SLICES = 2  # of a KV tile
@@ -73,7 +73,6 @@ V_STAGES = 3
 P_STAGES = 2
 O_WIDTH = 256  # columns of O that an output warpgroup holds
 O_PARTS = (128, 128)  # of them, by one wgmma
-O_CHUNK = 64  # of them, staged at a time
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 8192
 V_SLICE_BYTES = 32768
@@ -93,34 +92,31 @@ SMEM_BYTES = 231424
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 83968
+SQ_OFFSET = 100352
 SV_OFFSET = 116736
 SP_OFFSET = 215040
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-Q_EMPTY = 4
-K_FULL = 8
-K_EMPTY = 18
+Q_EMPTY = 2
+K_FULL = 4
+K_EMPTY = 16
 V_FULL = 28
 V_EMPTY = 31
 P_FULL = 34
 P_EMPTY = 36
 SCORED = 38
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 4, 1),
-    (Q_EMPTY, 4, 4),
-    (K_FULL, 10, 1),
-    (K_EMPTY, 10, 4),
+    (Q_FULL, 2, 1),
+    (Q_EMPTY, 2, 4),
+    (K_FULL, 12, 1),
+    (K_EMPTY, 12, 4),
     (V_FULL, 3, 1),
     (V_EMPTY, 3, 8),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
 )
-
-# Named barriers, one a warpgroup from here on.
-OWN_BARRIER = 1
 
 # The kernel that combines partial results.
 COMBINE_WARPS = 8
@@ -380,23 +376,29 @@ def load_v_alone(sources, v_smem, bars, call):
 
 
 @cute.jit
-def load_k(k, bars, place, j, spans):
-    """The j-th K tile of this turn, chunk by chunk; returns the place after it. Rows past the sequence and columns past
-    HEAD_DIM arrive as zeros and count.
+def load_chunk(k, bars, place, j, chunk: cutlass.Constexpr, spans):
+    """A chunk of the j-th K tile of this turn. Rows past the sequence and columns past HEAD_DIM arrive as zeros and
+    count.
     """
+    stage, phase = place
+    full = bars + K_FULL + stage
+    cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
+    expect(full, K_CHUNK_BYTES)
+    (tma, smem, gmem), (tma2, _, gmem2) = k
+    span, span2 = spans
+    if j < span[0]:
+        piece = gmem[None, kv_tile(j, span), chunk]
+        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
+    else:
+        piece = gmem2[None, kv_tile(j - span[0], span2), chunk]
+        cute.copy(tma2, piece, smem[None, stage], tma_bar_ptr=full)
+
+
+@cute.jit
+def load_k(k, bars, place, j, spans):
+    """The j-th K tile of this turn, chunk by chunk as QK takes them; returns the place after it."""
     for chunk in cutlass.range_constexpr(K_CHUNKS):
-        stage, phase = place
-        full = bars + K_FULL + stage
-        cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
-        expect(full, K_CHUNK_BYTES)
-        (tma, smem, gmem), (tma2, _, gmem2) = k
-        span, span2 = spans
-        if j < span[0]:
-            piece = gmem[None, kv_tile(j, span), chunk]
-            cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
-        else:
-            piece = gmem2[None, kv_tile(j - span[0], span2), chunk]
-            cute.copy(tma2, piece, smem[None, stage], tma_bar_ptr=full)
+        load_chunk(k, bars, place, j, chunk, spans)
         place = after(place, K_STAGES)
     return place
 

@@ -4,23 +4,23 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 cbd048fa595befd7aea96d3e452ad549ca6f121f775a3d490d237917f663eb58
 #
-# Shared memory: 206848 of 232448 bytes
+# Shared memory: 231424 of 232448 bytes
 #   buffer    offset   bytes  stages  holds
-#   barriers       0     416       1  mbarriers
+#   barriers       0     464       1  mbarriers
 #   rows        1024     512       2  factors of 64 rows
-#   sK          2048  147456      18  64 x 64 a stage, V too: 2 KV tiles
-#   sQ        149504   40960       5  64 x 64 a stage, on the way to registers; the last 3 chunks stay
-#   sP        190464   16384       2  64 x 64 a stage
+#   sK          2048  188416      23  64 x 64 a stage, V too: 2.75 KV tiles
+#   sQ        190464   24576       3  64 x 64 a stage, on the way to registers; the last 3 chunks stay
+#   sP        215040   16384       2  64 x 64 a stage
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       5         1  TMA: a chunk of Q has landed
-#   q_empty      40       5         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       80      18         1  TMA: a chunk of K has landed
-#   k_empty     224      18         4  half of O's or the score warps, one lane each: it has been read
-#   p_full      368       2         4  score warps, one lane each: P and the factors of O are written
-#   p_empty     384       2         8  output warps, one lane each: P and factors have been read
-#   scored      400       2         4  score warps, one lane each: QK of the next KV tile is done
+#   q_full        0       3         1  TMA: a chunk of Q has landed
+#   q_empty      24       3         4  score warps, one lane each: it is in registers, or the last QK has read it
+#   k_full       48      23         1  TMA: a chunk of K has landed
+#   k_empty     232      23         4  half of O's or the score warps, one lane each: it has been read
+#   p_full      416       2         4  score warps, one lane each: P and the factors of O are written
+#   p_empty     432       2         8  output warps, one lane each: P and factors have been read
+#   scored      448       2         4  score warps, one lane each: QK of the next KV tile is done
 #
 # Warps: 512 threads, 65536 of 65536 registers handed out
 #   role    first warp  warps  registers  why
@@ -35,8 +35,7 @@ A CTA works on one query tile after another:
 a query token of 64 of a KV head's 128 query heads.
 Q stays in the score warpgroup's registers, but for its last chunks. K streams through a ring in
 chunks of K_CHUNK columns, of which V is a part: one load serves both. P and the factors of O go through shared memory.
-The second half of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores
-become P.
+PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -61,15 +60,16 @@ GROUP_THREADS = 128
 K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 9
 Q_CHUNKS = 6  # of them, in registers; the others of Q stay in shared memory
-Q_STAGES = 5
-K_STAGES = 18
-K_TILES = 2  # KV tiles in K's ring; a chunk is V too, until PV has read it
-K_ORDER = (8, 0, 1, 4, 5, 2, 3, 6, 7)  # chunks as they are loaded and multiplied: PV is done with the first ones first
-V_CHUNKS = 4  # that an output warpgroup has as V
+Q_STAGES = 3
+K_STAGES = 23
+PART_CHUNKS = 2  # of K, which are V too until PV has read them: what one wgmma of PV multiplies
+TILE_PARTS = 4  # of a KV tile: the first of either half of O, then the next
+RING_PARTS = 11
+REST_CHUNKS = 1  # of K that are no part of V: in buffers of their own, before the ring's
+PV_WAITS_AT = 0  # the part of O before which PV waits for QK of the next KV tile
 P_STAGES = 2
 O_WIDTH = 256  # columns of O that an output warpgroup holds
 O_PARTS = (128, 128)  # of them, by one wgmma
-O_CHUNK = 64  # of them, staged at a time
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 8192
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
@@ -83,33 +83,30 @@ OUTPUT_REGISTERS = 160
 PRODUCER_REGISTERS = 24
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 206848
+SMEM_BYTES = 231424
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 149504
-SP_OFFSET = 190464
+SQ_OFFSET = 190464
+SP_OFFSET = 215040
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-Q_EMPTY = 5
-K_FULL = 10
-K_EMPTY = 28
-P_FULL = 46
-P_EMPTY = 48
-SCORED = 50
+Q_EMPTY = 3
+K_FULL = 6
+K_EMPTY = 29
+P_FULL = 52
+P_EMPTY = 54
+SCORED = 56
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 5, 1),
-    (Q_EMPTY, 5, 4),
-    (K_FULL, 18, 1),
-    (K_EMPTY, 18, 4),
+    (Q_FULL, 3, 1),
+    (Q_EMPTY, 3, 4),
+    (K_FULL, 23, 1),
+    (K_EMPTY, 23, 4),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
 )
-
-# Named barriers, one a warpgroup from here on.
-OWN_BARRIER = 1
 
 # The kernel that combines partial results.
 COMBINE_WARPS = 8
@@ -301,7 +298,7 @@ def load_views(source, smem, piece, kv_head, batch):
 @cute.jit
 def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
     """A producer: Q of every query tile, then its K tiles, chunk by chunk."""
-    q_place, k_place = (Int32(0), Int32(0)), (Int32(0), Int32(0))
+    q_place, k_place = (Int32(0), Int32(0)), (Int32(0), Int32(0), Int32(0))
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         span = spans_of(q_tile, lengths)
@@ -323,20 +320,36 @@ def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
 
 
 @cute.jit
-def load_k(k, bars, place, j, span):
-    """The j-th K tile of this turn, chunk by chunk; returns the place after it. Rows past the sequence and columns past
-    HEAD_DIM arrive as zeros and count.
+def load_chunk(k, bars, place, j, chunk: cutlass.Constexpr, span):
+    """A chunk of the j-th K tile of this turn. Rows past the sequence and columns past HEAD_DIM arrive as zeros and
+    count.
     """
-    tile, phase = place
-    for chunk in K_ORDER:
-        stage = tile * K_CHUNKS + chunk
-        full = bars + K_FULL + stage
-        cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
-        expect(full, K_CHUNK_BYTES)
-        tma, smem, gmem = k
-        piece = gmem[None, kv_tile(j, span), chunk]
-        cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
-    return after(place, K_TILES)
+    stage, phase = place
+    full = bars + K_FULL + stage
+    cute.arch.mbarrier_wait(bars + K_EMPTY + stage, phase ^ 1)
+    expect(full, K_CHUNK_BYTES)
+    tma, smem, gmem = k
+    piece = gmem[None, kv_tile(j, span), chunk]
+    cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
+
+
+@cute.jit
+def load_k(k, bars, place, j, span):
+    """The j-th K tile of this turn, chunk by chunk as QK takes them; returns the place after it."""
+    part, phase, rest_phase = place
+    for i in cutlass.range_constexpr(TILE_PARTS):
+        for c in cutlass.range_constexpr(PART_CHUNKS):
+            stage = REST_CHUNKS + part * PART_CHUNKS + c
+            load_chunk(k, bars, (stage, phase), j, chunk_of(i, c), span)
+        part, phase = after((part, phase), RING_PARTS)
+    for stage in cutlass.range_constexpr(REST_CHUNKS):
+        load_chunk(k, bars, (stage, rest_phase), j, TILE_PARTS * PART_CHUNKS + stage, span)
+    return part, phase, rest_phase ^ 1
+
+
+def chunk_of(part, c):
+    """Of a KV tile, the c-th chunk of a part."""
+    return (part % 2 * len(O_PARTS) + part // 2) * PART_CHUNKS + c
 
 
 @cute.jit
@@ -601,19 +614,24 @@ def multiply_qk(s, q, k, bars, place):
     """S = Q K^T of a KV tile, chunk by chunk as they land; returns the place after it. Chunks that are V stay for PV,
     which is told by P that this has read them.
     """
-    tile, phase = place
-    for i in cutlass.range_constexpr(K_CHUNKS):
-        chunk = K_ORDER[i]
-        stage = opaque(tile, Int32) * K_CHUNKS + chunk  # else registers hold what is computed of it for every chunk
-        cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
-        if cutlass.const_expr(i == 0):
-            warpgroup.fence()
-        multiply_chunk(s, q, k, stage, chunk, i == 0)
+    part, phase, rest_phase = place
+    for i in cutlass.range_constexpr(TILE_PARTS):
+        for c in cutlass.range_constexpr(PART_CHUNKS):
+            # opaque: else registers hold what is computed of it for every chunk
+            stage = REST_CHUNKS + opaque(part, Int32) * PART_CHUNKS + c
+            cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
+            if cutlass.const_expr(i + c == 0):
+                warpgroup.fence()
+            multiply_chunk(s, q, k, stage, chunk_of(i, c), i + c == 0)
+        part, phase = after((part, phase), RING_PARTS)
+    for stage in cutlass.range_constexpr(REST_CHUNKS):
+        cute.arch.mbarrier_wait(bars + K_FULL + stage, rest_phase)
+        multiply_chunk(s, q, k, stage, TILE_PARTS * PART_CHUNKS + stage, False)
     warpgroup.commit_group()
     warpgroup.wait_group(0)
-    for chunk in cutlass.range_constexpr(2 * V_CHUNKS, K_CHUNKS):
-        release(bars + K_EMPTY + tile * K_CHUNKS + chunk)
-    return after(place, K_TILES)
+    for stage in cutlass.range_constexpr(REST_CHUNKS):
+        release(bars + K_EMPTY + stage)
+    return part, phase, rest_phase ^ 1
 
 
 @cute.jit
@@ -698,7 +716,7 @@ def score(smem_tiles, factors, rows, results, bars, scale, call):
     scale_log2 = scale * LOG2_E
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
 
-    q_place, k_place, p_place = ((Int32(0), Int32(0)) for _ in range(3))
+    q_place, p_place, k_place = (Int32(0), Int32(0)), (Int32(0), Int32(0)), (Int32(0), Int32(0), Int32(0))
     scored = Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         block, lengths = work(turn, call)
@@ -788,10 +806,16 @@ def multiply_part(columns: cutlass.Constexpr, o, p, v, p_stage, v_stage):
 
 
 @cute.jit
-def release_chunks(bars, first, count: cutlass.Constexpr):
-    """This many chunks of K have been read, from that one of the ring on."""
-    for i in cutlass.range_constexpr(count):
-        release(bars + K_EMPTY + first + i)
+def in_ring(part):
+    """A part of K's ring, of one that may lie up to a round beyond its end."""
+    return part - RING_PARTS if part >= RING_PARTS else part
+
+
+@cute.jit
+def release_part(bars, stage):
+    """Chunks of K have been read, from that stage on."""
+    for i in cutlass.range_constexpr(PART_CHUNKS):
+        release(bars + K_EMPTY + stage + i)
 
 
 @cute.jit
@@ -805,7 +829,7 @@ def output(smem_tiles, factors, out, bars, call):
     o_parts, v_parts = parts_of(o, k_smem)
     factor = cute.make_rmem_tensor(2, Float32)
 
-    p_place, scored, k_tile = (Int32(0), Int32(0)), (Int32(0), Int32(0)), Int32(0)
+    p_place, scored, k_part = (Int32(0), Int32(0)), (Int32(0), Int32(0)), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         block, lengths = work(turn, call)
         q_tile, head, batch = block
@@ -818,20 +842,21 @@ def output(smem_tiles, factors, out, bars, call):
             if read_factors(factors, factor, p_stage):
                 scale_rows(o, factor)
             # P was written after QK of this tile: its chunks have landed
-            v_stage = k_tile * K_CHUNKS + half * V_CHUNKS
+            v_before = Int32(0)
             for i in cutlass.range_constexpr(len(O_PARTS)):
-                if cutlass.const_expr(i == len(O_PARTS) // 2):
+                if cutlass.const_expr(i == PV_WAITS_AT):
                     cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
                     scored = after(scored, P_STAGES)
+                v_stage = REST_CHUNKS + in_ring(k_part + 2 * i + half) * PART_CHUNKS
                 multiply_part(O_PARTS[i], o_parts[i], p, v_parts[i], p_stage, v_stage)
                 if cutlass.const_expr(i > 0):
                     warpgroup.wait_group(1)
-                    release_chunks(bars, v_stage - O_PARTS[i - 1] // K_CHUNK, O_PARTS[i - 1] // K_CHUNK)
-                v_stage += O_PARTS[i] // K_CHUNK
+                    release_part(bars, v_before)
+                v_before = v_stage
             warpgroup.wait_group(0)
-            release_chunks(bars, v_stage - O_PARTS[-1] // K_CHUNK, O_PARTS[-1] // K_CHUNK)
+            release_part(bars, v_before)
             arrive_warp(bars + P_EMPTY + p_stage)
-            k_tile = k_tile + 1 if k_tile < K_TILES - 1 else Int32(0)
+            k_part = in_ring(k_part + TILE_PARTS)
             p_place = after(p_place, P_STAGES)
         mo, results = out
         if keys_are_whole(lengths):

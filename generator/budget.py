@@ -50,7 +50,7 @@ class Tiling:
     kv_stages: int
     p_staging: str
     o_over_q: bool
-    o_chunk: int  # columns of O staged in shared memory at a time
+    o_chunk: int  # columns of O staged in shared memory at a time; 0: none, O goes from registers to global memory
     strategy: str = "tiles"
     passes: int = 1
     k_chunk: int = 0  # columns of K in a buffer of the ring
@@ -60,7 +60,7 @@ class Tiling:
     beside_pv: bool = True
 
     def __str__(self) -> str:
-        reuse = "sO over sQ" if self.o_over_q else "own sO"
+        staged = f"{'sO over sQ' if self.o_over_q else 'own sO'} by {self.o_chunk} columns" if self.o_chunk else "no sO"
         how = {
             "tiles": "",
             "two_tiles": "two query tiles, ",
@@ -78,8 +78,7 @@ class Tiling:
         if self.k_chunk:
             how += f"{self.k_chunk} columns of K {f'or {self.v_keys} keys of V' if self.v_keys else 'and V'} a buffer, "
         return (
-            f"{how}tile {self.tile_m}x{self.tile_n}, kv_stage {self.kv_stages}, P in {self.p_staging.upper()}, "
-            f"{reuse} by {self.o_chunk} columns"
+            f"{how}tile {self.tile_m}x{self.tile_n}, kv_stage {self.kv_stages}, P in {self.p_staging.upper()}, {staged}"
         )
 
 

@@ -46,11 +46,13 @@ SCORE_OTHERS, OUTPUT_OTHERS = 16, 32
 PRODUCER_REGISTERS = 24
 PART, PART_MAX = 128, 192  # columns of O: of the first of two wgmma where one would write more than PART_MAX
 TILE_NS = (128, 96, 64)
+SHARED_TILE_NS = (128, 112, 96, 80, 64)  # where V is in K's chunks
 CLUSTERS = (1, 2)
 Q_AHEAD = 2  # chunks of the next query tile's Q: with 0, 2 and 4 a window of 128 took 1346, 1030 and 1160 us on an H200
 STEPS_FROM = 8  # buffers of K from which on two are multiplied between one signal and the next
 K_TILES_AHEAD = 1.5  # of K in its ring at most; what is left goes to V
-K_TILES = (3, 2)  # of K in its ring where they are V too: QK of one goes ahead of PV of the one before
+K_TILES = (2, 3)  # of K in its ring, least and most, where they are V too: QK of one goes ahead of PV of the one before
+DEEP, PV_AFTER_QK_FROM = 2.75, 2.5  # KV tiles in such a ring: see is_deep and pv_waits_at
 
 
 def half_width(spec: KernelSpec) -> int:
@@ -77,17 +79,39 @@ def shares_chunks(spec: KernelSpec) -> bool:
     return spec.kv_shared and half_width(spec) % CHUNK == 0
 
 
-def k_order(spec: KernelSpec) -> tuple[int, ...]:
-    """K's chunks as they are loaded and multiplied where they are V too: those first that are not, then those that PV
-    is done with first, which is the first part of either half of O.
+def part_chunks(spec: KernelSpec) -> int:
+    """Chunks of K that one wgmma of PV reads where they are V too: neighbours in the ring, released together."""
+    return o_parts(spec)[0] // CHUNK
+
+
+def tile_parts(spec: KernelSpec) -> int:
+    """Of a KV tile. First comes the first of either half of O, which PV is done with first."""
+    return OUTPUT_GROUPS * len(o_parts(spec))
+
+
+def rest_chunks(spec: KernelSpec) -> int:
+    """Chunks of K that are no part of V where the others are: each has a buffer of its own, before the ring's."""
+    return k_chunks(spec) - tile_parts(spec) * part_chunks(spec)
+
+
+def ring_parts(spec: KernelSpec, tiling: Tiling) -> int:
+    """Parts that K's ring holds where K's chunks are V too."""
+    return (tiling.kv_stages - rest_chunks(spec)) // part_chunks(spec)
+
+
+def ring_tiles(spec: KernelSpec, tiling: Tiling) -> float:
+    """The same in KV tiles."""
+    return ring_parts(spec, tiling) / tile_parts(spec)
+
+
+def pv_waits_at(spec: KernelSpec, tiling: Tiling) -> int:
+    """The part of O before which PV waits for QK of the next KV tile, where V is in K's chunks: the first, so that all
+    of PV runs beside the softmax, unless K waits for what PV releases. On an H200 (2026-11-29), by the first and by the
+    middle: 701 and 610 TFLOP/s with three KV tiles in the ring at 512, 680 and 616 with 2.5, 556 and 630 with two; 609
+    and 637 with 2.25 at 576/512, but with a window of 1024 559 and 494.
     """
-    chunks, of_half = range(k_chunks(spec)), half_width(spec) // CHUNK
-    order, first = [chunk for chunk in chunks if chunk >= OUTPUT_GROUPS * of_half], 0
-    for columns in o_parts(spec):
-        after = first + columns // CHUNK
-        order += [half * of_half + chunk for half in range(OUTPUT_GROUPS) for chunk in range(first, after)]
-        first = after
-    return tuple(order)
+    ahead = is_deep(spec, tiling) or ring_tiles(spec, tiling) >= PV_AFTER_QK_FROM
+    return 0 if ahead else len(o_parts(spec)) // 2
 
 
 def looks_for_maxima(spec: KernelSpec) -> bool:
@@ -108,39 +132,42 @@ def column_tilings(spec: KernelSpec, arch: Arch) -> list[Tiling]:
     """Every Tiling of the strategy that the specification's fields leave open. kv_stages counts chunks of K; V's ring
     takes the shared memory that is left (v_stages).
     """
-    tile_ns = TILE_NS if spec.tile_n == "auto" else (spec.tile_n,)
     clusters = CLUSTERS if spec.tile_m == "auto" else (spec.tile_m // arch.mma_m,)
-    found = []
-    for cluster in clusters:
-        for tile_n in tile_ns:
-            found += [
-                Tiling(
-                    *(arch.mma_m * cluster, tile_n, depth, "smem", False, o_chunk(spec), "columns"),
-                    k_chunk=CHUNK,
-                    v_keys=v_keys,
-                    lazy=looks_for_maxima(spec),
-                )
-                for v_keys, depths in _rings(spec, tile_n)
-                for depth in depths
-                if spec.kv_stage in ("auto", depth)
-            ]
-    return found
+    return [
+        Tiling(
+            *(arch.mma_m * cluster, tile_n, depth, "smem", False, o_chunk, "columns"),
+            k_chunk=CHUNK,
+            v_keys=v_keys,
+            lazy=looks_for_maxima(spec),
+        )
+        for cluster in clusters
+        for tile_n, v_keys, depths in _rings(spec)
+        for depth in depths
+        if spec.kv_stage in ("auto", depth)
+        for o_chunk in o_chunks(spec, v_keys)
+    ]
 
 
-def _rings(spec: KernelSpec, tile_n: int) -> Iterator[tuple[int, Sequence[int]]]:
-    """(v_keys, kv_stages that K's ring may have) of every way to hold V."""
-    chunks = k_chunks(spec)
+def _rings(spec: KernelSpec) -> Iterator[tuple[int, int, Sequence[int]]]:
+    """(tile_n, v_keys, kv_stages that K's ring may have) of every way to hold K and V."""
     if shares_chunks(spec):
-        yield IN_K, [tiles * chunks for tiles in K_TILES]
-    most = max(STEPS_FROM, int(K_TILES_AHEAD * chunks), 0 if spec.kv_stage == "auto" else spec.kv_stage)
-    for v_keys in V_KEYS:
-        if tile_n % v_keys == 0:
-            yield v_keys, range(most, 1, -1)
+        least, most = (tiles * tile_parts(spec) for tiles in K_TILES)
+        depths = [rest_chunks(spec) + part_chunks(spec) * parts for parts in range(most, least - 1, -1)]
+        for tile_n in SHARED_TILE_NS if spec.tile_n == "auto" else (spec.tile_n,):
+            yield tile_n, IN_K, depths
+    most = max(STEPS_FROM, int(K_TILES_AHEAD * k_chunks(spec)), 0 if spec.kv_stage == "auto" else spec.kv_stage)
+    for tile_n in TILE_NS if spec.tile_n == "auto" else (spec.tile_n,):
+        for v_keys in V_KEYS:
+            if tile_n % v_keys == 0:
+                yield tile_n, v_keys, range(most, 1, -1)
 
 
-def o_chunk(spec: KernelSpec) -> int:
-    """Columns of O that an output warpgroup stages at a time: one swizzle span."""
-    return next(columns for columns in (64, 32, 16) if half_width(spec) % columns == 0)
+def o_chunks(spec: KernelSpec, v_keys: int) -> tuple[int, ...]:
+    """Columns of O that an output warpgroup may stage at a time: a swizzle span, or none. Beside V there is room."""
+    span = next(columns for columns in (64, 32, 16) if half_width(spec) % columns == 0)
+    if spec.unnormalized:
+        return (0,)
+    return (span, 0) if v_keys == IN_K else (span,)
 
 
 def v_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
@@ -162,7 +189,7 @@ def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[
     why = f"{rows} x {CHUNK} a stage, on the way to registers" + (f"; the last {apart} chunks stay" if apart else "")
     of_k = f"{keys} x {CHUNK} a stage"
     if tiling.v_keys == IN_K:
-        of_k += f", V too: {tiling.kv_stages // k_chunks(spec)} KV tiles"
+        of_k += f", V too: {ring_tiles(spec, tiling):g} KV tiles"
     wanted = [
         ("rows", P_STAGES * rows * ACCUMULATOR_BYTES, P_STAGES, None, f"factors of {rows} rows"),
         ("sK", tiling.kv_stages * keys * CHUNK * ELEMENT_BYTES, tiling.kv_stages, None, of_k),
@@ -172,7 +199,7 @@ def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[
     if v_count:
         why = f"{tiling.v_keys} x {OUTPUT_GROUPS * half_width(spec)} a stage"
         wanted.insert(3, ("sV", v_count * _v_bytes(spec, tiling), v_count, None, why))
-    if not spec.unnormalized:
+    if tiling.o_chunk:
         size = OUTPUT_GROUPS * rows * tiling.o_chunk * ELEMENT_BYTES
         why = f"{rows} x {tiling.o_chunk} an output warpgroup, in {half_width(spec) // tiling.o_chunk} steps"
         wanted.append(("sO", size, OUTPUT_GROUPS, None, why))
@@ -184,7 +211,12 @@ def column_budget(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Budget:
     v_count, cluster = v_stages(spec, arch, tiling), tiling.tile_m // arch.mma_m
     mbarriers = _mbarriers(tiling, v_count, arch.group_warps, cluster, q_stages(spec, arch, tiling))
     buffers = _buffers(spec, arch, tiling, mbarriers[1], v_count)
-    budget = assembled(arch, mbarriers, buffers, ((), 0), _roles(spec, arch, tiling), _named_barriers, handed_out=True)
+    roles = _roles(spec, arch, tiling)
+
+    def barriers(threads: int) -> tuple[NamedBarrier, ...]:
+        return _named_barriers(threads, tiling)
+
+    budget = assembled(arch, mbarriers, buffers, ((), 0), roles, barriers, handed_out=True)
     return replace(budget, overflows=tuple(_overflows(budget, spec, arch, tiling)))
 
 
@@ -221,10 +253,12 @@ def chunks_apart(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
 
 def q_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     """Buffers through which Q's chunks come: all that stay, and two so that one is loaded while another is read. Where
-    a query tile has few KV tiles the way to the next one's Q would show: Q_AHEAD of its chunks wait for their turn.
+    a query tile has few KV tiles the way to the next one's Q would show: Q_AHEAD of its chunks wait for their turn. A
+    CTA has one query tile or two where keys are shared out: what they would take is K's (601 and 571 TFLOP/s of
+    decoding at 576/512, an H200, 2026-11-29).
     """
     apart = chunks_apart(spec, arch, tiling)
-    if spec.window_left is not None or spec.split_kv:
+    if spec.window_left is not None:
         return min(k_chunks(spec), apart + Q_AHEAD)
     return max(2, apart)
 
@@ -269,8 +303,9 @@ def _mbarriers(
     )
 
 
-def _named_barriers(threads: int) -> tuple[NamedBarrier, ...]:
-    own = [NamedBarrier(1 + i, f"output {i}", 128, f"half {i} of O: sO may be written; is written") for i in range(2)]
+def _named_barriers(threads: int, tiling: Tiling) -> tuple[NamedBarrier, ...]:
+    groups = range(OUTPUT_GROUPS if tiling.o_chunk else 0)
+    own = [NamedBarrier(1 + i, f"output {i}", 128, f"half {i} of O: sO may be written; is written") for i in groups]
     return (NamedBarrier(0, "cta", threads, "mbarriers initialized"), *own)
 
 
@@ -304,18 +339,40 @@ def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """column_preference as if no tile had won, by TFLOP/s on an H200 (2026-11-29): 0.99 of the fastest of 32 cases from
     272 to 512.
 
-    Two CTAs that load for one another: prefers_pairs. V within K's chunks where it can be, not measured yet; else in
-    small slices at 496 and 512, whose rings have the least room: 655 and 614 of 128 x 96 at 512; elsewhere in wide
-    ones, 625 and 587 at 384, 572 and 313 at 352 where it comes in boxes of 32 columns. Q in registers, but for two
+    Two CTAs that load for one another: prefers_pairs. V within K's chunks: prefers_shared; else in small slices at 496
+    and 512, whose rings have the least room: 655 and 614 of 128 x 96 at 512; elsewhere in wide ones, 625 and 587 at
+    384, 572 and 313 at 352 where it comes in boxes of 32 columns. A ring that is_deep. Q in registers, but for two
     chunks; at 496 and 512 for three, which lets a wider tile in. Three wide slices of V or four small ones: 603 at 512,
-    563 with two wide ones. The widest tile: 617 with 128 keys at 320, 557 with 96. As much of K as is left.
+    563 with two wide ones. O through shared memory: a window of 128 at 512 took 862 us, by threads 950. The widest
+    tile: 617 with 128 keys at 320, 557 with 96. As much of K as is left.
     """
     roomless = widest(spec, arch) and has_long_rows(spec)
     other_size = (tiling.tile_m > arch.mma_m) != prefers_pairs(spec, arch)
-    slices = (IN_K, *(V_KEYS if roomless else V_KEYS[::-1])).index(tiling.v_keys)
+    if tiling.v_keys == IN_K:
+        slices, shallow = -1 if prefers_shared(spec, tiling) else len(V_KEYS), not is_deep(spec, tiling)
+    else:
+        slices, shallow = (V_KEYS if roomless else V_KEYS[::-1]).index(tiling.v_keys), False
     apart = max(3 if roomless else 2, chunks_apart(spec, arch, tiling))
     few = v_stages(spec, arch, tiling) < ENOUGH_SLICES[tiling.v_keys]
-    return (other_size, slices, apart, few, -tiling.tile_n, -tiling.kv_stages)
+    return (other_size, slices, shallow, apart, few, not tiling.o_chunk, -tiling.tile_n, -tiling.kv_stages)
+
+
+def is_deep(spec: KernelSpec, tiling: Tiling) -> bool:
+    """Whether a ring in which K is V too lets QK go ahead of PV. On an H200 (2026-11-29): 706, 666 and 628 TFLOP/s with
+    2.75, 2.5 and 2 KV tiles in it at 576/512, 713, 680 and 616 at 512. In narrow windows one part beyond two tiles is
+    enough: with a window of 1024 559 and 494 at 576/512, at 512 563 with one and 565 with two.
+    """
+    if narrow_window(spec) is not None:
+        return ring_parts(spec, tiling) > K_TILES[0] * tile_parts(spec)
+    return ring_tiles(spec, tiling) >= DEEP
+
+
+def prefers_shared(spec: KernelSpec, tiling: Tiling) -> bool:
+    """Whether V in K's chunks is the faster way. On an H200 (2026-11-29): 752 TFLOP/s at 384 with three KV tiles in the
+    ring, 640 with V apart, 464 to 578 with two and two and a half; where an output warpgroup takes its half of V in two
+    parts, so that one is released early, two are as good as V apart (576/512: 649 and 626).
+    """
+    return is_deep(spec, tiling) or len(o_parts(spec)) > 1
 
 
 def prefers_pairs(spec: KernelSpec, arch: Arch) -> bool:
@@ -324,7 +381,7 @@ def prefers_pairs(spec: KernelSpec, arch: Arch) -> bool:
     and 614 there. Of short rows and head dims of up to 256 that was not measured; there one CTA loads for itself.
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
-    return wide and has_long_rows(spec) and not packs_widest(spec, arch)
+    return wide and has_long_rows(spec) and not packs_widest(spec, arch) and not shares_chunks(spec)
 
 
 def widest(spec: KernelSpec, arch: Arch) -> bool:

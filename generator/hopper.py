@@ -14,9 +14,13 @@ from .columns import (
     chunks_apart,
     half_width,
     k_chunks,
-    k_order,
     k_step,
     o_parts,
+    part_chunks,
+    pv_waits_at,
+    rest_chunks,
+    ring_parts,
+    tile_parts,
 )
 from .columns import looks_for_maxima as columns_look_for_maxima
 from .layout import Plan, TileLayout
@@ -145,8 +149,13 @@ class HopperPlan(Plan):
         return "span[0] + j" if self.own_spans else super().tile_of_j
 
     @property
+    def stored_by_threads(self) -> bool:
+        """O goes from registers to global memory, not through shared memory by TMA."""
+        return self.part.unnormalized
+
+    @property
     def thread_o(self) -> str:
-        """The tensor of the host function that an un-normalized O goes to."""
+        """The tensor of the host function that O goes to where threads store it."""
         return "o_parts" if self.spec.split_kv else "o"
 
     @property
@@ -287,14 +296,13 @@ class HopperPlan(Plan):
     @property
     def _matrices(self) -> list[str]:
         """What TMA loads and stores."""
-        stored = self.part.unnormalized  # by threads
         tensors = [item for item in signature(self.part) if item.matrix and not item.scratch]
-        return self.with_v([item.name for item in tensors if not (stored and item.output)])
+        return self.with_v([item.name for item in tensors if not (self.stored_by_threads and item.output)])
 
     @property
     def tma_operands(self) -> str:
-        """TMA atoms and tensors of Q, of K and V of each source, and of O as the kernel takes it: float32 without."""
-        return super().tma_operands + (", mo" if self.part.unnormalized else "")
+        """TMA atoms and tensors of Q, of K and V of each source, and of O, see stored_by_threads, the tensor alone."""
+        return super().tma_operands + (", mo" if self.stored_by_threads else "")
 
     @cached_property
     def layouts(self) -> dict[str, TileLayout]:
@@ -342,6 +350,10 @@ class ColumnsPlan(HopperPlan):
         return True
 
     @property
+    def stored_by_threads(self) -> bool:
+        return not self.o_chunk
+
+    @property
     def separate_v(self) -> bool:
         """V is loaded into buffers of its own, also where its columns are K's but not whole chunks of them."""
         return self.tiling.v_keys != IN_K
@@ -357,14 +369,15 @@ class ColumnsPlan(HopperPlan):
         return self.cluster
 
     @property
+    def own_barrier(self) -> int:
+        """The first of the output warpgroups' named barriers; 0: O is not staged, there are none."""
+        return 0 if self.stored_by_threads else self.named_barrier("output 0")
+
+    @property
     def roles(self) -> list[tuple[str, Role]]:
         """The roles that get registers of their own, as the kernel's constants call them."""
         names = {"SCORE": "scores", "OUTPUT": "output", "PRODUCER": "tma"}
         return [(name, self.budget.role(role)) for name, role in names.items()]
-
-    @property
-    def own_barrier(self) -> int:
-        return self.named_barrier("output 0")
 
     @property
     def worker(self) -> str:
@@ -411,18 +424,30 @@ class ColumnsPlan(HopperPlan):
         return self.budget.buffer("sQ").stages
 
     @property
-    def k_tiles(self) -> int:
-        """KV tiles that K's ring holds where they are V too."""
-        return self.kv_stages // self.k_chunks
+    def ring_parts(self) -> int:
+        return ring_parts(self.part, self.tiling)
 
     @property
-    def k_order(self) -> tuple[int, ...]:
-        return k_order(self.part)
+    def part_chunks(self) -> int:
+        return part_chunks(self.part)
 
     @property
-    def v_chunks(self) -> int:
-        """Chunks of K that an output warpgroup has as V."""
-        return self.o_width // CHUNK
+    def tile_parts(self) -> int:
+        return tile_parts(self.part)
+
+    @property
+    def rest_chunks(self) -> int:
+        return rest_chunks(self.part)
+
+    @property
+    def k_start(self) -> str:
+        """The first place in K's ring: stage or part, its phase, and that of the chunks which are in no part."""
+        return f"({', '.join(['Int32(0)'] * (2 if self.separate_v or not self.rest_chunks else 3))})"
+
+    @property
+    def pv_waits_at(self) -> int:
+        """The part of O before which PV waits for QK of the next KV tile, where V is in K's chunks."""
+        return pv_waits_at(self.part, self.tiling)
 
     @property
     def v_slices(self) -> int:
@@ -475,7 +500,7 @@ class ColumnsPlan(HopperPlan):
             ("sK", keys, CHUNK, "K"),
             *([("sV", self.tiling.v_keys, half_width(spec), "MN")] if self.separate_v else []),
             ("sP", rows, keys, "K"),
-            *([] if spec.unnormalized else [("sO", rows, self.o_chunk, "")]),
+            *([] if self.stored_by_threads else [("sO", rows, self.o_chunk, "")]),
         ]
         return {
             name: TileLayout(name, count, columns, ELEMENT_BYTES, swizzle_bytes(columns * ELEMENT_BYTES), major)

@@ -295,8 +295,10 @@ _COLUMN_RULES = (  # one a component of `column_preference`
     ("fits, but another tile was measured to be faster", ("tile_m", "tile_n")),
     ("fits, but the other cluster size is faster", ("tile_m",)),
     ("fits, but V in slices of another width, or within K's chunks, is faster", ()),
+    ("fits, but QK waits for chunks of K that PV releases", ("tile_n", "kv_stage")),
     ("fits, but reads more of Q from shared memory", ("tile_n",)),
     ("fits, but holds fewer slices of V", ("kv_stage",)),
+    ("fits, but threads store O, not TMA", ()),
     ("fits, but has a smaller tile_n", ("tile_n",)),
     ("fits, but holds fewer chunks of K", ("kv_stage",)),
 )

@@ -201,7 +201,11 @@ def _columns(plan: Plan) -> Told:
     else:
         waits, of_v = "before QK of chunk n; output warps by p_full", {}
         freed = f"{outputs} of a half{both} after PV of chunk n, or of each score warp after QK where it is not V"
-        k, k_first = (f"{said}, of KV tiles n, each its chunks in a row" for said in ring(plan.k_tiles))
+        k, k_first = (f"{said}, of parts n of {plan.part_chunks} chunks" for said in ring(plan.ring_parts))
+        if plan.rest_chunks:
+            k += "; what is not V: parity of the KV tile"
+            k_first += "; what is not V: opposite parity of the KV tile"
+    waiting = "" if not plan.separate_v and plan.pv_waits_at == 0 else "the second half of "
     return of_v | {
         "q_full": ("load warp and TMA", "score warps, at the start of a query tile", q, plan.q_chunk_bytes),
         "q_empty": (f"{scores}, {read}", "load warp, before loading chunk n", q_first, 0),
@@ -209,7 +213,7 @@ def _columns(plan: Plan) -> Told:
         "k_empty": (freed, "load warp, before loading chunk n", k_first, 0),
         "p_full": (f"{scores}, when P and factors are written", "output warps, before PV of KV tile n", tile, 0),
         "p_empty": (f"{outputs}, after PV of KV tile n", "score warps, before writing P of tile n", tile_first, 0),
-        "scored": (f"{scores}, after QK of tile n + 1", "output warps, before the second half of PV n", tile, 0),
+        "scored": (f"{scores}, after QK of tile n + 1", f"output warps, before {waiting}PV n", tile, 0),
     }
 
 

@@ -29,7 +29,7 @@ HEAD_DIM_STEP = 16  # K of one 16-bit MMA instruction (facts: ptx.md section 3)
 HEAD_DIM_MAX = 512
 HEAD_DIM_QK_MLA = 576  # Q/K only, and only with head_dim_v = 512
 KV_STAGE_MAX = 16
-KV_STAGE_WHOLE_MAX = 27  # where K's ring holds whole KV tiles in chunks (columns.py): three of nine
+KV_STAGE_SHARED_MAX = 25  # chunks of K that are V too (columns.py): three KV tiles of eight, and one that is no V
 TILE_MAX = 256  # largest M or N of one tcgen05.mma
 GROUP_MAX = 1024
 WINDOW_MAX = 1 << 30  # keys: no sequence is longer (arrays.py), and sums of two stay within int32
@@ -103,7 +103,7 @@ class KernelSpec(BaseModel):
     @property
     def kv_stage_max(self) -> int:
         """The largest kv_stage that may be asked for."""
-        return KV_STAGE_WHOLE_MAX if self.arch == "sm_90a" and self.kv_shared else KV_STAGE_MAX
+        return KV_STAGE_SHARED_MAX if self.arch == "sm_90a" and self.kv_shared else KV_STAGE_MAX
 
     @model_validator(mode="after")
     def _check(self) -> KernelSpec:

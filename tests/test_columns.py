@@ -1,5 +1,7 @@
 """sm_90a beyond head_dim 256 (strategy columns): its budget by hand, what it refuses, what the planner prefers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from wgmma_scores import lost
@@ -9,7 +11,7 @@ from generator.arch import SM90A
 from generator.compile import compile_kernel
 from generator.plan import NotImplementedYet, plan_kernel
 from generator.run import run_observed
-from generator.spec import KV_STAGE_WHOLE_MAX, load_spec
+from generator.spec import KV_STAGE_SHARED_MAX, load_spec
 from generator.verify import compare, random_operands, verify_kernel
 
 
@@ -77,7 +79,7 @@ def test_the_model_takes_clusters_where_they_were_faster():
         assert plan_of(320, **unmeasured, **fields).cluster == 1
     assert plan_of(576, head_dim_v=512).cluster == plan_of(512, q_heads_per_kv=8, pack_heads=False).cluster == 2
     assert plan_of(512, q_heads_per_kv=8).cluster == 1 and plan_of(448, q_heads_per_kv=8).cluster == 2
-    assert plan_of(128, p_staging="smem").cluster == 1
+    assert plan_of(128, p_staging="smem").cluster == plan_of(384, kv_shared=True).cluster == 1
 
 
 def test_two_chunks_of_k_at_a_time_where_the_ring_holds_four_times_as_many():
@@ -106,7 +108,16 @@ VERIFIED = {  # fields, shape
     "the same in float32": ({"head_dim": 496, "head_dim_v": 240, "output": "unnormalized"}, (1, 1, 1, 70, 130)),
     "V within K": ({"head_dim": 320, "head_dim_v": 304, "kv_shared": True, "kv_sources": 2}, (2, 1, 1, 70, 200, 90)),
     "K's chunks are V": ({"head_dim": 576, "head_dim_v": 512, "kv_shared": True, "tile_m": 64}, (1, 1, 1, 65, 330)),
-    "by a cluster": ({"head_dim": 384, "kv_shared": True, "causal": True}, (1, 1, 1, 130, 300)),
+    "by a cluster": ({"head_dim": 384, "kv_shared": True, "causal": True, "tile_m": 128}, (1, 1, 1, 130, 300)),
+    "a ring of two KV tiles": ({"head_dim": 512, "kv_shared": True, "kv_stage": 16}, (1, 1, 1, 65, 330)),
+    "of two and a half, beside O": (
+        {"head_dim": 512, "kv_shared": True, "causal": True, "window_left": 200},
+        (1, 2, 2, 100, 500),
+    ),
+    "threads store O of packed heads, some of it padding": (
+        {"head_dim": 496, "kv_shared": True, "kv_stage": 24, "q_heads_per_kv": 8, "causal": True},
+        (1, 8, 1, 20, 300),
+    ),
     "of two sources": (
         {"head_dim": 320, "head_dim_v": 256, "kv_shared": True, "kv_sources": 2, "tile_m": 64},
         (1, 1, 1, 65, 250, 90),
@@ -130,6 +141,7 @@ VERIFIED = {  # fields, shape
 IN_SWEEP = (  # specs have them, with other fields, or they are like others
     *("O of an odd number of 16 columns", "576", "by a cluster", "more columns in registers than V has"),
     "tiles of three in narrow boxes",
+    *("a ring of two KV tiles", "three KV tiles of two chunks"),
 )
 CASES = [pytest.param(case, marks=[pytest.mark.sweep] * (case in IN_SWEEP)) for case in VERIFIED]
 
@@ -151,13 +163,33 @@ def test_one_load_serves_k_and_v_where_halves_of_o_are_whole_chunks():
     plan = plan_of(576, head_dim_v=512, kv_shared=True)
     names = [buffer.name for buffer in plan.budget.buffers]
     assert "sV" not in names and "tma_v" not in plan.tma_operands and not plan.separate_v
-    # two tiles of nine chunks: the ninth is no part of V, and both first parts of O's halves are read before the second
-    assert (plan.kv_stages, plan.k_tiles, plan.o_parts) == (18, 2, (128, 128))
-    assert plan.k_order == (8, 0, 1, 4, 5, 2, 3, 6, 7)
-    # PV of one output warpgroup is the last to read a chunk, but of the ninth QK: 4 warps say so, in both CTAs
-    assert plan.budget.mbarrier("k_empty").arrivals == 2 * 4
+    # 11 parts of two chunks, four of them a KV tile, and the ninth chunk, which is no part of V
+    assert (plan.kv_stages, plan.ring_parts, plan.tile_parts, plan.part_chunks, plan.rest_chunks) == (23, 11, 4, 2, 1)
+    assert plan.o_parts == (128, 128) and plan.pv_waits_at == 0
+    # PV of one output warpgroup is the last to read a chunk, but of the ninth QK: 4 warps say so
+    assert plan.budget.mbarrier("k_empty").arrivals == 4
     assert plan.budget.role("tma").warps == 1 and plan.budget.role("idle").warps == 3
-    assert plan_of(384, kv_shared=True).k_order == (0, 1, 2, 3, 4, 5)
+    plan = plan_of(384, kv_shared=True)
+    assert (plan.kv_stages, plan.ring_parts, plan.tile_parts, plan.part_chunks, plan.rest_chunks) == (18, 6, 2, 3, 0)
+
+
+def test_a_ring_of_two_kv_tiles_lets_pv_go_ahead():
+    """Else K would wait for what PV releases, which would wait for K."""
+    assert plan_of(512, kv_shared=True, kv_stage=16).pv_waits_at == 1
+    assert plan_of(512, kv_shared=True, kv_stage=20).pv_waits_at == plan_of(512, kv_shared=True).pv_waits_at == 0
+
+
+def test_threads_store_o_where_that_makes_room_for_k():
+    plan = plan_of(576, head_dim_v=512, kv_shared=True)
+    assert plan.o_chunk == 0 and "tma_o" not in plan.tma_operands and "sO" not in plan.layouts
+    assert [bar.name for bar in plan.budget.named_barriers] == ["cta"]
+    staged = replace(plan.tiling, kv_stages=21, o_chunk=64)
+    rival = next(item for item in plan.rejected if item.candidate == staged)
+    assert rival.reason == "fits, but QK waits for chunks of K that PV releases"
+    window = plan_of(576, head_dim_v=512, kv_shared=True, causal=True, window_left=127)
+    assert window.o_chunk == 64 and window.kv_stages == 19, "one part beyond two KV tiles"
+    by_threads = next(item for item in window.rejected if item.candidate == replace(window.tiling, o_chunk=0))
+    assert by_threads.reason == "fits, but threads store O, not TMA"
 
 
 def test_v_within_k_is_loaded_apart_where_they_are_not():
@@ -167,9 +199,11 @@ def test_v_within_k_is_loaded_apart_where_they_are_not():
         assert plan.o_width % 64 and plan.separate_v and "tma_v, mv" in plan.tma_operands
         assert [p.name for p in plan.parameters if p.matrix] == ["q", "k", "o"]
     asked = plan_of(512, kv_shared=True, kv_stage=7)
-    assert asked.separate_v and asked.kv_stages == 7, "no whole tiles of eight chunks"
+    assert asked.separate_v and asked.kv_stages == 7, "less than two tiles of eight chunks"
+    assert plan_of(512, kv_shared=True, kv_stage=17).separate_v, "no whole parts of two chunks"
     assert not plan_of(512, kv_shared=True, kv_stage=16).separate_v
-    assert max(columns.K_TILES) * plan_of(576, head_dim_v=512).k_chunks == KV_STAGE_WHOLE_MAX
+    most = plan_of(576, head_dim_v=512, kv_shared=True)
+    assert most.rest_chunks + columns.K_TILES[1] * most.tile_parts * most.part_chunks == KV_STAGE_SHARED_MAX
     taken = plan_of(576, head_dim_v=512, kv_shared=True)
     assert plan_of(576, head_dim_v=512, kv_shared=True, kv_stage=taken.kv_stages).tiling == taken.tiling
 
