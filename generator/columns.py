@@ -38,6 +38,7 @@ CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
 V_KEYS = (16, 32)  # keys of V in a buffer
 IN_K = 0  # v_keys where V has no buffers, being a part of K's
 ENOUGH_SLICES = {16: 4, 32: 3, IN_K: 0}  # buffers of V, by keys in one: two of 32 were slower on an H200
+SLICES_MIN = 2
 OUTPUT_GROUPS = 2
 P_STAGES = 2
 # What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
@@ -318,10 +319,9 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
         reason = " + ".join(f"{name} {count}" for name, count in held.items()) + f" + {SCORE_OTHERS} else, a thread"
         yield Overflow("registers", "registers", need, limit, reason, "a smaller tile_n")
     slices = v_stages(spec, arch, tiling)
-    if slices * tiling.v_keys < tiling.tile_n // 2 and tiling.v_keys != IN_K:
-        reason = "half of a KV tile's V waits while the next scores are computed"
-        need = -(-tiling.tile_n // 2 // tiling.v_keys)
-        yield Overflow("smem", "slices", need, slices, reason, "a lower kv_stage")
+    if tiling.v_keys != IN_K and slices < SLICES_MIN:
+        reason = "PV of a slice of V is issued before the one before it is released"
+        yield Overflow("smem", "slices", SLICES_MIN, slices, reason, "a lower kv_stage")
 
 
 def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:

@@ -54,6 +54,15 @@ CASES = {
     "576/512 causal, V in K's chunks, two CTAs": {
         **{"head_dim": 576, "head_dim_v": 512, "causal": True, "kv_shared": True, "tile_m": 128},
     },
+    "576/512 gqa8 causal, V in K's chunks": {
+        **{"head_dim": 576, "head_dim_v": 512, "q_heads_per_kv": 8, "causal": True, "kv_shared": True},
+    },
+    "512 gqa128, V in K's chunks, two sources with limits": {
+        **{"head_dim": 512, "q_heads_per_kv": 128, "causal": True, "window_left": 127, "sink": True},
+        **{"seqlens": True, "kv_shared": True, "kv_sources": 2, "limit2": True},
+    },
+    "512, V in K's chunks, two KV tiles": {"head_dim": 512, "kv_shared": True, "kv_stage": 16},
+    "384 causal, V in K's chunks": {"head_dim": 384, "causal": True, "kv_shared": True},
     "512 gqa8 causal": {"head_dim": 512, "q_heads_per_kv": 8, "causal": True},
     "304/208 causal": {"head_dim": 304, "head_dim_v": 208, "causal": True},
     "128 causal, P in shared memory": {"head_dim": 128, "causal": True, "p_staging": "smem"},
