@@ -3,31 +3,31 @@
 # Do not edit: change the specification or the template and generate again.
 # Specification sha256 5e3d7202aea867388518cfc95c32d48ea1958eaa2c471a7f268f0a9b2220f8f6
 #
-# Shared memory: 223232 of 232448 bytes
+# Shared memory: 231424 of 232448 bytes
 #   buffer    offset  bytes  stages  holds
-#   barriers       0    256       1  mbarriers
+#   barriers       0    288       1  mbarriers
 #   rows        1024    512       2  factors of 64 rows
-#   sK          2048  65536       4  128 x 64 a stage
-#   sQ         67584  40960       5  64 x 64 a stage, on the way to registers; the last 5 chunks stay
-#   sV        108544  65536       4  16 x 512 a stage
-#   sP        174080  32768       2  64 x 128 a stage
-#   sO        206848  16384       2  64 x 64 an output warpgroup, in 4 steps
+#   sK          2048  98304       8  96 x 64 a stage
+#   sQ        100352  24576       3  64 x 64 a stage, on the way to registers; the last 3 chunks stay
+#   sV        124928  65536       4  16 x 512 a stage
+#   sP        190464  24576       2  64 x 96 a stage
+#   sO        215040  16384       2  64 x 64 an output warpgroup, in 4 steps
 #
 # mbarriers
 #   name     offset  stages  arrivals  a phase completes when
-#   q_full        0       5         1  TMA: a chunk of Q has landed
-#   q_empty      40       5         4  score warps, one lane each: it is in registers, or the last QK has read it
-#   k_full       80       4         1  TMA: a chunk of K has landed
-#   k_empty     112       4         8  score warps, one lane each, in both CTAs: it has been read
-#   v_full      144       4         1  TMA: a slice of V has landed
-#   v_empty     176       4        16  output warps, one lane each, in both CTAs: PV has read it
-#   p_full      208       2         4  score warps, one lane each: P and the factors of O are written
-#   p_empty     224       2         8  output warps, one lane each: P and factors have been read
-#   scored      240       2         4  score warps, one lane each: QK of the next KV tile is done
+#   q_full        0       3         1  TMA: a chunk of Q has landed
+#   q_empty      24       3         4  score warps, one lane each: it is in registers, or the last QK has read it
+#   k_full       48       8         1  TMA: a chunk of K has landed
+#   k_empty     112       8         8  score warps, one lane each, in both CTAs: it has been read
+#   v_full      176       4         1  TMA: a slice of V has landed
+#   v_empty     208       4        16  output warps, one lane each, in both CTAs: PV has read it
+#   p_full      240       2         4  score warps, one lane each: P and the factors of O are written
+#   p_empty     256       2         8  output warps, one lane each: P and factors have been read
+#   scored      272       2         4  score warps, one lane each: QK of the next KV tile is done
 #
 # Warps: 512 threads, 65536 of 65536 registers handed out
 #   role    first warp  warps  registers  why
-#   scores           0      4        168  setmaxnreg: Q 48, S 64, P 32, 16 else by estimate
+#   scores           0      4        168  setmaxnreg: Q 80, S 48, P 24, 16 else by estimate
 #   output           4      8        160  setmaxnreg: half of O 128, 32 else by estimate
 #   tma             12      2         24  setmaxnreg: coordinates, loop state; one loads Q and K, one V
 #   idle            14      2         24  setmaxnreg counts whole warpgroups
@@ -38,8 +38,7 @@ A CTA works on one query tile after another:
 64 of a cluster's 128 query rows of a query head.
 Q stays in the score warpgroup's registers, but for its last chunks. K streams through a ring in
 chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory.
-The second half of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores
-become P.
+PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
 Two CTAs are a cluster: neighbouring query rows, the same K and V. Each loads half of every piece for both.
 
 Grid: as many CTAs as run at once, at most one a query tile.
@@ -56,17 +55,17 @@ DTYPE = BFloat16
 HEAD_DIM = 512
 HEAD_DIM_V = 512
 TILE_M = 128  # query rows of a cluster
-TILE_N = 128
+TILE_N = 96
 GROUP_ROWS = 64  # query rows of a CTA: M of wgmma
 GROUP_THREADS = 128
 K_CHUNK = 64  # columns of Q or K in a buffer
 K_CHUNKS = 8
-Q_CHUNKS = 3  # of them, in registers; the others of Q stay in shared memory
-Q_STAGES = 5
-K_STAGES = 4
-K_STEP = 1  # chunks of K that are multiplied between one signal and the next
+Q_CHUNKS = 5  # of them, in registers; the others of Q stay in shared memory
+Q_STAGES = 3
+K_STAGES = 8
+K_STEP = 2  # chunks of K that are multiplied between one signal and the next
 V_KEYS = 16  # keys of V in a buffer
-V_SLICES = 8  # of a KV tile
+V_SLICES = 6  # of a KV tile
 V_STAGES = 4
 P_STAGES = 2
 O_WIDTH = 256  # columns of O that an output warpgroup holds
@@ -74,7 +73,7 @@ O_PARTS = (128, 128)  # of them, by one wgmma
 O_CHUNK = 64  # of them, staged at a time
 BOTH_CTAS = cutlass.Int16(0b11)
 Q_CHUNK_BYTES = 8192
-K_CHUNK_BYTES = 16384
+K_CHUNK_BYTES = 12288
 V_SLICE_BYTES = 16384
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile, see kept_softmax: P fits into 16 bits
 OUTWEIGHING = 4.0  # times all of the sum before: a part that is more can be one key, see kept_softmax
@@ -87,30 +86,30 @@ OUTPUT_REGISTERS = 160
 PRODUCER_REGISTERS = 24
 
 # Shared memory: bytes from the start.
-SMEM_BYTES = 223232
+SMEM_BYTES = 231424
 BARRIERS_OFFSET = 0
 ROWS_OFFSET = 1024
 SK_OFFSET = 2048
-SQ_OFFSET = 67584
-SV_OFFSET = 108544
-SP_OFFSET = 174080
-SO_OFFSET = 206848
+SQ_OFFSET = 100352
+SV_OFFSET = 124928
+SP_OFFSET = 190464
+SO_OFFSET = 215040
 
 # mbarriers: 8-byte slots from BARRIERS_OFFSET; a ring's stages follow one another.
 Q_FULL = 0
-Q_EMPTY = 5
-K_FULL = 10
+Q_EMPTY = 3
+K_FULL = 6
 K_EMPTY = 14
-V_FULL = 18
-V_EMPTY = 22
-P_FULL = 26
-P_EMPTY = 28
-SCORED = 30
+V_FULL = 22
+V_EMPTY = 26
+P_FULL = 30
+P_EMPTY = 32
+SCORED = 34
 MBARRIERS = (  # first slot, stages, arrivals that complete a phase
-    (Q_FULL, 5, 1),
-    (Q_EMPTY, 5, 4),
-    (K_FULL, 4, 1),
-    (K_EMPTY, 4, 8),
+    (Q_FULL, 3, 1),
+    (Q_EMPTY, 3, 4),
+    (K_FULL, 8, 1),
+    (K_EMPTY, 8, 8),
     (V_FULL, 4, 1),
     (V_EMPTY, 4, 16),
     (P_FULL, 2, 4),
@@ -165,7 +164,7 @@ def v_layout():
 
 
 def p_layout():
-    return operand_layout(SmemLayoutAtomKind.K_SW128, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
+    return operand_layout(SmemLayoutAtomKind.K_SW64, (GROUP_ROWS, TILE_N, P_STAGES), (0, 1, 2))
 
 
 def o_layout():
@@ -702,7 +701,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     q_smem, k_smem, p_smem = smem_tiles
     qk = qk_mma()
     k = qk.make_fragment_B(qk.get_slice(0).partition_B(k_smem))
-    q = cute.make_rmem_tensor(qk.partition_shape_A((GROUP_ROWS, 192)), DTYPE)
+    q = cute.make_rmem_tensor(qk.partition_shape_A((GROUP_ROWS, 320)), DTYPE)
     apart_mma = qk_mma_apart()
     apart = apart_mma.make_fragment_A(apart_mma.get_slice(0).partition_A(q_smem))
     s = cute.make_rmem_tensor(qk.partition_shape_C((GROUP_ROWS, TILE_N)), Float32)
@@ -813,40 +812,33 @@ def output(smem_tiles, factors, out, bars, call):
     factor = cute.make_rmem_tensor(2, Float32)
 
     p_place, v_place, scored = (Int32(0), Int32(0)), (Int32(0), Int32(0)), (Int32(0), Int32(0))
-    v_before, p_before = Int32(0), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         block, lengths = work(turn, call)
         q_tile, head, batch = block
         span = spans_of(q_tile, lengths)
         kv_tiles = span[0]
         o.fill(0.0)
-        for j in cutlass.range(kv_tiles, unroll=1):
+        for _ in cutlass.range(kv_tiles, unroll=1):
             p_stage, p_phase = p_place
             cute.arch.mbarrier_wait(bars + P_FULL + p_stage, p_phase)
             if read_factors(factors, factor, p_stage):
-                warpgroup.wait_group(0)
                 scale_rows(o, factor)
+            cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
+            scored = after(scored, P_STAGES)
+            v_before = Int32(0)
             for i in cutlass.range_constexpr(V_SLICES):
-                if cutlass.const_expr(i == V_SLICES // 2):
-                    cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
-                    scored = after(scored, P_STAGES)
                 v_stage, v_phase = v_place
                 cute.arch.mbarrier_wait(bars + V_FULL + v_stage, v_phase)
                 multiply_slice(o_parts, p, v_parts, half, i, p_stage, v_stage)
-                warpgroup.wait_group(1)  # the slice before
                 if cutlass.const_expr(i > 0):
+                    warpgroup.wait_group(1)
                     release(bars + V_EMPTY + v_before)
-                elif j > 0:
-                    release(bars + V_EMPTY + v_before)
-                    arrive_warp(bars + P_EMPTY + p_before)
                 v_before = v_stage
                 v_place = after(v_place, V_STAGES)
-            p_before = p_stage
-            p_place = after(p_place, P_STAGES)
-        if kv_tiles > 0:
             warpgroup.wait_group(0)
             release(bars + V_EMPTY + v_before)
-            arrive_warp(bars + P_EMPTY + p_before)
+            arrive_warp(bars + P_EMPTY + p_stage)
+            p_place = after(p_place, P_STAGES)
         p_place = take_factors(factors, factor, bars, p_place)
         scale_rows(o, factor)
         store_o(o, o_smem, out, block, half)

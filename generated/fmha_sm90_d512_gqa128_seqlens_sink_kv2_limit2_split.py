@@ -38,8 +38,7 @@ A CTA works on one query tile after another:
 a query token of 64 of a KV head's 128 query heads.
 Q stays in the score warpgroup's registers, but for its last chunks. K streams through a ring in
 chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory.
-The second half of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores
-become P.
+PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -956,40 +955,33 @@ def output(smem_tiles, factors, out, bars, call):
     factor = cute.make_rmem_tensor(2, Float32)
 
     p_place, v_place, scored = (Int32(0), Int32(0)), (Int32(0), Int32(0)), (Int32(0), Int32(0))
-    v_before, p_before = Int32(0), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         block, lengths = work(turn, call)
         q_tile, head, batch = block
         spans = spans_of(q_tile, batch, lengths, call[-1])
         kv_tiles = spans[0][0] + spans[1][0]
         o.fill(0.0)
-        for j in cutlass.range(kv_tiles, unroll=1):
+        for _ in cutlass.range(kv_tiles, unroll=1):
             p_stage, p_phase = p_place
             cute.arch.mbarrier_wait(bars + P_FULL + p_stage, p_phase)
             if read_factors(factors, factor, p_stage):
-                warpgroup.wait_group(0)
                 scale_rows(o, factor)
+            cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
+            scored = after(scored, P_STAGES)
+            v_before = Int32(0)
             for i in cutlass.range_constexpr(V_SLICES):
-                if cutlass.const_expr(i == V_SLICES // 2):
-                    cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
-                    scored = after(scored, P_STAGES)
                 v_stage, v_phase = v_place
                 cute.arch.mbarrier_wait(bars + V_FULL + v_stage, v_phase)
                 multiply_slice(o_parts, p, v_parts, half, i, p_stage, v_stage)
-                warpgroup.wait_group(1)  # the slice before
                 if cutlass.const_expr(i > 0):
+                    warpgroup.wait_group(1)
                     release(bars + V_EMPTY + v_before)
-                elif j > 0:
-                    release(bars + V_EMPTY + v_before)
-                    arrive_warp(bars + P_EMPTY + p_before)
                 v_before = v_stage
                 v_place = after(v_place, V_STAGES)
-            p_before = p_stage
-            p_place = after(p_place, P_STAGES)
-        if kv_tiles > 0:
             warpgroup.wait_group(0)
             release(bars + V_EMPTY + v_before)
-            arrive_warp(bars + P_EMPTY + p_before)
+            arrive_warp(bars + P_EMPTY + p_stage)
+            p_place = after(p_place, P_STAGES)
         mo, results = out
         if keys_are_whole(lengths):
             p_place = take_factors(factors, factor, bars, p_place)

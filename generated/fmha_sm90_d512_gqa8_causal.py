@@ -18,9 +18,9 @@
 #   q_full        0       3         1  TMA: a chunk of Q has landed
 #   q_empty      24       3         4  score warps, one lane each: it is in registers, or the last QK has read it
 #   k_full       48       8         1  TMA: a chunk of K has landed
-#   k_empty     112       8         4  score warps, one lane each: it has been read
+#   k_empty     112       8         8  score warps, one lane each, in both CTAs: it has been read
 #   v_full      176       4         1  TMA: a slice of V has landed
-#   v_empty     208       4         8  output warps, one lane each: PV has read it
+#   v_empty     208       4        16  output warps, one lane each, in both CTAs: PV has read it
 #   p_full      240       2         4  score warps, one lane each: P and the factors of O are written
 #   p_empty     256       2         8  output warps, one lane each: P and factors have been read
 #   scored      272       2         4  score warps, one lane each: QK of the next KV tile is done
@@ -35,11 +35,11 @@
 warps load for them.
 
 A CTA works on one query tile after another:
-8 query tokens of a KV head's 8 query heads.
+64 of a cluster's 16 query tokens of a KV head's 8 query heads.
 Q stays in the score warpgroup's registers, but for its last chunks. K streams through a ring in
 chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory.
-The second half of PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores
-become P.
+PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
+Two CTAs are a cluster: neighbouring query rows, the same K and V. Each loads half of every piece for both.
 
 Grid: as many CTAs as run at once, at most one a query tile.
 """
@@ -55,8 +55,8 @@ DTYPE = BFloat16
 HEAD_DIM = 512
 HEAD_DIM_V = 512
 Q_HEADS_PER_KV = 8
-TILE_M = 64
-TILE_TOKENS = 8
+TILE_M = 128  # query rows of a cluster
+TILE_TOKENS = 16
 TILE_N = 96
 GROUP_ROWS = 64  # query rows of a CTA: M of wgmma
 GROUP_THREADS = 128
@@ -73,6 +73,7 @@ P_STAGES = 2
 O_WIDTH = 256  # columns of O that an output warpgroup holds
 O_PARTS = (128, 128)  # of them, by one wgmma
 O_CHUNK = 64  # of them, staged at a time
+BOTH_CTAS = cutlass.Int16(0b11)
 Q_CHUNK_BYTES = 8192
 K_CHUNK_BYTES = 12288
 V_SLICE_BYTES = 16384
@@ -110,9 +111,9 @@ MBARRIERS = (  # first slot, stages, arrivals that complete a phase
     (Q_FULL, 3, 1),
     (Q_EMPTY, 3, 4),
     (K_FULL, 8, 1),
-    (K_EMPTY, 8, 4),
+    (K_EMPTY, 8, 8),
     (V_FULL, 4, 1),
-    (V_EMPTY, 4, 8),
+    (V_EMPTY, 4, 16),
     (P_FULL, 2, 4),
     (P_EMPTY, 2, 8),
     (SCORED, 2, 4),
@@ -198,8 +199,20 @@ def arrive_warp(bar):
 
 @cute.jit
 def release(bar):
-    """A buffer has been read by this warp."""
-    arrive_warp(bar)
+    """A buffer that both CTAs fill has been read by this warp: told to both."""
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        for rank in cutlass.range_constexpr(2):
+            cute.arch.mbarrier_arrive(bar, rank)
+
+
+@cute.jit
+def leave():
+    """No CTA goes while the other's loads or arrivals may still come to it. Each role says so for itself: where their
+    ways met again before the end, ptxas would give all of them the fewest registers and wait for every wgmma.
+    """
+    cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
 
 
 def end_key(token, seqlen_q, seqlen_k):
@@ -220,8 +233,8 @@ def kv_span(q_tile, seqlen_q, seqlen_k):
 
 @cute.jit
 def place_in_turn(turn):
-    """This CTA's place among the CTAs. Every other turn goes through them backwards: who had much gets little."""
-    workers, place = cute.arch.grid_dim()[0], cute.arch.block_idx()[0]
+    """This pair's place among the pairs. Every other turn goes through them backwards: who had much gets little."""
+    workers, place = cute.arch.grid_dim()[0] // 2, cute.arch.block_idx()[0] // 2
     return place if turn % 2 == 0 else workers - 1 - place
 
 
@@ -231,9 +244,9 @@ def query_tiles(seqlen_q):
 
 @cute.jit
 def turns(call):
-    """How many query tiles this CTA works on."""
+    """How many query tiles this pair works on."""
     seqlen_q, heads, batches = call[:3]
-    workers, tiles = cute.arch.grid_dim()[0], query_tiles(seqlen_q) * heads * batches
+    workers, tiles = cute.arch.grid_dim()[0] // 2, query_tiles(seqlen_q) * heads * batches
     whole = tiles // workers
     rest = tiles - whole * workers
     return whole + (1 if place_in_turn(whole) < rest else 0)
@@ -247,10 +260,10 @@ def divided(number, by):
 
 @cute.jit
 def work(turn, call):
-    """(query tile, head, batch entry) of this CTA's turn, and lengths."""
+    """(query tile, head, batch entry) of this pair's turn, and lengths."""
     seqlen_q, heads, batches, seqlen_k = call
     q_tiles = query_tiles(seqlen_q)
-    i = turn * cute.arch.grid_dim()[0] + place_in_turn(turn)
+    i = turn * cute.arch.grid_dim()[0] // 2 + place_in_turn(turn)
     # The last query tiles see the most keys: all heads' first, then the tiles before them.
     rest, head = divided(i, heads)
     from_last, batch = divided(rest, batches)
@@ -266,19 +279,20 @@ def spans_of(q_tile, lengths):
     return span
 
 
-def load_views(source, smem, piece, kv_head, batch):
+def load_views(source, smem, piece, kv_head, batch, rank):
     """K or V of a KV source: its TMA atom and both sides of a load, mode 0 one piece, then its stage or where it comes
     from.
     """
     tma, matrix = source
     tiles = cute.local_tile(matrix[None, None, kv_head, batch], piece, (None, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (smem, tiles)]
-    return tma, *cpasync.tma_partition(tma, 0, cute.make_layout(1), *flat)
+    return tma, *cpasync.tma_partition(tma, rank, cute.make_layout(2), *flat)
 
 
 @cute.jit
 def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
     """A producer: Q of every query tile, then its K tiles, chunk by chunk."""
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     q_place, k_place = (Int32(0), Int32(0)), (Int32(0), Int32(0))
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
@@ -288,12 +302,12 @@ def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
         gq = cute.local_tile(mq[None, None, head, batch], (GROUP_ROWS, K_CHUNK), (None, None))
         flat = [cute.group_modes(tensor, 0, 2) for tensor in (q_smem, gq)]
         q_stages, q_chunks = cpasync.tma_partition(tma_q, 0, cute.make_layout(1), *flat)
-        k = load_views(source, k_smem, (TILE_N, K_CHUNK), kv_head, batch)
+        k = load_views(source, k_smem, (TILE_N, K_CHUNK), kv_head, batch, rank)
         for chunk in cutlass.range_constexpr(K_CHUNKS):
             stage, phase = q_place
             cute.arch.mbarrier_wait(bars + Q_EMPTY + stage, phase ^ 1)  # passes at once in the ring's first round
             expect(bars + Q_FULL + stage, Q_CHUNK_BYTES)
-            rows = q_chunks[None, q_tile, chunk]
+            rows = q_chunks[None, q_tile * 2 + rank, chunk]
             cute.copy(tma_q, rows, q_stages[None, stage], tma_bar_ptr=bars + Q_FULL + stage)
             q_place = after(q_place, Q_STAGES)
         for j in cutlass.range(kv_tiles, unroll=1):
@@ -303,13 +317,14 @@ def load_q_and_k(tma_q, mq, q_smem, source, k_smem, bars, call):
 @cute.jit
 def load_v_alone(source, v_smem, bars, call):
     """Another producer, so that V need not wait for room in K's ring: the V tiles, slice by slice."""
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     v_place = Int32(0), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         (q_tile, head, batch), lengths = work(turn, call)
         span = spans_of(q_tile, lengths)
         kv_head = head
         kv_tiles = span[0]
-        v = load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch)
+        v = load_views(source, v_smem, (O_WIDTH, V_KEYS), kv_head, batch, rank)
         for j in cutlass.range(kv_tiles, unroll=1):
             v_place = load_v(v, bars, v_place, j, span)
 
@@ -325,7 +340,7 @@ def load_chunk(k, bars, place, j, chunk: cutlass.Constexpr, span):
     expect(full, K_CHUNK_BYTES)
     tma, smem, gmem = k
     piece = gmem[None, j, chunk]
-    cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full)
+    cute.copy(tma, piece, smem[None, stage], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
 
 
 @cute.jit
@@ -350,7 +365,7 @@ def load_v(v, bars, place, j, span):
             tma, smem, gmem = v
             one = j * V_SLICES + i
             piece = gmem[None, half, one]
-            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full)
+            cute.copy(tma, piece, smem[None, there], tma_bar_ptr=full, mcast_mask=BOTH_CTAS)
         place = after(place, V_STAGES)
     return place
 
@@ -703,6 +718,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     m, total, factor = stats = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
     scale_log2 = scale * LOG2_E
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
+    first_row += cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) * GROUP_ROWS
 
     q_place, k_place, p_place = ((Int32(0), Int32(0)) for _ in range(3))
     scored = Int32(0)
@@ -805,40 +821,33 @@ def output(smem_tiles, factors, out, bars, call):
     factor = cute.make_rmem_tensor(2, Float32)
 
     p_place, v_place, scored = (Int32(0), Int32(0)), (Int32(0), Int32(0)), (Int32(0), Int32(0))
-    v_before, p_before = Int32(0), Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         block, lengths = work(turn, call)
         q_tile, head, batch = block
         span = spans_of(q_tile, lengths)
         kv_tiles = span[0]
         o.fill(0.0)
-        for j in cutlass.range(kv_tiles, unroll=1):
+        for _ in cutlass.range(kv_tiles, unroll=1):
             p_stage, p_phase = p_place
             cute.arch.mbarrier_wait(bars + P_FULL + p_stage, p_phase)
             if read_factors(factors, factor, p_stage):
-                warpgroup.wait_group(0)
                 scale_rows(o, factor)
+            cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
+            scored = after(scored, P_STAGES)
+            v_before = Int32(0)
             for i in cutlass.range_constexpr(V_SLICES):
-                if cutlass.const_expr(i == V_SLICES // 2):
-                    cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
-                    scored = after(scored, P_STAGES)
                 v_stage, v_phase = v_place
                 cute.arch.mbarrier_wait(bars + V_FULL + v_stage, v_phase)
                 multiply_slice(o_parts, p, v_parts, half, i, p_stage, v_stage)
-                warpgroup.wait_group(1)  # the slice before
                 if cutlass.const_expr(i > 0):
+                    warpgroup.wait_group(1)
                     release(bars + V_EMPTY + v_before)
-                elif j > 0:
-                    release(bars + V_EMPTY + v_before)
-                    arrive_warp(bars + P_EMPTY + p_before)
                 v_before = v_stage
                 v_place = after(v_place, V_STAGES)
-            p_before = p_stage
-            p_place = after(p_place, P_STAGES)
-        if kv_tiles > 0:
             warpgroup.wait_group(0)
             release(bars + V_EMPTY + v_before)
-            arrive_warp(bars + P_EMPTY + p_before)
+            arrive_warp(bars + P_EMPTY + p_stage)
+            p_place = after(p_place, P_STAGES)
         p_place = take_factors(factors, factor, bars, p_place)
         scale_rows(o, factor)
         store_o(o, o_smem, out, block, half)
@@ -852,7 +861,7 @@ def store_o(o, o_smem, out, block, half):
     q_tile, head, batch = block
     first_warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
     slab = o_smem[None, None, half]
-    row_tile = q_tile
+    row_tile = q_tile * 2 + cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     tiles = cute.local_tile(mo[None, None, head, batch], (GROUP_ROWS, O_CHUNK), (row_tile, None))
     flat = [cute.group_modes(tensor, 0, 2) for tensor in (slab, tiles)]
     source, target = cpasync.tma_partition(tma_o, 0, cute.make_layout(1), *flat)
@@ -916,7 +925,8 @@ def fmha_sm90_d512_gqa8_causal(
         cute.arch.mbarrier_init_fence()
         for tma in (tma_q, tma_k, tma_v, tma_o):
             cpasync.prefetch_descriptor(tma)
-    cute.arch.sync_threads()
+    cute.arch.cluster_arrive()  # each CTA signals the other's mbarriers, so both must have initialized theirs
+    cute.arch.cluster_wait()
 
     q_smem = smem_tile(smem, SQ_OFFSET, q_layout(), DTYPE)
     k_smem = smem_tile(smem, SK_OFFSET, k_layout(), DTYPE)
@@ -931,12 +941,15 @@ def fmha_sm90_d512_gqa8_causal(
             load_q_and_k(tma_q, mq, q_smem, (tma_k, mk), k_smem, bars, call)
         if warp_idx == LOAD_WARP + 1:
             load_v_alone((tma_v, mv), v_smem, bars, call)
+        leave()
     elif warp_idx >= OUTPUT_WARP:
         cute.arch.setmaxregister_increase(OUTPUT_REGISTERS)
         output((p_smem, v_smem, o_smem), factors, (tma_o, mo), bars, call)
+        leave()
     else:
         cute.arch.setmaxregister_increase(SCORE_REGISTERS)
         score((q_smem, k_smem, p_smem), factors, (lse,), bars, scale, call)
+        leave()
 
 
 def packed(x):
@@ -968,7 +981,7 @@ def launch(
     mq, mo = packed(q), packed(o)
     mk = cute.make_tensor(k.iterator, cute.select(k.layout, mode=[1, 3, 2, 0]))
     load = cpasync.CopyBulkTensorTileG2SOp()
-    load_both, ctas_each = load, 1
+    load_both, ctas_each = cpasync.CopyBulkTensorTileG2SMulticastOp(), 2
     k_tile, v_tile = (TILE_N, K_CHUNK), (O_WIDTH, V_KEYS)
     tma_q, mq = cpasync.make_tiled_tma_atom(load, mq, one_tile(q_layout()), (GROUP_ROWS, K_CHUNK))
     tma_k, mk = cpasync.make_tiled_tma_atom(load_both, mk, one_tile(k_layout()), k_tile, ctas_each)
@@ -981,5 +994,6 @@ def launch(
     matrices = (tma_q, mq, tma_k, mk, tma_v, mv, tma_o, mo)
     arguments = (*matrices, lse, heads, q.shape[0], scale)
     kernel = fmha_sm90_d512_gqa8_causal(*arguments)
-    grid = (cutlass.min(tiles, ctas), 1, 1)
-    kernel.launch(grid=grid, block=(THREADS, 1, 1), smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)
+    grid = (2 * cutlass.min(tiles, cutlass.max(ctas // 2, 1)), 1, 1)
+    size = {"grid": grid, "block": (THREADS, 1, 1), "cluster": (2, 1, 1)}
+    kernel.launch(**size, smem=SMEM_BYTES, min_blocks_per_mp=1, stream=stream)

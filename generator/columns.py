@@ -32,13 +32,14 @@ from .budget import (
     smem_overflows,
 )
 from .spec import HEAD_DIM_STEP, KernelSpec
-from .warpgroups import is_winner, narrow_window, packs
+from .warpgroups import is_winner, narrow_window
 
 CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
 V_KEYS = (16, 32)  # keys of V in a buffer
 IN_K = 0  # v_keys where V has no buffers, being a part of K's
 ENOUGH_SLICES = {16: 4, 32: 3, IN_K: 0}  # buffers of V, by keys in one: two of 32 were slower on an H200
 SLICES_MIN = 2
+V_PADDED_MAX = 4 / 3  # of a half's columns in a buffer of V: see v_width
 OUTPUT_GROUPS = 2
 P_STAGES = 2
 # What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
@@ -59,6 +60,17 @@ DEEP, PV_AFTER_QK_FROM = 2.75, 2.5  # KV tiles in such a ring: see is_deep and p
 def half_width(spec: KernelSpec) -> int:
     """Columns of O that one output warpgroup holds; of the second, up to 16 may lie beyond head_dim_v."""
     return -(-spec.v_dim // (OUTPUT_GROUPS * HEAD_DIM_STEP)) * HEAD_DIM_STEP
+
+
+def v_width(spec: KernelSpec) -> int:
+    """Columns that a buffer of V has for an output warpgroup: its half of O's. Where that is an odd number of 16, and V
+    would come in boxes of 16 columns, a few more that are not multiplied make boxes of 64. On an H200 (2026-11-29) 667
+    and 530 TFLOP/s at 480, 633 and 471 at 464, 568 and 504 at 400, 597 and 483 at 336, 541 and 494 at 272; but 566 and
+    632 at 448, 615 and 612 at 320, whose boxes have 32.
+    """
+    width = half_width(spec)
+    whole = -(-width // CHUNK) * CHUNK
+    return whole if width % (2 * HEAD_DIM_STEP) and whole <= V_PADDED_MAX * width else width
 
 
 def o_parts(spec: KernelSpec) -> tuple[int, ...]:
@@ -181,7 +193,7 @@ def v_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
 
 
 def _v_bytes(spec: KernelSpec, tiling: Tiling) -> int:
-    return tiling.v_keys * OUTPUT_GROUPS * half_width(spec) * ELEMENT_BYTES
+    return tiling.v_keys * OUTPUT_GROUPS * v_width(spec) * ELEMENT_BYTES
 
 
 def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[tuple[str, int, int, str | None, str]]:
@@ -198,7 +210,7 @@ def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[
         ("sP", P_STAGES * rows * keys * ELEMENT_BYTES, P_STAGES, None, f"{rows} x {keys} a stage"),
     ]
     if v_count:
-        why = f"{tiling.v_keys} x {OUTPUT_GROUPS * half_width(spec)} a stage"
+        why = f"{tiling.v_keys} x {OUTPUT_GROUPS * v_width(spec)} a stage"
         wanted.insert(3, ("sV", v_count * _v_bytes(spec, tiling), v_count, None, why))
     if tiling.o_chunk:
         size = OUTPUT_GROUPS * rows * tiling.o_chunk * ELEMENT_BYTES
@@ -327,11 +339,10 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
 def column_preference(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     """Sort key of candidates: the smallest is taken. The winner of a measurement (tuned.json), where there was one,
     then column_order. What was measured were long rows of head dims beyond warpgroups: of a narrow window, with
-    split_kv, of packed heads where those want another cluster, of V within K, or with P in shared memory at a head_dim
-    that warpgroups have too, there is none.
+    split_kv, of V within K, or with P in shared memory at a head_dim that warpgroups have too, there is none.
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
-    measured = wide and has_long_rows(spec) and not packs_widest(spec, arch) and not spec.kv_shared
+    measured = wide and has_long_rows(spec) and not spec.kv_shared
     return (not (measured and is_winner(spec, tiling)), *column_order(spec, arch, tiling))
 
 
@@ -377,21 +388,17 @@ def prefers_shared(spec: KernelSpec, tiling: Tiling) -> bool:
 
 def prefers_pairs(spec: KernelSpec, arch: Arch) -> bool:
     """Whether a cluster of two CTAs is the faster one. On an H200 (2026-11-29): 612 and 413 at 480; 636 and 641 at 512
-    by turns with others, but 591 and 550 where nothing else ran and power was the limit; with eight packed heads 597
-    and 614 there. Of short rows and head dims of up to 256 that was not measured; there one CTA loads for itself.
+    by turns with others, but 591 and 550 where nothing else ran and power was the limit; with eight packed heads 664
+    and 647 there, but 599 and 624 at 448. With V in K's chunks one CTA asks for little enough: 713 and 703 at 512. Of
+    short rows and head dims of up to 256 that was not measured; there one CTA loads for itself.
     """
     wide = max(spec.head_dim, spec.v_dim) > arch.mma_n_max
-    return wide and has_long_rows(spec) and not packs_widest(spec, arch) and not shares_chunks(spec)
+    return wide and has_long_rows(spec) and not shares_chunks(spec)
 
 
 def widest(spec: KernelSpec, arch: Arch) -> bool:
     """Whether both output warpgroups hold as many columns of O as one wgmma can write."""
     return half_width(spec) == arch.mma_n_max
-
-
-def packs_widest(spec: KernelSpec, arch: Arch) -> bool:
-    """Whether the rows of the widest O are a group's heads."""
-    return widest(spec, arch) and packs(spec, arch, arch.mma_m)
 
 
 def has_long_rows(spec: KernelSpec) -> bool:

@@ -21,6 +21,7 @@ from .columns import (
     rest_chunks,
     ring_parts,
     tile_parts,
+    v_width,
 )
 from .columns import looks_for_maxima as columns_look_for_maxima
 from .layout import Plan, TileLayout
@@ -466,6 +467,19 @@ class ColumnsPlan(HopperPlan):
         return half_width(self.part)
 
     @property
+    def v_width(self) -> int:
+        return v_width(self.part)
+
+    @property
+    def pads_v_buffers(self) -> bool:
+        """A buffer of V has more columns of a half than are multiplied."""
+        return self.separate_v and self.v_width > self.o_width
+
+    @property
+    def v_width_name(self) -> str:
+        return "V_WIDTH" if self.pads_v_buffers else "O_WIDTH"
+
+    @property
     def pads_v(self) -> bool:
         """The second output warpgroup holds columns beyond head_dim_v."""
         return OUTPUT_GROUPS * self.o_width > self.part.v_dim
@@ -498,7 +512,7 @@ class ColumnsPlan(HopperPlan):
         shapes = [
             ("sQ", rows, CHUNK, "K"),
             ("sK", keys, CHUNK, "K"),
-            *([("sV", self.tiling.v_keys, half_width(spec), "MN")] if self.separate_v else []),
+            *([("sV", self.tiling.v_keys, v_width(spec), "MN")] if self.separate_v else []),
             ("sP", rows, keys, "K"),
             *([] if self.stored_by_threads else [("sO", rows, self.o_chunk, "")]),
         ]

@@ -72,13 +72,12 @@ def test_two_ctas_load_for_one_another():
 
 
 def test_the_model_takes_clusters_where_they_were_faster():
-    """At head dims beyond warpgroups, of long rows; of the widest where a tile's rows are not a group's heads."""
+    """At head dims beyond warpgroups, of long rows, unless V is in K's chunks."""
     unmeasured = {"head_dim_v": 304, "q_heads_per_kv": 4}
     assert plan_of(320, **unmeasured).cluster == 2
     for fields in ({"split_kv": True}, {"causal": True, "window_left": 127}):
         assert plan_of(320, **unmeasured, **fields).cluster == 1
-    assert plan_of(576, head_dim_v=512).cluster == plan_of(512, q_heads_per_kv=8, pack_heads=False).cluster == 2
-    assert plan_of(512, q_heads_per_kv=8).cluster == 1 and plan_of(448, q_heads_per_kv=8).cluster == 2
+    assert plan_of(576, head_dim_v=512).cluster == plan_of(512, q_heads_per_kv=8).cluster == 2
     assert plan_of(128, p_staging="smem").cluster == plan_of(384, kv_shared=True).cluster == 1
 
 
@@ -93,6 +92,15 @@ def test_small_slices_of_v_where_the_rings_have_the_least_room():
     assert plan_of(448).tiling.v_keys == plan_of(512, split_kv=True).tiling.v_keys == 32
     assert plan_of(448, tile_n=80).tiling.v_keys == 16, "32 do not divide the tile"
     assert plan_of(496, head_dim_v=64).tiling.v_keys == 32, "the room is O's"
+
+
+def test_v_comes_in_boxes_of_64_columns_where_else_of_16():
+    """A half of 240 columns in a buffer of 256, of which 240 are multiplied; halves of 224 come in boxes of 32."""
+    plan = plan_of(480)
+    assert (plan.o_width, plan.o_parts, plan.v_width) == (240, (128, 112), 256)
+    assert plan.layouts["sV"].swizzle_bytes == 128 and plan.v_slice_bytes == 2 * 32 * 256 * 2
+    assert [(p.v_width, p.pads_v_buffers) for p in (plan_of(448), plan_of(512))] == [(224, False), (256, False)]
+    assert plan_of(512, head_dim_v=160).v_width == 80, "128 would be more than a third too many"
 
 
 @pytest.mark.parametrize("head_dim", range(272, 513, 16))

@@ -120,7 +120,8 @@ def test_a_measured_tile_of_columns_is_taken(monkeypatch):
     taken = plan_kernel(spec).tiling
     assert (taken.tile_m, taken.tile_n, taken.v_keys) == (64, 64, 32)
     assert plan_kernel(load_spec(spec, causal=True)).tile_n == 96, "the model's"
-    assert plan_kernel(load_spec(spec, q_heads_per_kv=8)).tile_n == 96, "packed heads were not measured"
+    assert plan_kernel(load_spec(spec, q_heads_per_kv=8)).tile_n == 64
+    assert plan_kernel(load_spec(spec, kv_shared=True, tile_n=64)).tiling.v_keys == 0, "V in K was not measured"
     why = {reject.reason for reject in plan_kernel(spec).rejected if reject.candidate.tile_n == 96}
     assert "fits, but another tile was measured to be faster" in why
 
