@@ -351,11 +351,11 @@ def column_order(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple:
     272 to 512.
 
     Two CTAs that load for one another: prefers_pairs. V within K's chunks: prefers_shared; else in small slices at 496
-    and 512, whose rings have the least room: 655 and 614 of 128 x 96 at 512; elsewhere in wide ones, 625 and 587 at
-    384, 572 and 313 at 352 where it comes in boxes of 32 columns. A ring that is_deep. Q in registers, but for two
-    chunks; at 496 and 512 for three, which lets a wider tile in. Three wide slices of V or four small ones: 603 at 512,
-    563 with two wide ones. O through shared memory: a window of 128 at 512 took 862 us, by threads 950. The widest
-    tile: 617 with 128 keys at 320, 557 with 96. As much of K as is left.
+    and 512, whose rings have the least room: 714 and 581 of 128 x 96 at 512; elsewhere in wide ones, 669 and 610 at
+    384, 668 and 522 at 448. A ring that is_deep. Q in registers, but for two chunks; at 496 and 512 for three, which
+    lets a wider tile in. Three wide slices of V or four small ones: 603 at 512, 563 with two wide ones. O through
+    shared memory: a window of 128 at 512 took 862 us, by threads 950. The widest tile: 653 with 128 keys at 320, 602
+    with 96. As much of K as is left.
     """
     roomless = widest(spec, arch) and has_long_rows(spec)
     other_size = (tiling.tile_m > arch.mma_m) != prefers_pairs(spec, arch)

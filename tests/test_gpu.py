@@ -63,6 +63,10 @@ CASES = {
     },
     "512, V in K's chunks, two KV tiles": {"head_dim": 512, "kv_shared": True, "kv_stage": 16},
     "384 causal, V in K's chunks": {"head_dim": 384, "causal": True, "kv_shared": True},
+    "480 causal, V in wider buffers": {"head_dim": 480, "causal": True},
+    "400 gqa2, two sources, lengths, V in wider buffers": {
+        **{"head_dim": 400, "q_heads_per_kv": 2, "kv_sources": 2, "seqlens": True, "sink": True},
+    },
     "512 gqa8 causal": {"head_dim": 512, "q_heads_per_kv": 8, "causal": True},
     "304/208 causal": {"head_dim": 304, "head_dim_v": 208, "causal": True},
     "128 causal, P in shared memory": {"head_dim": 128, "causal": True, "p_staging": "smem"},
