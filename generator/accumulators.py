@@ -11,7 +11,7 @@ from typing import Any
 
 from .arch import ARCHS
 from .budget import Budget, Tiling
-from .columns import OUTPUT_OTHERS, SCORE_OTHERS, half_width, score_fragments
+from .columns import OUTPUT_OTHERS, half_width, score_fragments, score_others
 from .spec import KernelSpec
 from .warpgroups import OTHER_REGISTERS, fragment_registers
 
@@ -41,7 +41,7 @@ def held_by_roles(spec: KernelSpec, tiling: Tiling, budget: Budget) -> list[Held
         scores, output = (budget.role(name).registers for name in ("scores", "output"))
         fragments = score_fragments(spec, ARCHS[spec.arch], tiling)
         half = {"O": half_width(spec) // 2}
-        return [Held("scores", fragments, SCORE_OTHERS, scores), Held("output", half, OUTPUT_OTHERS, output)]
+        return [Held("scores", fragments, score_others(tiling), scores), Held("output", half, OUTPUT_OTHERS, output)]
     return []
 
 

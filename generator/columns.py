@@ -45,6 +45,7 @@ P_STAGES = 2
 # What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
 # ptxas spills nothing at head_dim 512, with 8 less of either it does; an output thread has two accumulators.
 SCORE_OTHERS, OUTPUT_OTHERS = 16, 32
+P_REGISTERS_MIN = 12  # see score_others
 PRODUCER_REGISTERS = 24
 PART, PART_MAX = 128, 192  # columns of O: of the first of two wgmma where one would write more than PART_MAX
 TILE_NS = (128, 96, 64)
@@ -258,9 +259,16 @@ def score_fragments(spec: KernelSpec, arch: Arch, tiling: Tiling) -> dict[str, i
     return {"Q": q_columns // 4, "S": tiling.tile_n // 2, "P": tiling.tile_n // 4}
 
 
+def score_others(tiling: Tiling) -> int:
+    """What a thread of the score warpgroup holds beside fragments, by estimate: more where P is small, for at head_dim
+    512 with tiles of 32 keys ptxas serialized wgmma with 24 left beside Q and S, and did not with 28.
+    """
+    return SCORE_OTHERS + max(0, P_REGISTERS_MIN - tiling.tile_n // 4)
+
+
 def chunks_apart(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
     """Chunks of Q, the last ones, that stay in shared memory because the score warpgroup's registers do not suffice."""
-    free = score_registers(spec, arch) - SCORE_OTHERS - tiling.tile_n // 2 - tiling.tile_n // 4
+    free = score_registers(spec, arch) - score_others(tiling) - tiling.tile_n // 2 - tiling.tile_n // 4
     return next(count for count in range(k_chunks(spec) + 1) if spec.head_dim - count * CHUNK <= max(0, 4 * free))
 
 
@@ -279,10 +287,11 @@ def q_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
 def _roles(spec: KernelSpec, arch: Arch, tiling: Tiling) -> tuple[Role, ...]:
     size = arch.group_warps
     held = ", ".join(f"{name} {count}" for name, count in score_fragments(spec, arch, tiling).items())
+    others = score_others(tiling)
     o_why = f"setmaxnreg: half of O {half_width(spec) // 2}, {OUTPUT_OTHERS} else by estimate"
     loaders, loads = (1, "it loads Q and K") if tiling.v_keys == IN_K else (2, "one loads Q and K, one V")
     return (
-        Role("scores", 0, size, score_registers(spec, arch), f"setmaxnreg: {held}, {SCORE_OTHERS} else by estimate"),
+        Role("scores", 0, size, score_registers(spec, arch), f"setmaxnreg: {held}, {others} else by estimate"),
         Role("output", size, OUTPUT_GROUPS * size, output_registers(spec), o_why),
         Role("tma", 3 * size, loaders, PRODUCER_REGISTERS, f"setmaxnreg: coordinates, loop state; {loads}"),
         Role("idle", 3 * size + loaders, size - loaders, PRODUCER_REGISTERS, "setmaxnreg counts whole warpgroups"),
@@ -326,9 +335,10 @@ def _overflows(budget: Budget, spec: KernelSpec, arch: Arch, tiling: Tiling) -> 
     yield from smem_overflows(budget, "a lower kv_stage or a smaller tile_n")
     yield from register_overflow(budget)
     held = score_fragments(spec, arch, tiling)
-    need, limit = sum(held.values()) + SCORE_OTHERS, budget.role("scores").registers
+    others, limit = score_others(tiling), budget.role("scores").registers
+    need = sum(held.values()) + others
     if need > limit:
-        reason = " + ".join(f"{name} {count}" for name, count in held.items()) + f" + {SCORE_OTHERS} else, a thread"
+        reason = " + ".join(f"{name} {count}" for name, count in held.items()) + f" + {others} else, a thread"
         yield Overflow("registers", "registers", need, limit, reason, "a smaller tile_n")
     slices = v_stages(spec, arch, tiling)
     if tiling.v_keys != IN_K and slices < SLICES_MIN:

@@ -130,7 +130,7 @@ def check_budget(binary: Binary) -> None:
     if is_serialized(binary):
         raise CompileError(
             f"{binary.source_path}: ptxas found no registers for wgmma that overlap, and waits {binary.wgmma_waits} "
-            f"times where the source waits {binary.ptx.count(_WAIT)} times: correct, but slow; use a smaller tile_n, "
+            f"times where the source waits {binary.ptx.count(_WAIT)} times: correct, but slow; use another tile_n, "
             "or fewer rows (tile_m)"
         )
 

@@ -58,6 +58,12 @@ def test_registers_and_parts_of_o(head_dim, parts, apart, scores, output):
     assert plan.register_change("scores") == "increase"
 
 
+def test_narrow_tiles_leave_ptxas_room_beside_q():
+    """With all 512 columns of Q in 128 of 168 registers it serialized wgmma."""
+    assert [plan_of(512, tile_n=tile_n).chunks_apart for tile_n in (32, 48, 64)] == [1, 1, 2]
+    assert plan_of(496, tile_n=32).chunks_apart == 0
+
+
 def test_columns_of_q_past_head_dim_are_not_multiplied():
     plan = plan_of(272, head_dim_v=256)
     assert plan.k_chunks == 5 and plan.q_columns == 272 and plan.k_chunk_bytes == plan.tile_n * 64 * 2
@@ -142,6 +148,7 @@ VERIFIED = {  # fields, shape
     "576": ({"head_dim": 576, "head_dim_v": 512}, (1, 1, 1, 65, 130)),
     "one chunk of K": ({"head_dim": 48, "p_staging": "smem"}, (1, 2, 2, 100, 200)),
     "tiles of five small slices": ({"head_dim": 512, "tile_n": 80, "causal": True}, (1, 1, 1, 130, 250)),
+    "tiles of two small slices": ({"head_dim": 512, "tile_n": 32}, (1, 1, 1, 65, 100)),
     "tiles of three in narrow boxes": ({"head_dim": 288, "tile_n": 48, "tile_m": 64}, (1, 1, 1, 70, 150)),
 }
 
@@ -149,7 +156,7 @@ VERIFIED = {  # fields, shape
 IN_SWEEP = (  # specs have them, with other fields, or they are like others
     *("O of an odd number of 16 columns", "576", "by a cluster", "more columns in registers than V has"),
     "tiles of three in narrow boxes",
-    *("a ring of two KV tiles", "three KV tiles of two chunks"),
+    *("a ring of two KV tiles", "three KV tiles of two chunks", "tiles of two small slices"),
 )
 CASES = [pytest.param(case, marks=[pytest.mark.sweep] * (case in IN_SWEEP)) for case in VERIFIED]
 
