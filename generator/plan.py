@@ -30,7 +30,8 @@ from functools import lru_cache
 from .arch import ARCHS, Arch
 from .budget import Tiling
 from .chunks import PASSES, budget_of, chunked_tilings, geometry, shared_chunks
-from .columns import check_columns, column_preference, column_tilings
+from .column_order import column_preference
+from .columns import check_columns, column_tilings
 from .cost import Cost, cost_of
 from .hopper import ColumnsPlan, HopperPlan
 from .layout import WHOLE_TILES, Plan, Rejected

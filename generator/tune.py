@@ -16,7 +16,8 @@ from .arch import ARCHS, Arch
 from .bench import Kernel, check_kernel, default_shapes, flop_of, random_tensors, rate
 from .budget import Tiling
 from .chunks import budget_of
-from .columns import column_order, column_tilings
+from .column_order import column_order
+from .columns import column_tilings
 from .launch import RunError
 from .plan import Plan, check_implemented, plan_tiling, strategies
 from .sample import take_sample
