@@ -738,7 +738,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
     first_row += cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) * GROUP_ROWS
 
-    q_place, k_place, p_place = ((Int32(0), Int32(0)) for _ in range(3))
+    q_place, p_place, k_place = (Int32(0), Int32(0)), (Int32(0), Int32(0)), (Int32(0), Int32(0))
     scored = Int32(0)
     for turn in cutlass.range(turns(call), unroll=1):
         block, lengths = work(turn, call)

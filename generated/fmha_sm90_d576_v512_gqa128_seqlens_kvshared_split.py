@@ -183,6 +183,22 @@ def after(place, stages: cutlass.Constexpr):
     return stage, phase
 
 
+def chunk_of(part, c):
+    """Of a KV tile, the c-th chunk of its part-th part: the first of either half of O, then the next."""
+    return (part % 2 * len(O_PARTS) + part // 2) * PART_CHUNKS + c
+
+
+def stage_of(part, c=0):
+    """Of the c-th chunk of a part of K's ring."""
+    return REST_CHUNKS + part * PART_CHUNKS + c
+
+
+@cute.jit
+def in_ring(part):
+    """A part of K's ring, of one that may lie up to a round beyond its end."""
+    return part - RING_PARTS if part >= RING_PARTS else part
+
+
 @cute.jit
 def arrive_warp(bar):
     """One lane arrives for its warp, which is past what it tells."""
@@ -339,17 +355,11 @@ def load_k(k, bars, place, j, span):
     part, phase, rest_phase = place
     for i in cutlass.range_constexpr(TILE_PARTS):
         for c in cutlass.range_constexpr(PART_CHUNKS):
-            stage = REST_CHUNKS + part * PART_CHUNKS + c
-            load_chunk(k, bars, (stage, phase), j, chunk_of(i, c), span)
+            load_chunk(k, bars, (stage_of(part, c), phase), j, chunk_of(i, c), span)
         part, phase = after((part, phase), RING_PARTS)
     for stage in cutlass.range_constexpr(REST_CHUNKS):
         load_chunk(k, bars, (stage, rest_phase), j, TILE_PARTS * PART_CHUNKS + stage, span)
     return part, phase, rest_phase ^ 1
-
-
-def chunk_of(part, c):
-    """Of a KV tile, the c-th chunk of a part."""
-    return (part % 2 * len(O_PARTS) + part // 2) * PART_CHUNKS + c
 
 
 @cute.jit
@@ -618,7 +628,7 @@ def multiply_qk(s, q, k, bars, place):
     for i in cutlass.range_constexpr(TILE_PARTS):
         for c in cutlass.range_constexpr(PART_CHUNKS):
             # opaque: else registers hold what is computed of it for every chunk
-            stage = REST_CHUNKS + opaque(part, Int32) * PART_CHUNKS + c
+            stage = stage_of(opaque(part, Int32), c)
             cute.arch.mbarrier_wait(bars + K_FULL + stage, phase)
             if cutlass.const_expr(i + c == 0):
                 warpgroup.fence()
@@ -806,12 +816,6 @@ def multiply_part(columns: cutlass.Constexpr, o, p, v, p_stage, v_stage):
 
 
 @cute.jit
-def in_ring(part):
-    """A part of K's ring, of one that may lie up to a round beyond its end."""
-    return part - RING_PARTS if part >= RING_PARTS else part
-
-
-@cute.jit
 def release_part(bars, stage):
     """Chunks of K have been read, from that stage on."""
     for i in cutlass.range_constexpr(PART_CHUNKS):
@@ -847,7 +851,7 @@ def output(smem_tiles, factors, out, bars, call):
                 if cutlass.const_expr(i == PV_WAITS_AT):
                     cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
                     scored = after(scored, P_STAGES)
-                v_stage = REST_CHUNKS + in_ring(k_part + 2 * i + half) * PART_CHUNKS
+                v_stage = stage_of(in_ring(k_part + 2 * i + half))
                 multiply_part(O_PARTS[i], o_parts[i], p, v_parts[i], p_stage, v_stage)
                 if cutlass.const_expr(i > 0):
                     warpgroup.wait_group(1)

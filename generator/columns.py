@@ -37,8 +37,8 @@ from .warpgroups import narrow_window
 CHUNK = 64  # columns of K or Q in a buffer: 128 bytes, the widest swizzle span
 V_KEYS = (16, 32)  # keys of V in a buffer
 IN_K = 0  # v_keys where V has no buffers, being a part of K's
-SLICES_MIN = 2
-V_PADDED_MAX = 4 / 3  # of a half's columns in a buffer of V: see v_width
+SLICES_MIN = 2  # of V: one is multiplied while the one before is given back
+V_PADDED_MAX = 4 / 3  # of a half's columns in a buffer of V: see v_buffer_width
 OUTPUT_GROUPS = 2
 P_STAGES = 2
 # What a thread holds beside its fragments: addresses, loop state, two rows' maximum, sum and factor. With 16 and 32
@@ -62,7 +62,7 @@ def half_width(spec: KernelSpec) -> int:
     return -(-spec.v_dim // (OUTPUT_GROUPS * HEAD_DIM_STEP)) * HEAD_DIM_STEP
 
 
-def v_width(spec: KernelSpec) -> int:
+def v_buffer_width(spec: KernelSpec) -> int:
     """Columns that a buffer of V has for an output warpgroup: its half of O's. Where that is an odd number of 16, and V
     would come in boxes of 16 columns, a few more that are not multiplied make boxes of 64. On an H200 (2026-11-29) 667
     and 530 TFLOP/s at 480, 633 and 471 at 464, 568 and 504 at 400, 597 and 483 at 336, 541 and 494 at 272; but 566 and
@@ -203,7 +203,7 @@ def v_stages(spec: KernelSpec, arch: Arch, tiling: Tiling) -> int:
 
 
 def _v_bytes(spec: KernelSpec, tiling: Tiling) -> int:
-    return tiling.v_keys * OUTPUT_GROUPS * v_width(spec) * ELEMENT_BYTES
+    return tiling.v_keys * OUTPUT_GROUPS * v_buffer_width(spec) * ELEMENT_BYTES
 
 
 def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[tuple[str, int, int, str | None, str]]:
@@ -220,7 +220,7 @@ def _wanted(spec: KernelSpec, arch: Arch, tiling: Tiling, v_count: int) -> list[
         ("sP", P_STAGES * rows * keys * ELEMENT_BYTES, P_STAGES, None, f"{rows} x {keys} a stage"),
     ]
     if v_count:
-        why = f"{tiling.v_keys} x {OUTPUT_GROUPS * v_width(spec)} a stage"
+        why = f"{tiling.v_keys} x {OUTPUT_GROUPS * v_buffer_width(spec)} a stage"
         wanted.insert(3, ("sV", v_count * _v_bytes(spec, tiling), v_count, None, why))
     if tiling.o_chunk:
         size = OUTPUT_GROUPS * rows * tiling.o_chunk * ELEMENT_BYTES

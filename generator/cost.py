@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .arch import Arch, Rates
 from .budget import ELEMENT_BYTES, Tiling
 from .chunks import geometry
-from .columns import CHUNK, IN_K, OUTPUT_GROUPS, chunks_apart, o_parts
+from .columns import CHUNK, IN_K, OUTPUT_GROUPS, chunks_apart, half_width, o_parts, v_buffer_width
 from .spec import HEAD_DIM_STEP, KernelSpec
 from .two_ctas import CTAS, polynomial_pairs, v_width
 from .two_tiles import PAIR_PERIOD, POLYNOMIAL_PAIRS, QUERY_TILES
@@ -131,7 +131,10 @@ def _column_cost(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
     """
     rows, keys, cluster = arch.mma_m, tiling.tile_n, tiling.tile_m // arch.mma_m
     step_bytes, columns = HEAD_DIM_STEP * ELEMENT_BYTES, spec.head_dim + spec.v_dim
-    loaded = spec.head_dim if tiling.v_keys == IN_K else columns
+    loaded = written = spec.head_dim
+    if tiling.v_keys != IN_K:  # what lies beyond V's columns is zeros that no one loads
+        width, half = v_buffer_width(spec), half_width(spec)
+        loaded, written = loaded + width + min(width, spec.v_dim - half), written + OUTPUT_GROUPS * width
     qk_steps, pv_steps, parts = spec.head_dim // HEAD_DIM_STEP, keys // HEAD_DIM_STEP, len(o_parts(spec))
     q_steps = chunks_apart(spec, arch, tiling) * CHUNK // HEAD_DIM_STEP
     pv_reads = pv_steps * (OUTPUT_GROUPS * parts * rows + spec.v_dim)
@@ -142,7 +145,7 @@ def _column_cost(spec: KernelSpec, arch: Arch, tiling: Tiling) -> Cost:
         mma_instructions=qk_steps + OUTPUT_GROUPS * parts * pv_steps,
         mma_flop=2 * rows * keys * columns,
         mma_read_bytes=step_bytes * (qk_steps * keys + q_steps * rows + pv_reads),
-        write_bytes=ELEMENT_BYTES * (keys * loaded + rows * keys),
+        write_bytes=ELEMENT_BYTES * (keys * written + rows * keys),
         load_bytes=ELEMENT_BYTES * keys * loaded // cluster,
         exponentials=rows * keys,
         rates=arch.rates,

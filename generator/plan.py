@@ -32,8 +32,9 @@ from .budget import Tiling
 from .chunks import PASSES, budget_of, chunked_tilings, geometry, shared_chunks
 from .column_order import column_preference
 from .columns import check_columns, column_tilings
+from .columns_plan import ColumnsPlan
 from .cost import Cost, cost_of
-from .hopper import ColumnsPlan, HopperPlan
+from .hopper import HopperPlan
 from .layout import WHOLE_TILES, Plan, Rejected
 from .spec import HEAD_DIM_STEP, KV_STAGE_MAX, KernelSpec, SpecError
 from .warpgroups import CONSUMERS_MAX, can_pack, split_preference, warpgroup_preference, warpgroup_tilings

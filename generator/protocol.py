@@ -205,7 +205,7 @@ def _columns(plan: Plan) -> Told:
         if plan.rest_chunks:
             k += "; what is not V: parity of the KV tile"
             k_first += "; what is not V: opposite parity of the KV tile"
-    waiting = "" if plan.separate_v or plan.pv_waits_at == 0 else "the second half of "
+    waiting = "the second half of " if plan.pv_waits_at else ""
     return of_v | {
         "q_full": ("load warp and TMA", "score warps, at the start of a query tile", q, plan.q_chunk_bytes),
         "q_empty": (f"{scores}, {read}", "load warp, before loading chunk n", q_first, 0),

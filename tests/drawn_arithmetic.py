@@ -159,10 +159,11 @@ def _fits_hopper(fields):
 
 
 def _fits_columns(fields):
-    """One warpgroup with S, P and the chunks of Q that 16 other registers leave room for, two with half of O each and
-    32 others, of 512 registers of a thread of each of four warpgroups; chunks of 64 columns of K and Q, at least half
-    of a KV tile's V in slices of 16 or 32 keys, or V within two or three whole tiles of K, P and the factors of O
-    twice, O in steps, in shared memory.
+    """One warpgroup with S, P and the chunks of Q that 16 other registers leave room for, 28 with P, two with half of O
+    each and 32 others, of 512 registers of a thread of each of four warpgroups; chunks of 64 columns of K and Q, P
+    and the factors of O twice, in shared memory. There too at least two slices of V of 16 or 32 keys, each half with
+    whole boxes of 64 columns where that is a third more at most and else were boxes of 16, and O in steps; or V within
+    two to three KV tiles of K, in steps of what one wgmma of PV multiplies.
     """
     d, dv = widths(fields)
     half = -(-dv // 32) * 16
@@ -170,22 +171,26 @@ def _fits_columns(fields):
     score = min(240, (512 - 2 * output - 24) // 8 * 8)
     step = next(columns for columns in (64, 32, 16) if half % columns == 0)
     stored = 0 if fields.get("output") == "unnormalized" or fields.get("split_kv") else 2 * 64 * step * 2
-    chunks = -(-d // 64)
-    for n in [fields["tile_n"]] if "tile_n" in fields else (128, 96, 64):
-        room = max(0, 4 * (score - 16 - n // 2 - n // 4))
+    boxes = -(-half // 64) * 64
+    width = boxes if half % 32 and 3 * boxes <= 4 * half else half
+    chunks, part = -(-d // 64), (half if half <= 192 else 128) // 64
+    shared = fields.get("kv_shared") and half % 64 == 0
+    for n in [fields["tile_n"]] if "tile_n" in fields else (128, 112, 96, 80, 64):
+        with_p = max(16 + n // 4, 28)
+        room = max(0, 4 * (score - with_p - n // 2))
         apart = -(-max(0, d - room) // 64)
-        q = min(chunks, apart + 2) if "window_left" in fields or fields.get("split_kv") else max(2, apart)
-        held = (d - min(d, 64 * apart)) // 4 + n // 2 + n // 4 + 16
-        if held > score:
+        q = min(chunks, apart + 2) if "window_left" in fields else max(2, apart)
+        if (d - min(d, 64 * apart)) // 4 + n // 2 + with_p > score:
             continue
-        room = SMEM - 2048 - (512 + q * 8192 + 2 * 64 * n * 2 + stored)
+        room = SMEM - 2048 - (q * 8192 + 2 * 64 * n * 2)
         of_k = n * 128
-        for keys in (16, 32):
-            slices = min(2 * n // keys, (room - fields.get("kv_stage", 2) * of_k) // (keys * 2 * half * 2))
-            if n % keys == 0 and slices >= 1 and slices * keys >= n // 2:
+        for keys in (16, 32) if "tile_n" in fields or n in (128, 96, 64) else ():
+            left = room - 512 - stored - fields.get("kv_stage", 2) * of_k
+            if n % keys == 0 and min(2 * n // keys, left // (keys * 2 * width * 2)) >= 2:
                 return True
-        tiles = [count for count in (2 * chunks, 3 * chunks) if fields.get("kv_stage", count) == count]
-        if fields.get("kv_shared") and half % 64 == 0 and any(count * of_k <= room for count in tiles):
+        of_v = 2 * half // 64
+        rings = range(chunks - of_v + 2 * of_v, chunks - of_v + 3 * of_v + 1, part) if shared else ()
+        if any(fields.get("kv_stage", count) == count and count * of_k <= room for count in rings):
             return True
     return False
 

@@ -24,7 +24,7 @@ FLOW = (
         "spelling",
         "layout",
     ),
-    *("split", "hopper"),
+    *("split", "hopper", "columns_plan"),
     *("plan", "covering", "features", "wide_features", "hopper_features"),
     *("explain", "survey", "emit", "protocol", "maps", "pages"),
     *("dsl", "cache", "cubin", "compile", "arrays", "launch", "run", "handles", "operators", "kernel", "merge"),

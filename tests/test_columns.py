@@ -9,6 +9,7 @@ from wgmma_scores import lost
 from generator import columns
 from generator.arch import SM90A
 from generator.compile import compile_kernel
+from generator.cost import cost_of
 from generator.plan import NotImplementedYet, plan_kernel
 from generator.run import run_observed
 from generator.spec import KV_STAGE_SHARED_MAX, load_spec
@@ -107,6 +108,9 @@ def test_v_comes_in_boxes_of_64_columns_where_else_of_16():
     assert plan.layouts["sV"].swizzle_bytes == 128 and plan.v_slice_bytes == 2 * 32 * 256 * 2
     assert [(p.v_width, p.pads_v_buffers) for p in (plan_of(448), plan_of(512))] == [(224, False), (256, False)]
     assert plan_of(512, head_dim_v=160).v_width == 80, "128 would be more than a third too many"
+    cost = cost_of(plan.spec, SM90A, plan.tiling)  # the second half's last 16 columns are beyond V: none loads them
+    assert cost.load_bytes == 2 * plan.tile_n * (480 + 256 + 240) // 2
+    assert cost.write_bytes == 2 * plan.tile_n * (480 + 2 * 256 + 64)
 
 
 @pytest.mark.parametrize("head_dim", range(272, 513, 16))
