@@ -65,7 +65,7 @@ def half_width(spec: KernelSpec) -> int:
 def v_buffer_width(spec: KernelSpec) -> int:
     """Columns that a buffer of V has for an output warpgroup: its half of O's. Where that is an odd number of 16, and V
     would come in boxes of 16 columns, a few more that are not multiplied make boxes of 64. On an H200 (2026-11-29) 667
-    and 530 TFLOP/s at 480, 633 and 471 at 464, 568 and 504 at 400, 597 and 483 at 336, 541 and 494 at 272; but 566 and
+    and 530 TFLOP/s at 480, 633 and 471 at 464, 568 and 504 at 400, 597 and 483 at 336, 541 and 494 at 272; but 619 and
     632 at 448, 615 and 612 at 320, whose boxes have 32.
     """
     width = half_width(spec)
