@@ -235,7 +235,7 @@ def hide_columns(s, seen):
     """-inf outside of the columns [first, end) that this row sees."""
     first, end = seen
     for c in cutlass.range_constexpr(cute.size(s)):
-        s[c] = s[c] if (c >= first) & (c < end) else -Float32.inf
+        s[c] = cutlass.select_((c >= first) & (c < end), s[c], -Float32.inf)
 
 
 @cute.jit

@@ -209,7 +209,7 @@ def kv_span(q_tile, seqlen_q, seqlen_k):
 def hide_columns(s, end):
     """-inf in every column from end on: keys past the last one that this row sees."""
     for c in cutlass.range_constexpr(cute.size(s)):
-        s[c] = s[c] if c < end else -Float32.inf
+        s[c] = cutlass.select_(c < end, s[c], -Float32.inf)
 
 
 def tma_views(atom, smem, gmem):

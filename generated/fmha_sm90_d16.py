@@ -293,9 +293,9 @@ def hide(s, columns, before: cutlass.Constexpr):
                 i = (first + j) // 2 * 4 + 2 * r + j % 2
                 is_before = (bits & (1 << j)) != 0
                 if cutlass.const_expr(before):
-                    s[i] = -Float32.inf if is_before else s[i]
+                    s[i] = cutlass.select_(is_before, -Float32.inf, s[i])
                 else:
-                    s[i] = s[i] if is_before else -Float32.inf
+                    s[i] = cutlass.select_(is_before, s[i], -Float32.inf)
 
 
 @cute.jit
@@ -358,8 +358,9 @@ def exponentiate(s, p, scale_log2, m, seen):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
-            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
-            parts[r][e] = parts[r][e] + eight[i]
+            exponential = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
+            eight[i] = exponential
+            parts[r][e] = parts[r][e] + exponential
         rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
         rounded.store(eight.load().to(DTYPE))
         pairs = cute.recast_tensor(rounded, Int32)
@@ -513,8 +514,7 @@ def multiply_pv(o, p, v, stage):
     pv = pv_mma()
     warpgroup.fence()
     pv.set(Field.ACCUMULATE, True)
-    for block in cutlass.range_constexpr(TILE_N // 16):
-        cute.gemm(pv, o, p[None, None, block], v[None, None, block, stage], o)
+    cute.gemm(pv, o, p, v[None, None, None, stage], o)
 
 
 @cute.jit

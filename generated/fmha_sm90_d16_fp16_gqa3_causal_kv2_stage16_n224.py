@@ -335,9 +335,9 @@ def hide(s, columns, before: cutlass.Constexpr):
                 i = (first + j) // 2 * 4 + 2 * r + j % 2
                 is_before = (bits & (1 << j)) != 0
                 if cutlass.const_expr(before):
-                    s[i] = -Float32.inf if is_before else s[i]
+                    s[i] = cutlass.select_(is_before, -Float32.inf, s[i])
                 else:
-                    s[i] = s[i] if is_before else -Float32.inf
+                    s[i] = cutlass.select_(is_before, s[i], -Float32.inf)
 
 
 @cute.jit
@@ -398,9 +398,9 @@ def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
     even, odd = Float32(0.0), Float32(0.0)
     for b in cutlass.range_constexpr(TILE_N // 8):
         i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
+        pair = [cute.math.exp2(s[i + e] * scale_log2 - shift, fastmath=True) for e in range(2)]
+        s[i], s[i + 1] = pair
+        even, odd = even + pair[0], odd + pair[1]
     return even + odd
 
 
@@ -562,8 +562,7 @@ def multiply_pv(o, p, v, stage):
     pv = pv_mma()
     warpgroup.fence()
     pv.set(Field.ACCUMULATE, True)
-    for block in cutlass.range_constexpr(TILE_N // 16):
-        cute.gemm(pv, o, p[None, None, block], v[None, None, block, stage], o)
+    cute.gemm(pv, o, p, v[None, None, None, stage], o)
 
 
 @cute.jit

@@ -291,15 +291,19 @@ def hide(s, columns, before: cutlass.Constexpr):
                 i = (first + j) // 2 * 4 + 2 * r + j % 2
                 is_before = (bits & (1 << j)) != 0
                 if cutlass.const_expr(before):
-                    s[i] = -Float32.inf if is_before else s[i]
+                    s[i] = cutlass.select_(is_before, -Float32.inf, s[i])
                 else:
-                    s[i] = s[i] if is_before else -Float32.inf
+                    s[i] = cutlass.select_(is_before, s[i], -Float32.inf)
 
 
 @cute.jit
 def hide_columns(s, seen):
-    """-inf in every column of the tile from seen[r] on: keys past the last one that row r of this thread sees."""
-    hide(s, seen, False)
+    """-inf in every column of the tile from ends[r] on: keys past the last one that row r of this thread sees. `seen`:
+    these, and whether they hide any.
+    """
+    ends, hidden = seen
+    if hidden:
+        hide(s, ends, False)
 
 
 @cute.jit
@@ -354,9 +358,9 @@ def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
     even, odd = Float32(0.0), Float32(0.0)
     for b in cutlass.range_constexpr(TILE_N // 8):
         i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
+        pair = [cute.math.exp2(s[i + e] * scale_log2 - shift, fastmath=True) for e in range(2)]
+        s[i], s[i + 1] = pair
+        even, odd = even + pair[0], odd + pair[1]
     return even + odd
 
 
@@ -516,8 +520,7 @@ def multiply_pv(o, p, v, stage):
     pv = pv_mma()
     warpgroup.fence()
     pv.set(Field.ACCUMULATE, True)
-    for block in cutlass.range_constexpr(TILE_N // 16):
-        cute.gemm(pv, o, p[None, None, block], v[None, None, block, stage], o)
+    cute.gemm(pv, o, p, v[None, None, None, stage], o)
 
 
 @cute.jit
@@ -601,7 +604,7 @@ def consume(smem_tiles, out, bars, scale, call):
     operands, stats = (s, p, o, q, k, v), (m, total, factor)
     row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
     raw = q_smem[None, None, group], k_smem, row
-    scale_log2 = scale * LOG2_E
+    scale_log2 = cute.arch.shuffle_sync(scale * LOG2_E, 0)  # else ptxas computes it again between QK and the softmax
     first_row = group * GROUP_ROWS + row
 
     place = Int32(0), Int32(0)  # stage and phase of the KV tile that is multiplied next, in the rings of K and V
@@ -611,7 +614,7 @@ def consume(smem_tiles, out, bars, scale, call):
         q_tile, head, batch = block
         seqlen_q, seqlen_k = lengths
         span = spans_of(q_tile, lengths)
-        kv_tiles, whole_tiles = span[:2]
+        kv_tiles = span[0]
         ends = [seqlen_k, seqlen_k]
         bounds = (ends,)
         o.fill(0.0)
@@ -620,9 +623,7 @@ def consume(smem_tiles, out, bars, scale, call):
         cute.arch.mbarrier_wait(bars + Q_FULL + group, turn & 1)
         if kv_tiles > 0:
             before, place = place, first_tile(operands, bars, place, seen_of(0, bounds, span), scale_log2, stats)
-        for _ in cutlass.range(1, whole_tiles, unroll=1):
-            before, place = place, kept_tile(operands, raw, bars, group, place, before, None, scale_log2, stats)
-        for j in cutlass.range(cutlass.max(whole_tiles, 1), kv_tiles, unroll=1):
+        for j in cutlass.range(1, kv_tiles, unroll=1):
             seen = seen_of(j, bounds, span)
             before, place = place, kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats)
         release_q(bars, group)
@@ -640,8 +641,10 @@ def release_q(bars, group):
 
 
 def seen_of(j, bounds, span):
-    """Columns of the j-th KV tile that each row of this thread sees: see hide_columns."""
-    return [end - j * TILE_N for end in bounds[0]]
+    """Columns of the j-th KV tile that each row of this thread sees, and whether some row of the query tile does not
+    see all: see hide_columns.
+    """
+    return [end - j * TILE_N for end in bounds[0]], j >= span[1]
 
 
 def smem_tile(smem, offset, layout, dtype):

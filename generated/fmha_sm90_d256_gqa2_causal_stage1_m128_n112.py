@@ -314,15 +314,19 @@ def hide(s, columns, before: cutlass.Constexpr):
                 i = (first + j) // 2 * 4 + 2 * r + j % 2
                 is_before = (bits & (1 << j)) != 0
                 if cutlass.const_expr(before):
-                    s[i] = -Float32.inf if is_before else s[i]
+                    s[i] = cutlass.select_(is_before, -Float32.inf, s[i])
                 else:
-                    s[i] = s[i] if is_before else -Float32.inf
+                    s[i] = cutlass.select_(is_before, s[i], -Float32.inf)
 
 
 @cute.jit
 def hide_columns(s, seen):
-    """-inf in every column of the tile from seen[r] on: keys past the last one that row r of this thread sees."""
-    hide(s, seen, False)
+    """-inf in every column of the tile from ends[r] on: keys past the last one that row r of this thread sees. `seen`:
+    these, and whether they hide any.
+    """
+    ends, hidden = seen
+    if hidden:
+        hide(s, ends, False)
 
 
 @cute.jit
@@ -377,9 +381,9 @@ def exponentiate(s, r: cutlass.Constexpr, scale_log2, m, seen):
     even, odd = Float32(0.0), Float32(0.0)
     for b in cutlass.range_constexpr(TILE_N // 8):
         i = 4 * b + 2 * r
-        s[i] = cute.math.exp2(s[i] * scale_log2 - shift, fastmath=True)
-        s[i + 1] = cute.math.exp2(s[i + 1] * scale_log2 - shift, fastmath=True)
-        even, odd = even + s[i], odd + s[i + 1]
+        pair = [cute.math.exp2(s[i + e] * scale_log2 - shift, fastmath=True) for e in range(2)]
+        s[i], s[i + 1] = pair
+        even, odd = even + pair[0], odd + pair[1]
     return even + odd
 
 
@@ -546,8 +550,7 @@ def multiply_pv(o, p, v, stage):
     pv = pv_mma()
     warpgroup.fence()
     pv.set(Field.ACCUMULATE, True)
-    for block in cutlass.range_constexpr(TILE_N // 16):
-        cute.gemm(pv, o, p[None, None, block], v[None, None, block, stage], o)
+    cute.gemm(pv, o, p, v[None, None, None, stage], o)
 
 
 @cute.jit
@@ -646,7 +649,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
     operands, stats = (s, p, o, q, k, v), (m, total, factor)
     row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
     raw = q_smem[None, None, group], k_smem, row
-    scale_log2 = scale * LOG2_E
+    scale_log2 = cute.arch.shuffle_sync(scale * LOG2_E, 0)  # else ptxas computes it again between QK and the softmax
     first_row = group * GROUP_ROWS + row
 
     place = Int32(0), Int32(0)  # stage and phase of the KV tile that is multiplied next, in the rings of K and V
@@ -658,11 +661,11 @@ def consume(smem_tiles, out, rows, bars, scale, call):
         begin, _, _, stop = spans_of(q_tile, lengths)
         first_token, last_token = group_tokens(q_tile, group, seqlen_q)
         own = kv_span(first_token, last_token, seqlen_q, seqlen_k)
-        own_begin, _, own_whole, own_stop = own
+        own_begin, _, _, own_stop = own
         # The first tile before which every row that sees any has seen some
         own_known = own_begin + 1
         if (own_begin >= own_stop) | (first_token > last_token):
-            own_begin = own_whole = own_stop = stop
+            own_begin = own_stop = stop
             own_known = stop
         tokens = [q_tile * TILE_TOKENS + (first_row + 8 * r) // Q_HEADS_PER_KV for r in range(2)]
         ends = [end_key(token, seqlen_q, seqlen_k) for token in tokens]
@@ -675,9 +678,7 @@ def consume(smem_tiles, out, rows, bars, scale, call):
             place = pass_by(bars, place)
         if own_begin < own_stop:
             before, place = place, first_tile(operands, bars, place, seen_of(own_begin, bounds, own), scale_log2, stats)
-        for _ in cutlass.range(own_known, own_whole, unroll=1):
-            before, place = place, kept_tile(operands, raw, bars, group, place, before, None, scale_log2, stats)
-        for t in cutlass.range(cutlass.max(own_whole, own_known), own_stop, unroll=1):
+        for t in cutlass.range(own_known, own_stop, unroll=1):
             seen = seen_of(t, bounds, own)
             before, place = place, kept_tile(operands, raw, bars, group, place, before, seen, scale_log2, stats)
         if own_begin < own_stop:
@@ -698,8 +699,10 @@ def release_q(bars, group):
 
 
 def seen_of(t, bounds, own):
-    """Columns of KV tile t that each row of this thread sees: see hide_columns."""
-    return [end - t * TILE_N for end in bounds[0]]
+    """Columns of KV tile t that each row of this thread sees, and whether some row of the consumer does not see all:
+    see hide_columns.
+    """
+    return [end - t * TILE_N for end in bounds[0]], t >= own[2]
 
 
 def smem_tile(smem, offset, layout, dtype):

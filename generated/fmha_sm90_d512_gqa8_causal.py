@@ -23,7 +23,7 @@
 #   v_empty     208       4        16  output warps, one lane each, in both CTAs: PV has read it
 #   p_full      240       2         4  score warps, one lane each: P and the factors of O are written
 #   p_empty     256       2         8  output warps, one lane each: P and factors have been read
-#   scored      272       2         4  score warps, one lane each: QK of the next KV tile is done
+#   scored      272       2         4  score warps, one lane each: QK of the next KV tile is in its last step
 #
 # Warps: 512 threads, 65536 of 65536 registers handed out
 #   role    first warp  warps  registers  why
@@ -38,7 +38,8 @@ A CTA works on one query tile after another:
 64 of a cluster's 16 query tokens of a KV head's 8 query heads.
 Q stays in the score warpgroup's registers, but for its last chunks. K streams through a ring in
 chunks of K_CHUNK columns, V in slices of V_KEYS keys. P and the factors of O go through shared memory.
-PV waits until QK of the next KV tile is done: it is what the tensor core works on while the scores become P.
+PV waits until the last step of QK of the next KV tile is on its way: it is what the tensor core works on while the
+scores become P.
 Two CTAs are a cluster: neighbouring query rows, the same K and V. Each loads half of every piece for both.
 
 Grid: as many CTAs as run at once, at most one a query tile.
@@ -394,9 +395,9 @@ def hide(s, columns, before: cutlass.Constexpr):
                 i = (first + j) // 2 * 4 + 2 * r + j % 2
                 is_before = (bits & (1 << j)) != 0
                 if cutlass.const_expr(before):
-                    s[i] = -Float32.inf if is_before else s[i]
+                    s[i] = cutlass.select_(is_before, -Float32.inf, s[i])
                 else:
-                    s[i] = s[i] if is_before else -Float32.inf
+                    s[i] = cutlass.select_(is_before, s[i], -Float32.inf)
 
 
 @cute.jit
@@ -459,8 +460,9 @@ def exponentiate(s, p, scale_log2, m, seen):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
-            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
-            parts[r][e] = parts[r][e] + eight[i]
+            exponential = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
+            eight[i] = exponential
+            parts[r][e] = parts[r][e] + exponential
         rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
         rounded.store(eight.load().to(DTYPE))
         pairs = cute.recast_tensor(rounded, Int32)
@@ -622,10 +624,12 @@ def release_step(bars, stages, pending: cutlass.Constexpr):
 
 
 @cute.jit
-def multiply_qk(s, q, k, bars, place):
-    """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; returns the
-    place after it.
+def multiply_qk(s, q, k, bars, places, is_first: cutlass.Constexpr):
+    """S = Q K^T of a KV tile, K_STEP chunks at a time as they land, each released once it has been read; there is room
+    for P. PV of the KV tile before is let go when only the last step is on its way: until its first product comes that
+    is done too. Returns K's next place.
     """
+    place, p_place, scored = places
     before = []
     for first in cutlass.range_constexpr(0, K_CHUNKS, K_STEP):
         place, stages = await_step(bars, place, first)
@@ -633,6 +637,9 @@ def multiply_qk(s, q, k, bars, place):
         if cutlass.const_expr(first > 0):
             release_step(bars, before, 1)
         before = stages
+    room_for_p(bars, p_place)
+    if cutlass.const_expr(not is_first):
+        arrive_warp(bars + SCORED + scored)
     release_step(bars, before, 0)
     return place
 
@@ -675,27 +682,16 @@ def write_factors(factors, factor, stage):
 
 
 @cute.jit
-def multiply_tile(operands, bars, places, seen):
-    """S of a KV tile after the first, -inf where it is not seen; there is room for P. Returns K's next place."""
-    s, _, q, k = operands
-    k_place, p_place, scored = places
-    k_place = multiply_qk(s, q, k, bars, k_place)
-    arrive_warp(bars + SCORED + scored)
-    room_for_p(bars, p_place)
-    if cutlass.const_expr(seen is not None):
-        hide_columns(s, seen)
-    return k_place
-
-
-@cute.jit
 def kept_tile(operands, target, bars, places, seen, scale_log2, stats):
     """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
     it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
     larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
     """
-    (s, p, _, _), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
+    (s, p, q, k), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
     _, p_place, scored = places
-    k_place = multiply_tile(operands, bars, places, seen)
+    k_place = multiply_qk(s, q, k, bars, places, False)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
     if not kept_softmax(s, p, scale_log2, m, total, factor, seen):
         factor.fill(1.0)
     p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
@@ -716,7 +712,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
     p_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), DTYPE)
     p_copy = p_atom, cute.make_tiled_copy_C(p_atom, qk).get_slice(cute.arch.thread_idx()[0] % GROUP_THREADS)
     m, total, factor = stats = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
-    scale_log2 = scale * LOG2_E
+    scale_log2 = cute.arch.shuffle_sync(scale * LOG2_E, 0)  # else ptxas computes it again between QK and the softmax
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
     first_row += cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) * GROUP_ROWS
 
@@ -737,8 +733,7 @@ def score(smem_tiles, factors, rows, bars, scale, call):
         q_place, stages = read_q(q, q_smem, bars, q_place)
         q_all = q, apart, stages
         if kv_tiles > 0:
-            k_place = multiply_qk(s, q_all, k, bars, k_place)
-            room_for_p(bars, p_place)
+            k_place = multiply_qk(s, q_all, k, bars, (k_place, p_place, scored), True)
             first_softmax(s, p, scale_log2, m, total, seen_of(0, bounds, span))
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
         operands, target, places = (s, p, q_all, k), (p_copy, p_smem, factors), (k_place, p_place, scored)
@@ -832,12 +827,14 @@ def output(smem_tiles, factors, out, bars, call):
             cute.arch.mbarrier_wait(bars + P_FULL + p_stage, p_phase)
             if read_factors(factors, factor, p_stage):
                 scale_rows(o, factor)
+            cute.arch.mbarrier_wait(bars + V_FULL + v_place[0], v_place[1])  # first, for the other comes last
             cute.arch.mbarrier_wait(bars + SCORED + scored[0], scored[1])
             scored = after(scored, P_STAGES)
             v_before = Int32(0)
             for i in cutlass.range_constexpr(V_SLICES):
                 v_stage, v_phase = v_place
-                cute.arch.mbarrier_wait(bars + V_FULL + v_stage, v_phase)
+                if cutlass.const_expr(i > 0):
+                    cute.arch.mbarrier_wait(bars + V_FULL + v_stage, v_phase)
                 multiply_slice(o_parts, p, v_parts, half, i, p_stage, v_stage)
                 if cutlass.const_expr(i > 0):
                     warpgroup.wait_group(1)

@@ -386,9 +386,9 @@ def hide(s, columns, before: cutlass.Constexpr):
                 i = (first + j) // 2 * 4 + 2 * r + j % 2
                 is_before = (bits & (1 << j)) != 0
                 if cutlass.const_expr(before):
-                    s[i] = -Float32.inf if is_before else s[i]
+                    s[i] = cutlass.select_(is_before, -Float32.inf, s[i])
                 else:
-                    s[i] = s[i] if is_before else -Float32.inf
+                    s[i] = cutlass.select_(is_before, s[i], -Float32.inf)
 
 
 @cute.jit
@@ -451,8 +451,9 @@ def exponentiate(s, p, scale_log2, m, seen):
         eight = cute.make_rmem_tensor(8, Float32)
         for i in cutlass.range_constexpr(8):
             r, e = i // 2 % 2, i % 2
-            eight[i] = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
-            parts[r][e] = parts[r][e] + eight[i]
+            exponential = cute.math.exp2(s[8 * block + i] * scale_log2 - shift[r], fastmath=True)
+            eight[i] = exponential
+            parts[r][e] = parts[r][e] + exponential
         rounded = cute.make_tensor(p.iterator + 8 * block, cute.make_layout(8))
         rounded.store(eight.load().to(DTYPE))
         pairs = cute.recast_tensor(rounded, Int32)
@@ -620,11 +621,11 @@ def multiply_chunk(s, q, k, stage, chunk: cutlass.Constexpr, is_first: cutlass.C
 
 
 @cute.jit
-def multiply_qk(s, q, k, bars, place):
-    """S = Q K^T of a KV tile, chunk by chunk as they land; returns the place after it. Chunks that are V stay for PV,
-    which is told by P that this has read them.
+def multiply_qk(s, q, k, bars, places, is_first: cutlass.Constexpr):
+    """S = Q K^T of a KV tile, chunk by chunk as they land; then PV of the KV tile before is let go. There is room for P.
+    Chunks that are V stay for PV, which is told by P that this has read them. Returns K's next place.
     """
-    part, phase, rest_phase = place
+    (part, phase, rest_phase), p_place, scored = places
     for i in cutlass.range_constexpr(TILE_PARTS):
         for c in cutlass.range_constexpr(PART_CHUNKS):
             # opaque: else registers hold what is computed of it for every chunk
@@ -641,6 +642,9 @@ def multiply_qk(s, q, k, bars, place):
     warpgroup.wait_group(0)
     for stage in cutlass.range_constexpr(REST_CHUNKS):
         release(bars + K_EMPTY + stage)
+    if cutlass.const_expr(not is_first):
+        arrive_warp(bars + SCORED + scored)
+    room_for_p(bars, p_place)
     return part, phase, rest_phase ^ 1
 
 
@@ -682,27 +686,16 @@ def write_factors(factors, factor, stage):
 
 
 @cute.jit
-def multiply_tile(operands, bars, places, seen):
-    """S of a KV tile after the first, -inf where it is not seen; there is room for P. Returns K's next place."""
-    s, _, q, k = operands
-    k_place, p_place, scored = places
-    k_place = multiply_qk(s, q, k, bars, k_place)
-    arrive_warp(bars + SCORED + scored)
-    room_for_p(bars, p_place)
-    if cutlass.const_expr(seen is not None):
-        hide_columns(s, seen)
-    return k_place
-
-
-@cute.jit
 def kept_tile(operands, target, bars, places, seen, scale_log2, stats):
     """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
     it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
     larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
     """
-    (s, p, _, _), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
+    (s, p, q, k), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
     _, p_place, scored = places
-    k_place = multiply_tile(operands, bars, places, seen)
+    k_place = multiply_qk(s, q, k, bars, places, False)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
     if not kept_softmax(s, p, scale_log2, m, total, factor, seen):
         factor.fill(1.0)
     p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
@@ -723,7 +716,7 @@ def score(smem_tiles, factors, rows, results, bars, scale, call):
     p_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), DTYPE)
     p_copy = p_atom, cute.make_tiled_copy_C(p_atom, qk).get_slice(cute.arch.thread_idx()[0] % GROUP_THREADS)
     m, total, factor = stats = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
-    scale_log2 = scale * LOG2_E
+    scale_log2 = cute.arch.shuffle_sync(scale * LOG2_E, 0)  # else ptxas computes it again between QK and the softmax
     first_row = cute.arch.thread_idx()[0] % GROUP_THREADS // 32 * 16 + cute.arch.lane_idx() // 4
 
     q_place, p_place, k_place = (Int32(0), Int32(0)), (Int32(0), Int32(0)), (Int32(0), Int32(0), Int32(0))
@@ -743,8 +736,7 @@ def score(smem_tiles, factors, rows, results, bars, scale, call):
         q_place, stages = read_q(q, q_smem, bars, q_place)
         q_all = q, apart, stages
         if kv_tiles > 0:
-            k_place = multiply_qk(s, q_all, k, bars, k_place)
-            room_for_p(bars, p_place)
+            k_place = multiply_qk(s, q_all, k, bars, (k_place, p_place, scored), True)
             first_softmax(s, p, scale_log2, m, total, seen_of(0, bounds, span))
             p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)
         operands, target, places = (s, p, q_all, k), (p_copy, p_smem, factors), (k_place, p_place, scored)

@@ -314,8 +314,9 @@ def _mbarriers(
     output = OUTPUT_GROUPS * warps
     if tiling.v_keys == IN_K:
         read, of_v = "half of O's or the score warps, one lane each", []
+        known = "QK of the next KV tile is done"
     else:
-        read = "score warps, one lane each"
+        read, known = "score warps, one lane each", "QK of the next KV tile is in its last step"
         of_v = [
             ("v_full", v_count, 1, "TMA: a slice of V has landed"),
             ("v_empty", v_count, cluster * output, f"output warps, one lane each{both}: PV has read it"),
@@ -329,7 +330,7 @@ def _mbarriers(
             *of_v,
             ("p_full", P_STAGES, warps, "score warps, one lane each: P and the factors of O are written"),
             ("p_empty", P_STAGES, output, "output warps, one lane each: P and factors have been read"),
-            ("scored", P_STAGES, warps, "score warps, one lane each: QK of the next KV tile is done"),
+            ("scored", P_STAGES, warps, f"score warps, one lane each: {known}"),
         )
     )
 

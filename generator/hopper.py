@@ -20,6 +20,7 @@ from .warpgroups import (
     heads_in_tile,
     keeps_reference,
     looks_for_maxima,
+    one_loop,
     packs,
 )
 
@@ -101,6 +102,11 @@ class HopperPlan(Plan):
     def looks_for_maxima(self) -> bool:
         """Of some KV tiles after a query tile's first one."""
         return looks_for_maxima(self.spec, self.arch, self.tile_m, self.tile_n)
+
+    @property
+    def one_loop(self) -> bool:
+        """KV tiles that are seen whole are not a loop of their own: see warpgroups.one_loop."""
+        return not self.splits_columns and one_loop(self.spec, self.arch, self.tile_m, self.tile_n)
 
     @property
     def part_max(self) -> float:

@@ -206,6 +206,7 @@ def _columns(plan: Plan) -> Told:
             k += "; what is not V: parity of the KV tile"
             k_first += "; what is not V: opposite parity of the KV tile"
     waiting = "the second half of " if plan.pv_waits_at else ""
+    known = "the last step of QK of tile n + 1 begun" if plan.separate_v else "after QK of tile n + 1"
     return of_v | {
         "q_full": ("load warp and TMA", "score warps, at the start of a query tile", q, plan.q_chunk_bytes),
         "q_empty": (f"{scores}, {read}", "load warp, before loading chunk n", q_first, 0),
@@ -213,7 +214,7 @@ def _columns(plan: Plan) -> Told:
         "k_empty": (freed, "load warp, before loading chunk n", k_first, 0),
         "p_full": (f"{scores}, when P and factors are written", "output warps, before PV of KV tile n", tile, 0),
         "p_empty": (f"{outputs}, after PV of KV tile n", "score warps, before writing P of tile n", tile_first, 0),
-        "scored": (f"{scores}, after QK of tile n + 1", f"output warps, before {waiting}PV n", tile, 0),
+        "scored": (f"{scores}, {known}", f"output warps, before {waiting}PV n", tile, 0),
     }
 
 

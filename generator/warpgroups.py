@@ -51,6 +51,7 @@ SPLIT_KEYS = 128  # of a KV tile with split_kv: more only lengthens the way from
 NARROW = 2048  # keys: of a window that a KV tile may be a large part of, so that the tiles at its ends count
 PART_MAX = 4096.0  # of a thread's part of a row's sum of a KV tile: fp16 ends at 65504
 OUTWEIGHING = 4.0  # times all before: of random scores hardly ever, of a new key that is nearly all of a row at once
+ONE_LOOP_FROM = 224  # columns of V: 0.99 to 1.01 as fast from there on (H200, 2026-11-29), at 208 0.96, at 176 0.82
 WIDE = 128  # columns of O from which on its rescaling costs more than asking whether it is needed
 # Columns of K and V together up to which other consumers' products hide one's softmax: it may then come after its own
 # PV, so that P is rounded as it comes, and K and V are released sooner. On an H200 (2026-11-29) worth up to 7 % up to
@@ -137,6 +138,14 @@ def looks_for_maxima(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> 
     """Of some KV tiles after a query tile's first one."""
     kept = keeps_reference(spec, arch, tile_m, tile_n)
     return not kept or mask_of(spec).left is not None or spec.kv_sources == 2
+
+
+def one_loop(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> bool:
+    """One loop visits all KV tiles after a query tile's first one, and asks of each whether some are hidden, where two
+    would make one for each answer. It compiles by a third faster, and where a KV tile is so much to multiply that the
+    question does not count, from ONE_LOOP_FROM columns of V on, it runs as fast.
+    """
+    return spec.v_dim >= ONE_LOOP_FROM and not looks_for_maxima(spec, arch, tile_m, tile_n)
 
 
 def has_own_spans(spec: KernelSpec, arch: Arch, tile_m: int) -> bool:

@@ -110,8 +110,8 @@ def _absolute(node: ast.AST) -> list[str]:
 def test_the_emulator_has_the_planners_hardware_limits():
     """emulator/ imports nothing from its parent, so these numbers stand in both; here is where they meet."""
     from generator.arch import ARCHS
-    from generator.emulator.gpu import SMEM_LIMIT
     from generator.emulator.memory import TensorMemory
+    from generator.emulator.targets import SMEM_LIMIT
 
     assert {name: arch.smem_per_cta for name, arch in ARCHS.items()} == SMEM_LIMIT
     assert ARCHS["sm_100a"].tmem_columns == TensorMemory.COLUMNS

@@ -7,14 +7,21 @@
 
 or, for a CuTe DSL program as it is, `with attached("sm_100a") as gpu:` around it (attach.py).
 
-Nothing here imports from the parent package.
+Nothing here imports from the parent package, and what a name needs is loaded when it is used: compiling takes host.py
+alone.
 """
 
-from .attach import DEFAULT_SMS, attached
-from .errors import Deadlock, EmulatorError, Hazard, LaunchError, PtxSyntaxError, UnsupportedInstruction
-from .gpu import Gpu, LaunchReport
-from .labels import Labels
-from .trace import Tracer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attach import DEFAULT_SMS, attached
+    from .errors import Deadlock, EmulatorError, Hazard, LaunchError, PtxSyntaxError, UnsupportedInstruction
+    from .gpu import Gpu, LaunchReport
+    from .labels import Labels
+    from .trace import Tracer
 
 __all__ = [
     "DEFAULT_SMS",
@@ -30,3 +37,22 @@ __all__ = [
     "UnsupportedInstruction",
     "attached",
 ]
+
+_HOMES = {
+    "DEFAULT_SMS": "attach",
+    "attached": "attach",
+    "Gpu": "gpu",
+    "LaunchReport": "gpu",
+    "Labels": "labels",
+    "Tracer": "trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

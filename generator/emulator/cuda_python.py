@@ -20,8 +20,9 @@ import numpy as np
 
 from .arrays import KnownArrays
 from .encode import encode_tiled
-from .gpu import SMEM_LIMIT, Gpu
+from .gpu import Gpu
 from .host import DEFAULT_SHARED_BYTES, ENCODE_LIMITS, HostError
+from .targets import SMEM_LIMIT
 
 CUDA_VERSION = 13000
 L2_BYTES = 50 << 20

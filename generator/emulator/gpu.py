@@ -27,12 +27,12 @@ from .parse import parse_ptx
 from .repeat import check_schedules, repeat
 from .schedule import Schedule
 from .syntax import Module
+from .targets import SMEM_LIMIT
 from .targets import check as check_target
 from .trace import Tracer
 from .translate import Program, Translator
 from .variables import ModuleVariables
 
-SMEM_LIMIT = {"sm_90a": 232448, "sm_100a": 232448}  # opt-in shared memory a CTA, CUDA programming guide, table 27
 SM_COUNT = {"sm_90a": 132, "sm_100a": 148}  # multiprocessors of H200 and B200
 SM_SMEM = 228 << 10  # bytes of shared memory a multiprocessor, CUDA programming guide, table 27
 GRID_LIMIT = (2**31 - 1, 65535, 65535)  # CUDA programming guide, table 27

@@ -37,9 +37,9 @@ from typing import Any
 
 from .encode import encode_tiled
 from .errors import HostError, LaunchError
-from .gpu import SMEM_LIMIT
 from .images import images_at
 from .libraries import find_library
+from .targets import SMEM_LIMIT
 
 HOST_VERSION = 1  # of host.c
 CUDA_SUCCESS = 0

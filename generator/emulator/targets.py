@@ -1,4 +1,5 @@
-"""Instructions that ptxas takes for sm_100a and refuses for sm_90a: a kernel that has one could not have been compiled.
+"""The emulated targets: what a CTA may have, and instructions that ptxas takes for sm_100a and refuses for sm_90a (a
+kernel that has one could not have been compiled).
 
 `check` looks at a module once, when it is loaded. The patterns are those of the instruction table's spellings: where
 there is a ptxas, test_ptxas.py holds them against what it says of every one.
@@ -10,6 +11,8 @@ import re
 
 from .errors import LaunchError
 from .syntax import Instr, Module
+
+SMEM_LIMIT = {"sm_90a": 232448, "sm_100a": 232448}  # opt-in shared memory a CTA, CUDA programming guide, table 27
 
 NEEDS_SM_100 = re.compile(
     r"tcgen05\.|clusterlaunchcontrol\."
