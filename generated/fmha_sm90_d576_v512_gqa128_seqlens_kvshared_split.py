@@ -622,7 +622,7 @@ def multiply_chunk(s, q, k, stage, chunk: cutlass.Constexpr, is_first: cutlass.C
 
 @cute.jit
 def multiply_qk(s, q, k, bars, places, is_first: cutlass.Constexpr):
-    """S = Q K^T of a KV tile, chunk by chunk as they land; then PV of the KV tile before is let go. There is room for P.
+    """S = Q K^T of a KV tile, chunk by chunk as they land; then PV of the KV tile before is let go. P has room.
     Chunks that are V stay for PV, which is told by P that this has read them. Returns K's next place.
     """
     (part, phase, rest_phase), p_place, scored = places
