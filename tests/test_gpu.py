@@ -32,6 +32,8 @@ CASES = {
     "128, two sources with limits": {"head_dim": 128, "causal": True, "kv_sources": 2, "limit2": True},
     "192/128, V within K": {"head_dim": 192, "head_dim_v": 128, "kv_shared": True},
     "256 un-normalized": {"head_dim": 256, "output": "unnormalized"},
+    "256 causal, one loop": {"head_dim": 256, "causal": True},
+    "224 gqa2, lengths, one loop": {"head_dim": 224, "q_heads_per_kv": 2, "seqlens": True},
     "80 fp16 causal": {"head_dim": 80, "dtype": "fp16", "causal": True},
     "512": {"head_dim": 512},
     "384 causal": {"head_dim": 384, "causal": True},

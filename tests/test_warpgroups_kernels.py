@@ -28,6 +28,7 @@ SMALL = {
     "one stage": {"kv_stage": 1, "window_left": 40, "sink": True, "tile_m": 128},
     "beside PV": {"head_dim_v": 144, "output": "unnormalized", "causal": True, "tile_m": 128},
     "lazy": {"head_dim_v": 144, "causal": True, "window_left": 60, "tile_m": 128},
+    "one loop": {"head_dim_v": 224, "causal": True, "seqlens": True, "tile_m": 128},
     "packed window": {"q_heads_per_kv": 8, "causal": True, "window_left": 50, "seqlens": True, "tile_m": 192},
 }
 
@@ -47,6 +48,7 @@ def small():
 def test_the_small_kernels_are_what_their_names_say(small):
     assert small("lazy").plan.lazy and small("lazy").plan.looks_for_maxima
     assert small("beside PV").plan.scores_again and not small("causal").plan.beside_pv
+    assert small("one loop").plan.one_loop and not small("beside PV").plan.one_loop
 
 
 def sized(name, batch, heads, kv_heads, *rest):
