@@ -124,7 +124,15 @@ def test_verify_while_the_dsl_is_imported(tmp_path, delay):
     interrupted(process, True, tmp_path)
 
 
-def test_interrupts_are_held_back():
+@pytest.fixture
+def interruptible():
+    """A shell that starts pytest in the background lets it ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupts_are_held_back(interruptible):
     done = []
     with pytest.raises(KeyboardInterrupt), interrupt_held_back():
         signal.raise_signal(signal.SIGINT)
