@@ -23,6 +23,14 @@ while True:
 """
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell that starts pytest in the background lets it, and what it starts, ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def started(words, **environment):
     """A command in a process group of its own, as a terminal starts it."""
     return subprocess.Popen(
@@ -124,15 +132,7 @@ def test_verify_while_the_dsl_is_imported(tmp_path, delay):
     interrupted(process, True, tmp_path)
 
 
-@pytest.fixture
-def interruptible():
-    """A shell that starts pytest in the background lets it ignore interrupts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_interrupts_are_held_back(interruptible):
+def test_interrupts_are_held_back():
     done = []
     with pytest.raises(KeyboardInterrupt), interrupt_held_back():
         signal.raise_signal(signal.SIGINT)
