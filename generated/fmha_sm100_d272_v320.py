@@ -431,9 +431,9 @@ def exponentiate(s, scale_log2, shift):
     sums = [(Float32(0.0), Float32(0.0)), (Float32(0.0), Float32(0.0))]
     for c in cutlass.range_constexpr(0, cute.size(s), 2):
         x, y = cute.arch.fma_packed_f32x2((s[c], s[c + 1]), (scale_log2, scale_log2), (shift, shift))
-        s[c] = cute.math.exp2(x, fastmath=True)
-        s[c + 1] = cute.math.exp2(y, fastmath=True)
-        sums[c // 2 % 2] = cute.arch.add_packed_f32x2(sums[c // 2 % 2], (s[c], s[c + 1]))
+        pair = cute.math.exp2(x, fastmath=True), cute.math.exp2(y, fastmath=True)
+        s[c], s[c + 1] = pair
+        sums[c // 2 % 2] = cute.arch.add_packed_f32x2(sums[c // 2 % 2], pair)
     even, odd = cute.arch.add_packed_f32x2(sums[0], sums[1])
     return even + odd
 
