@@ -49,6 +49,7 @@ def test_the_small_kernels_are_what_their_names_say(small):
     assert small("lazy").plan.lazy and small("lazy").plan.looks_for_maxima
     assert small("beside PV").plan.scores_again and not small("causal").plan.beside_pv
     assert small("one loop").plan.one_loop and not small("beside PV").plan.one_loop
+    assert not plan(head_dim=256, q_heads_per_kv=8, split_kv=True).one_loop
 
 
 def sized(name, batch, heads, kv_heads, *rest):
