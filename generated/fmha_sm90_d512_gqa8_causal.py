@@ -682,16 +682,24 @@ def write_factors(factors, factor, stage):
 
 
 @cute.jit
+def multiply_tile(operands, bars, places, seen):
+    """multiply_qk of a KV tile after the first, -inf where it is not seen."""
+    s, _, q, k = operands
+    k_place = multiply_qk(s, q, k, bars, places, False)
+    if cutlass.const_expr(seen is not None):
+        hide_columns(s, seen)
+    return k_place
+
+
+@cute.jit
 def kept_tile(operands, target, bars, places, seen, scale_log2, stats):
     """next_tile of a KV tile before which every row has a reference, that of the query tile's first KV tile or one that
     it was given since: its scores are taken relative to that, though it need not be their maximum. Exponentials may be
     larger than 1 then, 16 bits round them with the same relative error. Where they are too large m is raised.
     """
-    (s, p, q, k), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
+    (s, p, _, _), (p_copy, p_smem, factors), (m, total, factor) = operands, target, stats
     _, p_place, scored = places
-    k_place = multiply_qk(s, q, k, bars, places, False)
-    if cutlass.const_expr(seen is not None):
-        hide_columns(s, seen)
+    k_place = multiply_tile(operands, bars, places, seen)
     if not kept_softmax(s, p, scale_log2, m, total, factor, seen):
         factor.fill(1.0)
     p_place = hand_over(p, p_copy, p_smem, factors, factor, bars, p_place)

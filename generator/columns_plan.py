@@ -43,6 +43,11 @@ class ColumnsPlan(HopperPlan):
         return False
 
     @property
+    def one_loop(self) -> bool:
+        """The softmax waits for QK, and PV for both: each question in between costs (docs/h200.md)."""
+        return False
+
+    @property
     def own_spans(self) -> bool:
         """All warpgroups work on the same 64 rows."""
         return False

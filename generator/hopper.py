@@ -106,7 +106,7 @@ class HopperPlan(Plan):
     @property
     def one_loop(self) -> bool:
         """KV tiles that are seen whole are not a loop of their own: see warpgroups.one_loop."""
-        return not self.splits_columns and one_loop(self.spec, self.arch, self.tile_m, self.tile_n)
+        return one_loop(self.spec, self.arch, self.tile_m, self.tile_n)
 
     @property
     def part_max(self) -> float:

@@ -143,7 +143,8 @@ def looks_for_maxima(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> 
 def one_loop(spec: KernelSpec, arch: Arch, tile_m: int, tile_n: int) -> bool:
     """One loop visits all KV tiles after a query tile's first one, and asks of each whether some are hidden, where two
     would make one for each answer. It compiles by a third faster, and where a KV tile is so much to multiply that the
-    question does not count, from ONE_LOOP_FROM columns of V on, it runs as fast. With split_kv it would spill.
+    question does not count, from ONE_LOOP_FROM columns of V on, it runs as fast, if the scale is held in a register.
+    With split_kv it would spill.
     """
     wide = spec.v_dim >= ONE_LOOP_FROM and not spec.split_kv
     return wide and not looks_for_maxima(spec, arch, tile_m, tile_n)

@@ -12,18 +12,8 @@ PACKAGE = Path(generator.resources.__file__).parent
 # Upstream first. A module imports only modules to its left.
 FLOW = (
     *("resources", "spec", "signature", "mask", "arch", "lifetime", "budget", "two_tiles", "two_ctas"),
-    *(
-        "tuned",
-        "warpgroups",
-        "columns",
-        "column_order",
-        "accumulators",
-        "chunks",
-        "cost",
-        "partials",
-        "spelling",
-        "layout",
-    ),
+    *("tuned", "warpgroups", "columns", "column_order", "accumulators", "chunks", "cost"),
+    *("partials", "spelling", "layout"),
     *("split", "hopper", "columns_plan"),
     *("plan", "covering", "features", "wide_features", "hopper_features"),
     *("explain", "survey", "emit", "protocol", "maps", "pages"),
