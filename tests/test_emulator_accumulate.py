@@ -9,7 +9,7 @@ import ptx_kernels
 import pytest
 import test_emulator_matrix as matrix
 import test_emulator_mma as mma
-import test_emulator_wgmma as wgmma
+import wgmma_programs as wgmma
 from wgmma_scores import lost
 
 from generator.emulator import Gpu

@@ -1,4 +1,4 @@
-"""PTX programs of wgmma for test_emulator_wgmma: operands in shared memory and registers, products, and their results.
+"""PTX programs of wgmma for its tests: operands in shared memory and registers, products, and their results.
 
 Operands are small integers, so every product and sum is exact and results are compared bit for bit.
 """
